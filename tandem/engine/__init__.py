@@ -1,0 +1,1 @@
+"""The inference engine both workers run: pages, prefix cache, scheduler, runner, sampler."""

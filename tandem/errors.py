@@ -1,0 +1,114 @@
+"""The exception tree, and the one table that maps it to HTTP and gRPC.
+
+    TandemError
+    ├── BadRequest            the client's fault: 400
+    │   ├── ContextTooLong
+    │   ├── UnknownModel      404
+    │   └── TooLarge          413
+    ├── Overloaded            429: try again later
+    ├── Unavailable           503: no worker can serve this now
+    ├── WorkerLost            502: the worker died and the request could not go on
+    ├── Fenced                a message of an old attempt or incarnation
+    ├── CheckpointError       start-up: the checkpoint cannot be served
+    ├── ConfigError           start-up: a setting is wrong
+    └── Internal              500
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TandemError(Exception):
+    """Base of all errors that Tandem raises on purpose. `str()` is one line fit for a client."""
+
+    http_status: ClassVar[int] = 500
+    grpc_code: ClassVar[str] = "INTERNAL"
+    type: ClassVar[str] = "internal_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        """The request field or setting at fault, when there is one."""
+
+
+class BadRequest(TandemError):
+    """The request itself is wrong; sending it again cannot help."""
+
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
+    type = "invalid_request_error"
+
+
+class ContextTooLong(BadRequest):
+    """Prompt plus output exceed what the model or the worker's pages hold."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(BadRequest):
+    """The model named is not served here."""
+
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    code = "model_not_found"
+
+
+class TooLarge(BadRequest):
+    """The body exceeds the limit."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class Overloaded(TandemError):
+    """A bound was reached; the client may retry later."""
+
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    type = "rate_limit_error"
+    code = "overloaded"
+
+
+class Unavailable(TandemError):
+    """No worker can take this now."""
+
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    type = "service_unavailable"
+    code = "unavailable"
+
+
+class WorkerLost(TandemError):
+    """The worker that owned the request is gone and the request cannot go on."""
+
+    http_status = 502
+    grpc_code = "ABORTED"
+    type = "worker_lost"
+    code = "worker_lost"
+
+
+class Fenced(TandemError):
+    """A message names an attempt or an incarnation that is no longer current."""
+
+    http_status = 409
+    grpc_code = "FAILED_PRECONDITION"
+    type = "fenced"
+
+
+class CheckpointError(TandemError):
+    """A checkpoint cannot be served; the text says which file, tensor or field and what was expected."""
+
+
+class ConfigError(TandemError):
+    """A setting is wrong; the text names it and the limit."""
+
+
+class Internal(TandemError):
+    """A defect of Tandem's own; details are in the log only."""
+
+
+BY_GRPC_CODE: dict[str, type[TandemError]] = {
+    kind.grpc_code: kind for kind in (Internal, Fenced, WorkerLost, Unavailable, Overloaded, UnknownModel, BadRequest)
+}

@@ -1,0 +1,123 @@
+"""What KV is: its layout, its spans, and the block hashes by which the cluster names it. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+BLOCK_TOKENS = 64
+"""Tokens in a block: a cluster constant, a multiple of every page size."""
+
+BlockHash = bytes
+"""16 bytes, chained: equal hashes mean equal tokens after an equal prefix under an equal root."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One tensor kind of the KV. A token's share of it in one layer is `heads * head_dim` elements."""
+
+    name: str
+    heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer."""
+        return self.heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers with the same attention span; `window` is None for full attention."""
+
+    layers: tuple[int, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The canonical order of KV on the wire: `[plane][layer][token][head][dim]`, the same for every page size."""
+
+    planes: tuple[Plane, ...]
+    groups: tuple[LayerGroup, ...]
+
+    def __post_init__(self) -> None:
+        layers = [layer for group in self.groups for layer in group.layers]
+        if sorted(layers) != list(range(len(layers))):
+            raise ValueError(f"layer groups must cover layers 0..{len(layers) - 1} once each")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers over all groups."""
+        return sum(len(group.layers) for group in self.groups)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all planes and layers."""
+        return self.num_layers * sum(plane.token_bytes for plane in self.planes)
+
+    def span_bytes(self, tokens: int) -> int:
+        """Bytes of a span of `tokens` tokens."""
+        return tokens * self.token_bytes
+
+    def digest(self) -> str:
+        """Hex digest by which two workers check that they mean the same bytes."""
+        return hashlib.blake2b(repr(self).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `[start, start + count)` of one request's prompt."""
+
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class HashRoot:
+    """What must be equal before any block can be: the root of the hash chain."""
+
+    cluster_key: str
+    model_fingerprint: str
+    kv_dtype: str
+    adapter: str = ""
+    salt: str = ""
+
+    def digest(self) -> bytes:
+        """32-byte key for the chain. Fields are length-prefixed, so that no two roots collide by concatenation."""
+        state = hashlib.blake2b(digest_size=32, person=b"tandem-root-v1")
+        for part in (self.cluster_key, self.model_fingerprint, self.kv_dtype, self.adapter, self.salt):
+            data = part.encode()
+            state.update(struct.pack("<I", len(data)))
+            state.update(data)
+        return state.digest()
+
+
+def block_hashes(root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = ()) -> list[BlockHash]:
+    """Hashes of the full blocks of `tokens`; a trailing partial block has none.
+
+    root: `HashRoot.digest()`. contents: per block, the hash of non-text content in it (images); empty means none.
+    Keyed BLAKE2b-128 over (parent, token ids as little-endian u32, content).
+    """
+    return list(iter_block_hashes(root, tokens, contents))
+
+
+def iter_block_hashes(root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = ()) -> Iterator[BlockHash]:
+    """As `block_hashes`, one at a time, for callers that stop early."""
+    parent = b""
+    pack = struct.Struct(f"<{BLOCK_TOKENS}I").pack
+    for index in range(len(tokens) // BLOCK_TOKENS):
+        block = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+        content = contents[index] if contents else b""
+        parent = hashlib.blake2b(parent + pack(*block) + content, digest_size=16, key=root).digest()
+        yield parent

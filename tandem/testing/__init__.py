@@ -1,0 +1,1 @@
+"""Small fakes, each beside the interface it stands for."""

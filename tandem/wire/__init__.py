@@ -1,0 +1,1 @@
+"""Messages and their codec: what crosses a process boundary."""
