@@ -65,6 +65,21 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveStat:
+    """What a decode worker received over one pair since it started."""
+
+    sender: Incarnation
+    receiver: Incarnation
+    transport: str
+    bytes: int = 0
+    """KV bytes landed."""
+    seconds: float = 0.0
+    """Seconds with bytes under way."""
+    tickets: int = 0
+    """Hand-overs that ended well."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What a worker reports of itself, a few times a second and after every admission."""
 
@@ -85,6 +100,7 @@ class Status:
     dispatches: Mapping[str, int] = field(default_factory=dict)
     """Per router id, the sequence number of the last dispatch this status includes: load is never counted twice."""
     draining: bool = False
+    moves: tuple[MoveStat, ...] = ()
 
 
 class EventKind(Enum):

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from tandem.cluster import CacheEvent, Candidate, EventKind, Plan, Role, Status, StepTiming, WorkerInfo, WorkerUpdate
+from tandem.cluster import (
+    CacheEvent,
+    Candidate,
+    EventKind,
+    MoveStat,
+    Plan,
+    Role,
+    Status,
+    StepTiming,
+    WorkerInfo,
+    WorkerUpdate,
+)
 from tandem.errors import BadRequest
 from tandem.kv import DTYPE_BYTES, BlockHash, KvLayout, LayerGroup, Plane
 from tandem.types import (
@@ -357,6 +368,17 @@ def status_to_wire(status: Status) -> pb.Status:
         move_bytes_per_ms=status.move_bytes_per_ms,
         dispatches=status.dispatches,
         draining=status.draining,
+        moves=[
+            pb.MoveStat(
+                sender=move.sender,
+                receiver=move.receiver,
+                transport=move.transport,
+                bytes=move.bytes,
+                seconds=move.seconds,
+                tickets=move.tickets,
+            )
+            for move in status.moves
+        ],
     )
 
 
@@ -374,6 +396,10 @@ def status_from_wire(message: pb.Status) -> Status:
         move_bytes_per_ms=message.move_bytes_per_ms,
         dispatches=dict(message.dispatches),
         draining=message.draining,
+        moves=tuple(
+            MoveStat(move.sender, move.receiver, move.transport, move.bytes, move.seconds, move.tickets)
+            for move in message.moves
+        ),
     )
 
 

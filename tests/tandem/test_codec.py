@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.cluster import CacheEvent, Candidate, EventKind, Plan, Role, Status, StepTiming, WorkerInfo, WorkerUpdate
+from tandem.cluster import (
+    CacheEvent,
+    Candidate,
+    EventKind,
+    MoveStat,
+    Plan,
+    Role,
+    Status,
+    StepTiming,
+    WorkerInfo,
+    WorkerUpdate,
+)
 from tandem.errors import BadRequest
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.types import (
@@ -143,6 +154,7 @@ STATUS = st.builds(
     move_bytes_per_ms=F64,
     dispatches=st.dictionaries(TEXT, BIG, max_size=3),
     draining=st.booleans(),
+    moves=st.lists(st.builds(MoveStat, NAME, NAME, TEXT, BIG, F64, BIG), max_size=3).map(tuple),
 )
 EVENT = st.builds(
     CacheEvent,

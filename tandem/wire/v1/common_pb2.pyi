@@ -255,8 +255,24 @@ class StepTiming(_message.Message):
     per_token_ms: float
     def __init__(self, base_ms: _Optional[float] = ..., per_token_ms: _Optional[float] = ...) -> None: ...
 
+class MoveStat(_message.Message):
+    __slots__ = ("sender", "receiver", "transport", "bytes", "seconds", "tickets")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    sender: str
+    receiver: str
+    transport: str
+    bytes: int
+    seconds: float
+    tickets: int
+    def __init__(self, sender: _Optional[str] = ..., receiver: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., tickets: _Optional[int] = ...) -> None: ...
+
 class Status(_message.Message):
-    __slots__ = ("incarnation", "running", "waiting", "queued_tokens", "free_pages", "total_pages", "timing", "move_bytes_per_ms", "dispatches", "draining")
+    __slots__ = ("incarnation", "running", "waiting", "queued_tokens", "free_pages", "total_pages", "timing", "move_bytes_per_ms", "dispatches", "draining", "moves")
     class DispatchesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +290,7 @@ class Status(_message.Message):
     MOVE_BYTES_PER_MS_FIELD_NUMBER: _ClassVar[int]
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     running: int
     waiting: int
@@ -284,7 +301,8 @@ class Status(_message.Message):
     move_bytes_per_ms: float
     dispatches: _containers.ScalarMap[str, int]
     draining: bool
-    def __init__(self, incarnation: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., timing: _Optional[_Union[StepTiming, _Mapping]] = ..., move_bytes_per_ms: _Optional[float] = ..., dispatches: _Optional[_Mapping[str, int]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[MoveStat]
+    def __init__(self, incarnation: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., timing: _Optional[_Union[StepTiming, _Mapping]] = ..., move_bytes_per_ms: _Optional[float] = ..., dispatches: _Optional[_Mapping[str, int]] = ..., draining: _Optional[bool] = ..., moves: _Optional[_Iterable[_Union[MoveStat, _Mapping]]] = ...) -> None: ...
 
 class CacheEvent(_message.Message):
     __slots__ = ("kind", "hashes", "parent", "tier")

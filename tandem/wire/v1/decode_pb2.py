@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.wire.v1 import common_pb2 as tandem_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/wire/v1/decode.proto\x12\x0etandem.wire.v1\x1a\x1btandem/wire/v1/common.proto\"\xc4\x01\n\rSubmitRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08\x64ispatch\x18\x02 \x01(\x03\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x30\n\x07request\x18\x04 \x01(\x0b\x32\x1f.tandem.wire.v1.GenerateRequest\x12.\n\x07prefill\x18\x05 \x03(\x0b\x32\x1d.tandem.wire.v1.PrefillTarget\x12\x17\n\x0f\x65xpected_cached\x18\x06 \x01(\x03\"5\n\rPrefillTarget\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"5\n\x0bSubmitReply\x12\x15\n\rcached_tokens\x18\x01 \x01(\x03\x12\x0f\n\x07prefill\x18\x02 \x01(\t\"O\n\rStreamRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12+\n\x06resume\x18\x02 \x03(\x0b\x32\x1b.tandem.wire.v1.ResumePoint\"V\n\x0bResumePoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\x05\x12\x12\n\nnext_index\x18\x04 \x01(\x03\"I\n\x0bStepMessage\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12%\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x15.tandem.wire.v1.Delta\"4\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05known\x18\x01 \x01(\x08\x32\xdc\x01\n\x06\x44\x65\x63ode\x12\x44\n\x06Submit\x12\x1d.tandem.wire.v1.SubmitRequest\x1a\x1b.tandem.wire.v1.SubmitReply\x12\x46\n\x06Stream\x12\x1d.tandem.wire.v1.StreamRequest\x1a\x1b.tandem.wire.v1.StepMessage0\x01\x12\x44\n\x06\x43\x61ncel\x12\x1d.tandem.wire.v1.CancelRequest\x1a\x1b.tandem.wire.v1.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/wire/v1/decode.proto\x12\x0etandem.wire.v1\x1a\x1btandem/wire/v1/common.proto\"\xdb\x01\n\rSubmitRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08\x64ispatch\x18\x02 \x01(\x03\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x30\n\x07request\x18\x04 \x01(\x0b\x32\x1f.tandem.wire.v1.GenerateRequest\x12.\n\x07prefill\x18\x05 \x03(\x0b\x32\x1d.tandem.wire.v1.PrefillTarget\x12\x17\n\x0f\x65xpected_cached\x18\x06 \x01(\x03\x12\x15\n\rplanned_local\x18\x07 \x01(\x08\"5\n\rPrefillTarget\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"5\n\x0bSubmitReply\x12\x15\n\rcached_tokens\x18\x01 \x01(\x03\x12\x0f\n\x07prefill\x18\x02 \x01(\t\"O\n\rStreamRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12+\n\x06resume\x18\x02 \x03(\x0b\x32\x1b.tandem.wire.v1.ResumePoint\"V\n\x0bResumePoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\x05\x12\x12\n\nnext_index\x18\x04 \x01(\x03\"I\n\x0bStepMessage\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12%\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x15.tandem.wire.v1.Delta\"4\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05known\x18\x01 \x01(\x08\x32\xdc\x01\n\x06\x44\x65\x63ode\x12\x44\n\x06Submit\x12\x1d.tandem.wire.v1.SubmitRequest\x1a\x1b.tandem.wire.v1.SubmitReply\x12\x46\n\x06Stream\x12\x1d.tandem.wire.v1.StreamRequest\x1a\x1b.tandem.wire.v1.StepMessage0\x01\x12\x44\n\x06\x43\x61ncel\x12\x1d.tandem.wire.v1.CancelRequest\x1a\x1b.tandem.wire.v1.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.wire.v1.decode_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SUBMITREQUEST']._serialized_start=77
-  _globals['_SUBMITREQUEST']._serialized_end=273
-  _globals['_PREFILLTARGET']._serialized_start=275
-  _globals['_PREFILLTARGET']._serialized_end=328
-  _globals['_SUBMITREPLY']._serialized_start=330
-  _globals['_SUBMITREPLY']._serialized_end=383
-  _globals['_STREAMREQUEST']._serialized_start=385
-  _globals['_STREAMREQUEST']._serialized_end=464
-  _globals['_RESUMEPOINT']._serialized_start=466
-  _globals['_RESUMEPOINT']._serialized_end=552
-  _globals['_STEPMESSAGE']._serialized_start=554
-  _globals['_STEPMESSAGE']._serialized_end=627
-  _globals['_CANCELREQUEST']._serialized_start=629
-  _globals['_CANCELREQUEST']._serialized_end=681
-  _globals['_CANCELREPLY']._serialized_start=683
-  _globals['_CANCELREPLY']._serialized_end=711
-  _globals['_DECODE']._serialized_start=714
-  _globals['_DECODE']._serialized_end=934
+  _globals['_SUBMITREQUEST']._serialized_end=296
+  _globals['_PREFILLTARGET']._serialized_start=298
+  _globals['_PREFILLTARGET']._serialized_end=351
+  _globals['_SUBMITREPLY']._serialized_start=353
+  _globals['_SUBMITREPLY']._serialized_end=406
+  _globals['_STREAMREQUEST']._serialized_start=408
+  _globals['_STREAMREQUEST']._serialized_end=487
+  _globals['_RESUMEPOINT']._serialized_start=489
+  _globals['_RESUMEPOINT']._serialized_end=575
+  _globals['_STEPMESSAGE']._serialized_start=577
+  _globals['_STEPMESSAGE']._serialized_end=650
+  _globals['_CANCELREQUEST']._serialized_start=652
+  _globals['_CANCELREQUEST']._serialized_end=704
+  _globals['_CANCELREPLY']._serialized_start=706
+  _globals['_CANCELREPLY']._serialized_end=734
+  _globals['_DECODE']._serialized_start=737
+  _globals['_DECODE']._serialized_end=957
 # @@protoc_insertion_point(module_scope)

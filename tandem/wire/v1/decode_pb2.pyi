@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("router_id", "dispatch", "incarnation", "request", "prefill", "expected_cached")
+    __slots__ = ("router_id", "dispatch", "incarnation", "request", "prefill", "expected_cached", "planned_local")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_CACHED_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_LOCAL_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     dispatch: int
     incarnation: str
     request: _common_pb2.GenerateRequest
     prefill: _containers.RepeatedCompositeFieldContainer[PrefillTarget]
     expected_cached: int
-    def __init__(self, router_id: _Optional[str] = ..., dispatch: _Optional[int] = ..., incarnation: _Optional[str] = ..., request: _Optional[_Union[_common_pb2.GenerateRequest, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., expected_cached: _Optional[int] = ...) -> None: ...
+    planned_local: bool
+    def __init__(self, router_id: _Optional[str] = ..., dispatch: _Optional[int] = ..., incarnation: _Optional[str] = ..., request: _Optional[_Union[_common_pb2.GenerateRequest, _Mapping]] = ..., prefill: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., expected_cached: _Optional[int] = ..., planned_local: _Optional[bool] = ...) -> None: ...
 
 class PrefillTarget(_message.Message):
     __slots__ = ("incarnation", "address")
