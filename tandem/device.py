@@ -1,0 +1,61 @@
+"""Compute devices and threads. The only file that names a device's own API (`torch.cuda`)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from tandem.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device called `name` ("cpu", "cuda", "cuda:1").
+
+    Raises ConfigError when torch does not know the name, or this machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; expected cpu, cuda or cuda:N", "device") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device is {name!r}; this machine has {count} CUDA devices", "device")
+    elif device.type != "cpu":
+        raise ConfigError(f"device is {name!r}; expected cpu, cuda or cuda:N", "device")
+    return device
+
+
+def set_compute_threads(threads: int) -> int:
+    """Sets the threads that one torch operation may use (0 keeps torch's own choice, all cores) and returns them.
+
+    Operations run one after another on the engine thread, so that inter-op threads would only compete with it: there
+    is one. Torch fixes that number at its first parallel operation; a later call cannot change it and says so in the log.
+    """
+    if threads < 0:
+        raise ConfigError(f"threads is {threads}; it must be at least 0", "threads")
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() != 1:
+        try:
+            torch.set_num_interop_threads(1)
+        except RuntimeError as error:
+            log.warning("inter-op threads stay at %d: %s", torch.get_num_interop_threads(), error)
+    return torch.get_num_threads()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on an accelerator; None on a CPU, whose memory is shared with everything else."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until everything submitted to `device` is done; on a CPU it already is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,101 @@
+"""The layers that decoder families are made of. Weights are plain tensors; `tensors()` names them as checkpoints do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+Tensors = dict[str, torch.Tensor]
+"""Checkpoint name -> the memory that the loader copies this tensor into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What weights are made of and where they lie."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialised memory that the loader fills."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class LinearMethod(Protocol):
+    """How one linear layer keeps and applies its weights: the seam for quantisation."""
+
+    def create(self, inputs: int, outputs: int, bias: bool, place: Place) -> Mapping[str, torch.Tensor]:
+        """The layer's tensors by suffix ("weight", "bias"), first dimension `outputs` so that merged parts are slices."""
+
+    def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`[tokens, inputs] -> [tokens, outputs]`"""
+
+
+class Unquantised:
+    """Weights in the model's own dtype."""
+
+    def create(self, inputs: int, outputs: int, bias: bool, place: Place) -> Mapping[str, torch.Tensor]:
+        """See `LinearMethod`."""
+        weight = {"weight": place.empty(outputs, inputs)}
+        return weight | {"bias": place.empty(outputs)} if bias else weight
+
+    def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """See `LinearMethod`."""
+        return F.linear(x, tensors["weight"], tensors.get("bias"))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint layer inside a merged one."""
+
+    name: str
+    outputs: int
+
+
+class Linear:
+    """`y = x W^T + b`, one or several checkpoint layers merged along their outputs (q, k, v or gate, up)."""
+
+    def __init__(self, parts: Sequence[Part], inputs: int, bias: bool, place: Place, method: LinearMethod) -> None:
+        self.parts = tuple(parts)
+        self.method = method
+        self._tensors = method.create(inputs, sum(part.outputs for part in parts), bias, place)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[tokens, inputs] -> [tokens, sum of the parts' outputs]`"""
+        return self.method.apply(self._tensors, x)
+
+    def tensors(self, prefix: str) -> Tensors:
+        """Each part's slice of the merged tensors, under its own name."""
+        named, offset = {}, 0
+        for part in self.parts:
+            for suffix, tensor in self._tensors.items():
+                named[f"{prefix}{part.name}.{suffix}"] = tensor[offset : offset + part.outputs]
+            offset += part.outputs
+        return named
+
+
+class RMSNorm:
+    """Root mean square layer normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, place: Place) -> None:
+        self.weight = place.empty(size)
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises the last dimension; float32 inside."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding:
+    """Token embeddings `[vocabulary, hidden]`, which may also serve as the output layer."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
+        self.weight = place.empty(vocab_size, hidden_size)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[tokens] -> [tokens, hidden]`"""
+        return F.embedding(tokens, self.weight)

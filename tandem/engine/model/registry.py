@@ -1,0 +1,21 @@
+"""Architecture names that can be served."""
+
+from __future__ import annotations
+
+from tandem.engine.model import llama, qwen2
+from tandem.engine.model.config import Fields
+from tandem.engine.model.family import Family
+from tandem.errors import CheckpointError
+
+FAMILIES = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY)}
+
+
+def family_of(fields: Fields) -> Family:
+    """The family that `architectures` names. Raises CheckpointError listing the supported ones."""
+    names = fields.raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(f"{fields.where}: architectures is {names!r}; a list of one name is needed")
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise CheckpointError(f"{fields.where}: architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")

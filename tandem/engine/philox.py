@@ -1,0 +1,39 @@
+"""Philox4x32-10, the counter-based random number generator of Salmon et al. 2011 ("Parallel random numbers: as easy as
+1, 2, 3", SC'11), over arrays.
+
+A number depends on its key and counter alone: no state, no order. A request that is retracted, migrated or speculated
+draws what it would have drawn, whatever batch it is in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+"""32-bit words, kept in 64 bits so that products do not overflow."""
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+ROUNDS = 10
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
+    """Four random words for each (counter, key); all arrays have one shape."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (second >> _SHIFT) ^ c1 ^ k0, second & _LOW, (first >> _SHIFT) ^ c3 ^ k1, first & _LOW
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def uniforms(seeds: Words, positions: Words, choices: Words) -> Floats:
+    """One number in [0, 1) with 53 random bits for each (64-bit seed, output index, choice)."""
+    zero = np.zeros_like(positions)
+    high, low, _, _ = philox4x32((positions, choices, zero, zero), (seeds & _LOW, seeds >> _SHIFT))
+    bits = (high >> np.uint64(5) << np.uint64(26)) | (low >> np.uint64(6))
+    return bits.astype(np.float64) * 2.0**-53

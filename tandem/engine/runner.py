@@ -1,0 +1,76 @@
+"""One step on the device: a batch's forward pass, and the tokens sampled from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tandem.engine.attention.base import AttentionBackend, AttentionBatch
+from tandem.engine.attention.torch_paged import TorchPagedAttention
+from tandem.engine.kv_pool import KvPool
+from tandem.engine.model.family import CausalLM
+from tandem.engine.sampler import sample, top_logprobs
+from tandem.engine.sequence import Batch, Row, Sampled
+from tandem.types import TokenLogprob
+
+LOGIT_ROWS = 64
+"""Prompt positions whose logits are held at once: a vocabulary is large."""
+
+
+class Runner:
+    """Runs batches. Used by the engine thread only; reads sequences and never changes them."""
+
+    def __init__(
+        self, model: CausalLM, pool: KvPool, vocab_size: int, device: torch.device, attention: AttentionBackend | None = None
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.vocab_size = vocab_size
+        self.device = device
+        self.attention: AttentionBackend = attention or TorchPagedAttention(pool)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[Sampled]:
+        """Computes every position of every row, writes its KV, and samples the rows that ask for it; one result per row."""
+        hidden = self._forward(batch)
+        ends = np.cumsum([row.count for row in batch.rows])
+        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
+        results = [Sampled(None)] * len(batch.rows)
+        if sampling:
+            last = torch.from_numpy(ends[sampling] - 1).to(self.device)
+            logits = self.model.logits(hidden.index_select(0, last))[:, : self.vocab_size]
+            picked = sample(logits, [batch.rows[index].seq for index in sampling])
+            for index, (token, logprob) in zip(sampling, picked, strict=True):
+                results[index] = Sampled(token, logprob)
+        for index, row in enumerate(batch.rows):
+            if row.seq.sampling.prompt_logprobs is not None:
+                first = int(ends[index]) - row.count
+                found = self._prompt_logprobs(row, hidden[first : first + row.count])
+                results[index] = Sampled(results[index].token, results[index].logprob, found)
+        return results
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """`[tokens, hidden]` of all rows, one after another."""
+        rows, page = batch.rows, self.pool.page_size
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.count]]
+        needed = -(-(starts + counts) // page)
+        pages = [np.array(row.seq.pages[:size], dtype=np.int64) for row, size in zip(rows, needed.tolist(), strict=True)]
+        before = np.cumsum(counts) - counts
+        positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
+        plan = self.attention.plan(AttentionBatch(starts, counts, pages))
+        return self.model.forward(
+            torch.tensor(tokens, device=self.device), torch.from_numpy(positions).to(self.device), plan
+        )
+
+    def _prompt_logprobs(self, row: Row, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        """Of prompt tokens `start + 1 .. start + count`: the logits at a position are those of the token behind it."""
+        seq, alternatives = row.seq, row.seq.sampling.prompt_logprobs or 0
+        targets = seq.tokens[row.start + 1 : min(row.start + row.count + 1, seq.prompt_len)]
+        found: list[TokenLogprob] = []
+        for first in range(0, len(targets), LOGIT_ROWS):
+            part = targets[first : first + LOGIT_ROWS]
+            logits = self.model.logits(hidden[first : first + len(part)])[:, : self.vocab_size]
+            found += top_logprobs(logits, torch.tensor(part, device=self.device), [alternatives] * len(part))
+        return tuple(found)

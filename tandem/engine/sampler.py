@@ -1,0 +1,193 @@
+"""From logits to tokens, for a whole batch at once.
+
+Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens`; then, unless greedy, temperature, top-k,
+top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the cumulative distribution, whose
+order is that of the token ids. Log-probabilities are those of the model's own distribution, before all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tandem.engine.philox import uniforms
+from tandem.engine.sequence import Seq
+from tandem.errors import BadRequest
+from tandem.types import SamplingParams, TokenLogprob
+
+TOP_CANDIDATES = 1024
+"""Top-p looks at so many of the likeliest tokens first; a row whose mass reaches further is sorted as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is kept of each row's distribution; tensors `[rows]`, neutral values where a filter is off."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    """int64; the vocabulary's size keeps all"""
+    top_p: torch.Tensor
+    """float64"""
+    min_p: torch.Tensor
+
+
+def check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """Raises BadRequest when a token id in `params` is outside the vocabulary; the ranges are checked by `params` itself."""
+    for name, tokens in (("logit_bias", [token for token, _ in params.logit_bias]), ("stop_token_ids", params.stop_token_ids)):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise BadRequest(f"{name} names token {token}; the vocabulary has ids 0 to {vocab_size - 1}", name)
+
+
+def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[tuple[int, TokenLogprob | None]]:
+    """The next token of each sequence, and its log-probability where the sequence asks for it.
+
+    logits: `[len(seqs), vocabulary]`, float32; not changed.
+    """
+    adjusted = logits
+    if any(_adjusts(seq) for seq in seqs):
+        adjusted = logits.clone()
+        _penalise(adjusted, seqs)
+        _bias(adjusted, seqs)
+    tokens = adjusted.argmax(dim=-1)
+    drawing = [row for row, seq in enumerate(seqs) if not seq.sampling.greedy]
+    if drawing:
+        rows = torch.tensor(drawing, device=logits.device)
+        chosen = [seqs[row] for row in drawing]
+        part = adjusted if len(drawing) == len(seqs) else adjusted[rows]
+        tokens[rows] = draw(part, _filters(chosen, logits), _noise(chosen).to(logits.device))
+    picked: list[int] = tokens.tolist()
+    return list(zip(picked, _output_logprobs(logits, tokens, seqs), strict=True))
+
+
+def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+    """Each row's token with its log-probability and the row's `counts[row]` likeliest alternatives, best first."""
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    own: list[float] = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0].tolist()
+    most = min(max(counts), logits.shape[1])
+    best = logits.topk(most, dim=-1)
+    values, ids = (best.values - normaliser).tolist(), best.indices.tolist()
+    return [
+        TokenLogprob(token, own[row], tuple(zip(ids[row][: counts[row]], values[row][: counts[row]], strict=True)))
+        for row, token in enumerate(tokens.tolist())
+    ]
+
+
+def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.Tensor:
+    """One token per row `[rows]` by inverse CDF; `noise` `[rows]` is float64 in [0, 1)."""
+    scaled = logits / filters.temperature[:, None]
+    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()
+    floor = _floor(scaled, filters)
+    if floor is not None:
+        weights.masked_fill_(scaled < floor[:, None], 0.0)
+    cumulative = weights.double().cumsum_(dim=-1)
+    total = cumulative[:, -1]
+    # The product may round up to the total itself, behind which there is no token.
+    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
+    """Least logit that each row keeps, or None when all rows keep all. Tokens equal to the last one kept are kept too."""
+    vocab = scaled.shape[1]
+    by_k, by_p = filters.top_k < vocab, filters.top_p < 1.0
+    floor = None
+    if bool((by_k | by_p).any()):
+        most = int(filters.top_k[by_k].max()) if not bool((by_p & ~by_k).any()) else TOP_CANDIDATES
+        best = scaled.topk(min(vocab, max(most, int(filters.top_k[by_k].max()) if bool(by_k.any()) else 1)), dim=-1).values
+        floor, settled = _floor_of_best(best, scaled, filters)
+        if not bool(settled.all()):
+            rest = ~settled
+            part = Filters(filters.temperature[rest], filters.top_k[rest], filters.top_p[rest], filters.min_p[rest])
+            floor[rest] = _floor_of_best(scaled[rest].sort(dim=-1, descending=True).values, scaled[rest], part)[0]
+    if bool((filters.min_p > 0.0).any()):
+        least = scaled.amax(dim=-1) + filters.min_p.log()
+        floor = least if floor is None else torch.maximum(floor, least)
+    return floor
+
+
+def _floor_of_best(best: torch.Tensor, scaled: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
+    """The floor by top-k and top-p from each row's likeliest logits `[rows, n]`, and whether n were enough for the row."""
+    size, vocab = best.shape[1], scaled.shape[1]
+    by_k = filters.top_k < vocab
+    behind = torch.arange(size, device=best.device) >= filters.top_k[:, None]
+    best = best.masked_fill(behind, -torch.inf)
+    normaliser = torch.where(by_k, best.logsumexp(dim=-1), scaled.logsumexp(dim=-1))
+    mass = (best - normaliser[:, None]).double().exp()
+    before = mass.cumsum(dim=-1) - mass
+    kept = ((before < filters.top_p[:, None]) & ~behind).sum(dim=-1).clamp_(min=1)
+    floor = best.gather(1, kept[:, None] - 1)[:, 0]
+    everything = ~by_k & (filters.top_p >= 1.0)
+    settled = by_k | everything | (kept < size) | (size == vocab)
+    return floor.masked_fill(everything, -torch.inf), settled
+
+
+def _filters(seqs: Sequence[Seq], logits: torch.Tensor) -> Filters:
+    vocab, device = logits.shape[1], logits.device
+    params = [seq.sampling for seq in seqs]
+    return Filters(
+        temperature=torch.tensor([p.temperature for p in params], device=device),
+        top_k=torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        min_p=torch.tensor([p.min_p for p in params], device=device),
+    )
+
+
+def _noise(seqs: Sequence[Seq]) -> torch.Tensor:
+    """One uniform per sequence, keyed by its seed, the index of the output token, and its choice."""
+    words = np.array([(seq.sampling.seed, seq.output_len, seq.choice) for seq in seqs], dtype=np.uint64)
+    return torch.from_numpy(uniforms(words[:, 0], words[:, 1], words[:, 2]))
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def _adjusts(seq: Seq) -> bool:
+    params = seq.sampling
+    return bool(params.logit_bias) or _penalised(params) or seq.output_len < params.min_tokens
+
+
+def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
+    """Repetition (CTRL: Keskar et al. 2019, arXiv:1909.05858), then OpenAI's frequency and presence penalties, in place."""
+    for row, seq in enumerate(seqs):
+        params = seq.sampling
+        if not _penalised(params):
+            continue
+        if params.repetition_penalty != 1.0:
+            seen = torch.from_numpy(np.unique(np.array(seq.tokens, dtype=np.int64))).to(logits.device)
+            old = logits[row, seen]
+            logits[row, seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+        output, counts = np.unique(np.array(seq.tokens[seq.prompt_len :], dtype=np.int64), return_counts=True)
+        penalty = counts * params.frequency_penalty + params.presence_penalty
+        ids = torch.from_numpy(output).to(logits.device)
+        logits[row, ids] -= torch.from_numpy(penalty).to(logits)
+
+
+def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
+    """Adds the biases, then hides the ids that would end a sequence before its `min_tokens`; in place."""
+    biases = [(row, token, bias) for row, seq in enumerate(seqs) for token, bias in seq.sampling.logit_bias]
+    if biases:
+        rows, tokens, values = zip(*biases, strict=True)
+        where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
+        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+    early = [row for row, seq in enumerate(seqs) if seq.output_len < seq.sampling.min_tokens]
+    ends = [(row, token) for row in early for token in seqs[row].eos_ids]
+    if ends:
+        rows, tokens = zip(*ends, strict=True)
+        logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = -torch.inf
+
+
+def _output_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq]
+) -> list[TokenLogprob | None]:
+    asked = {row: seq.sampling.logprobs for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
+    found: list[TokenLogprob | None] = [None] * len(seqs)
+    if asked:
+        rows = torch.tensor(list(asked), device=logits.device)
+        for row, logprob in zip(asked, top_logprobs(logits[rows], tokens[rows], list(asked.values())), strict=True):
+            found[row] = logprob
+    return found
