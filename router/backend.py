@@ -1,0 +1,44 @@
+"""What the HTTP side of the router needs of its cluster side. `router.dispatch` fulfils it; tests use a small fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from tandem.cluster import Plan
+from tandem.types import Delta, GenerateRequest, ModelInfo
+
+
+class Accepted(Protocol):
+    """A request that a decode worker has taken."""
+
+    @property
+    def deltas(self) -> AsyncIterator[Delta]:
+        """Deltas of all choices, in order within a choice, until each choice has had one with `finish` set."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """Where it was sent, and why."""
+        ...
+
+    async def cancel(self) -> None:
+        """Ends all open choices; may be called any number of times, also after the end."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """The cluster as one endpoint."""
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model served; None until a decode worker is known."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        ...
+
+    async def submit(self, request: GenerateRequest) -> Accepted:
+        """Returns when a decode worker has taken the request. Raises TandemError (Overloaded, Unavailable, ContextTooLong)."""
+        ...

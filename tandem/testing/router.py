@@ -1,0 +1,123 @@
+"""A dispatcher that answers from a script, for tests of the HTTP side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from tandem.cluster import Candidate, Plan, new_id
+from tandem.errors import TandemError
+from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo, TokenLogprob, Usage
+
+Script = Callable[[GenerateRequest, int], Sequence[int]]
+"""(request, choice) -> the tokens that the model would sample."""
+
+
+class FakeAccepted:
+    """Plays one request's tokens, one delta a token, choices in turn."""
+
+    def __init__(self, owner: FakeDispatcher, request: GenerateRequest, tokens: list[list[int]]) -> None:
+        self._owner = owner
+        self._request = request
+        self._tokens = tokens
+        self.cancelled = asyncio.Event()
+        self.closed = False
+        self.plan = Plan((Candidate(new_id(), None, 0, 0, {}),), "fake")
+        self.deltas: AsyncIterator[Delta] = self._play()
+
+    async def cancel(self) -> None:
+        """See `router.backend.Accepted`."""
+        self.cancelled.set()
+
+    async def _play(self) -> AsyncIterator[Delta]:
+        try:
+            for step in range(max(map(len, self._tokens))):
+                await self._owner.pace(step)
+                for choice, tokens in enumerate(self._tokens):
+                    if step < len(tokens):
+                        yield self._delta(choice, step)
+                if self.cancelled.is_set():
+                    for choice, tokens in enumerate(self._tokens):
+                        if step + 1 < len(tokens):
+                            yield self._end(choice, step + 1, FinishReason.CANCELLED)
+                    return
+        finally:
+            self.closed = True
+
+    def _delta(self, choice: int, step: int) -> Delta:
+        tokens, sampling = self._tokens[choice], self._request.sampling
+        if self._owner.fail_after is not None and step == self._owner.fail_after:
+            return self._end(choice, step, FinishReason.ERROR, "the decode worker died")
+        token = tokens[step]
+        stopped = token in self._owner.info.eos_token_ids and not sampling.ignore_eos
+        last = step + 1 == len(tokens)
+        finish = None if not last else FinishReason.STOP if stopped else FinishReason.LENGTH
+        top = tuple((token + rank, -0.5 - rank) for rank in range(sampling.logprobs or 0))
+        prompt = tuple(TokenLogprob(t, -1.0, ((t, -1.0),)) if i else None for i, t in enumerate(self._request.prompt))
+        return Delta(
+            self._request.request_id,
+            self._request.attempt,
+            choice,
+            step,
+            (token,),
+            (TokenLogprob(token, -0.5, top),) if sampling.logprobs is not None else (),
+            prompt if sampling.prompt_logprobs is not None and step == 0 else (),
+            finish,
+            token if stopped and last else None,
+            usage=self._usage(step + 1) if last else None,
+        )
+
+    def _end(self, choice: int, step: int, finish: FinishReason, error: str = "") -> Delta:
+        request = self._request
+        return Delta(
+            request.request_id, request.attempt, choice, step, finish=finish, error=error, usage=self._usage(step)
+        )
+
+    def _usage(self, completion: int) -> Usage:
+        return Usage(len(self._request.prompt), completion, self._owner.cached_tokens)
+
+
+class FakeDispatcher:
+    """See `router.backend.Dispatcher`. Records what was submitted; `release` lets a held stream go on."""
+
+    def __init__(self, info: ModelInfo, script: Script) -> None:
+        self.info = info
+        self.model: ModelInfo | None = info
+        self.script = script
+        self.requests: list[GenerateRequest] = []
+        self.accepted: list[FakeAccepted] = []
+        self.refuse: TandemError | None = None
+        self.fail_after: int | None = None
+        self.cached_tokens = 0
+        self.hold_at: int | None = None
+        """Streams wait before this token until `release` is set."""
+        self.release = asyncio.Event()
+        self.held = asyncio.Event()
+
+    def ready(self) -> bool:
+        """See `router.backend.Dispatcher`."""
+        return self.model is not None
+
+    async def submit(self, request: GenerateRequest) -> FakeAccepted:
+        """See `router.backend.Dispatcher`."""
+        if self.refuse is not None:
+            raise self.refuse
+        self.requests.append(request)
+        limit = request.sampling.max_tokens
+        tokens = [list(self.script(request, choice))[:limit] for choice in range(request.choices)]
+        accepted = FakeAccepted(self, request, tokens)
+        self.accepted.append(accepted)
+        return accepted
+
+    async def pace(self, step: int) -> None:
+        """Called before each step of a stream."""
+        await asyncio.sleep(0)
+        if self.hold_at is not None and step >= self.hold_at and self.accepted:
+            self.held.set()
+            cancels = [asyncio.ensure_future(a.cancelled.wait()) for a in self.accepted]
+            released = asyncio.ensure_future(self.release.wait())
+            try:
+                await asyncio.wait([released, *cancels], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for waiter in (released, *cancels):
+                    waiter.cancel()

@@ -1,0 +1,164 @@
+"""The tokeniser and the chat template of a checkpoint, without torch.
+
+Loading goes through transformers' `AutoTokenizer`, so that what a checkpoint's configuration says about special tokens
+and templates holds here too. Encoding and decoding then go straight to the Rust tokeniser inside it: the wrapper costs
+more than short texts do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tandem.errors import BadRequest, CheckpointError
+
+LONG_TEXT = 8192
+"""Characters from which encoding leaves the event loop (about a millisecond of work)."""
+
+Message = Mapping[str, Any]
+
+
+def import_transformers_without_torch() -> None:
+    """Imports transformers such that it takes torch for absent, which saves a second and 200 MB.
+
+    For processes that never compute, called before anything else imports transformers; it has no effect afterwards.
+    transformers 5 reads no variable for this: it asks `importlib` whether torch can be found, and an entry of None in
+    `sys.modules` is the documented way to say no.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import transformers.utils.import_utils as answers
+
+        answers.is_torch_available()  # the answer is kept
+        from transformers import AutoTokenizer  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+
+
+class Tokenizer:
+    """A checkpoint's tokeniser. Immutable after construction and safe to use from several threads."""
+
+    def __init__(self, wrapped: Any) -> None:
+        """wrapped: a transformers tokeniser with a Rust backend (`PreTrainedTokenizerFast`)."""
+        self._wrapped = wrapped
+        self.backend: Any = wrapped.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        """Ids that decoding skips by default."""
+        self.byte_level: bool = _decoder_kinds(self.backend) == ["ByteLevel"]
+        """Every token is a string of bytes (GPT-2's scheme), so that tokens can be decoded one at a time."""
+        self.size: int = self.backend.get_vocab_size(with_added_tokens=True)
+        """Ids are below this; the model's own vocabulary may be padded to more."""
+
+    @classmethod
+    def load(cls, path: str) -> Tokenizer:
+        """Loads from a folder or a hub id. Raises CheckpointError when there is no tokeniser or only a slow one."""
+        from transformers import AutoTokenizer
+
+        try:
+            wrapped = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            raise CheckpointError(f"cannot load a tokenizer from {path!r}: {_one_line(error)}") from error
+        if not getattr(wrapped, "is_fast", False):
+            raise CheckpointError(f"the tokenizer of {path!r} has no tokenizer.json; only such tokenizers are served")
+        return cls(wrapped)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat completions can be served."""
+        return bool(self._wrapped.chat_template)
+
+    @property
+    def knows_developer(self) -> bool:
+        """Whether the chat template tells the `developer` role from `system`."""
+        return "developer" in str(self._wrapped.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """As `encode`; long texts are encoded in a thread, since the Rust tokeniser releases the interpreter lock."""
+        if len(text) < LONG_TEXT:
+            return self.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids without a token are skipped."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model expects it, in transformers' jinja sandbox.
+
+        Raises BadRequest when the template refuses the messages or the checkpoint has no template.
+        """
+        if not self.has_chat_template:
+            raise BadRequest("this model has no chat template; use /v1/completions", "messages")
+        try:
+            rendered: str = self._wrapped.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template may raise anything: it is a program of the checkpoint's author
+            raise BadRequest(f"the chat template refused the messages: {_one_line(error)}", "messages") from error
+        return rendered
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of an id; None for an id without a token."""
+        spelling: str | None = self.backend.id_to_token(token_id)
+        return spelling
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes an id stands for, for reports on single tokens; empty for an id without a token."""
+        spelling = self.token(token_id)
+        if spelling is None:
+            return b""
+        if self.byte_level:
+            return byte_level_bytes(spelling)
+        if match := BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(match[1], 16)])
+        return spelling.replace("\u2581", " ").encode()
+
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How vocabularies with byte fallback (sentencepiece) spell a single byte."""
+
+
+def byte_level_bytes(spelling: str) -> bytes:
+    """The bytes behind a byte-level BPE token; a spelling outside that alphabet stands for its UTF-8 bytes."""
+    try:
+        return bytes(_BYTE_OF[char] for char in spelling)
+    except KeyError:
+        return spelling.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: visible Latin-1 characters stand for themselves, the rest for U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _decoder_kinds(backend: Any) -> list[str]:
+    """Type names of the decoder's steps, in order."""
+    if backend.decoder is None:
+        return []
+    state = json.loads(backend.decoder.__getstate__())
+    return [step["type"] for step in state.get("decoders", [state])]
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
