@@ -1,0 +1,46 @@
+"""What a sampled token does to its sequence: pure bookkeeping after the forward pass."""
+
+from __future__ import annotations
+
+from tandem.engine.output import SeqOutput
+from tandem.engine.sequence import Row, Sampled, Seq
+from tandem.types import FinishReason
+
+
+def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
+    """Counts the row's positions as computed and appends the sampled token; returns what the sequence got, if anything.
+
+    Sets `finish` with the last token, but frees nothing. The last sampled token never gets KV.
+    """
+    seq = row.seq
+    seq.computed = row.start + row.count
+    _take_prompt_logprobs(seq, sampled)
+    if not row.samples:
+        return None
+    if sampled.token is None:
+        raise ValueError(f"the runner sampled no token for {seq.seq_id} at position {row.start + row.count}")
+    first_index = seq.output_len
+    seq.tokens.append(sampled.token)
+    seq.finish = _finish(seq, sampled.token, first_index)
+    if seq.finish is FinishReason.STOP:
+        seq.stop_token = sampled.token
+    logprobs = () if sampled.logprob is None else (sampled.logprob,)
+    seq.output_logprobs += logprobs
+    return SeqOutput(seq, first_index, (sampled.token,), logprobs, seq.finish, seq.stop_token)
+
+
+def _finish(seq: Seq, token: int, earlier: int) -> FinishReason | None:
+    """Whether the output ends with `token`, which `earlier` others precede. A stop token beats the length."""
+    if token in seq.eos_ids and earlier >= seq.sampling.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if earlier + 1 >= seq.sampling.max_tokens else None
+
+
+def _take_prompt_logprobs(seq: Seq, sampled: Sampled) -> None:
+    """Appends the row's prompt log-probabilities, unless a recomputation brings those that are known."""
+    if seq.sampling.prompt_logprobs is None or len(seq.prompt_logprobs) >= seq.prompt_len:
+        return
+    if not seq.prompt_logprobs:
+        seq.prompt_logprobs.append(None)
+    room = seq.prompt_len - len(seq.prompt_logprobs)
+    seq.prompt_logprobs += sampled.prompt_logprobs[:room]

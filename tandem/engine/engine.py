@@ -1,0 +1,224 @@
+"""The inference engine of a worker: continuous batching over paged KV with a prefix cache, and the two ends of a KV hand-over.
+
+One thread owns an engine and everything in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tandem.cluster import CacheEvent
+from tandem.engine import audit
+from tandem.engine.commit import commit_row
+from tandem.engine.memory import KvMemory, match_limit
+from tandem.engine.output import EngineStatus, Progress, SeqOutput, StepOutput
+from tandem.engine.policy import EngineConfig
+from tandem.engine.protocols import PoolLike, RunnerLike
+from tandem.engine.scheduler import Plan, Scheduler
+from tandem.engine.sequence import Sampled, Seq, SeqState
+from tandem.errors import ContextTooLong
+from tandem.kv import Span
+from tandem.types import FinishReason
+
+
+class Engine:
+    """Sequences in, tokens out. A sequence is known from `add` (or `reserve`) until it finishes, is released or cancelled."""
+
+    def __init__(
+        self, runner: RunnerLike, pool: PoolLike, config: EngineConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.memory = KvMemory(pool, config.prefix_cache)
+        self.scheduler = Scheduler(self.memory, config)
+        self.seqs: dict[str, Seq] = {}
+        """Every sequence that is not finished."""
+        self._runner = runner
+        self._pool = pool
+        self._clock = clock
+        self._admitted = 0
+        self._retractions = 0
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens, prompt and output, that one sequence can have."""
+        return self._pool.num_pages * self._pool.page_size
+
+    def add(self, seq: Seq) -> None:
+        """Takes a sequence: into the queue, or, in state WAITING_KV, aside until `reserve` and `landed`.
+
+        Sets `order`, and `arrival` where it is 0. Raises ContextTooLong when the pages could never hold it, ValueError when it is
+        empty or its id is taken.
+        """
+        if seq.seq_id in self.seqs:
+            raise ValueError(f"seq_id {seq.seq_id} is taken")
+        if not seq.tokens:
+            raise ValueError(f"sequence {seq.seq_id} has no tokens; at least 1 is needed")
+        total = len(seq.tokens) if seq.prefill_only else seq.prompt_len + seq.sampling.max_tokens
+        if total > self.capacity_tokens:
+            raise ContextTooLong(f"prompt and max_tokens are {total} tokens; this worker holds {self.capacity_tokens}")
+        self._admitted += 1
+        seq.order = self._admitted
+        seq.arrival = seq.arrival or self._clock()
+        self.seqs[seq.seq_id] = seq
+        if seq.state is not SeqState.WAITING_KV:
+            self.scheduler.enqueue(seq)
+
+    def cancel(self, seq_id: str) -> None:
+        """Ends a sequence in any state and frees what it held; computed pages stay in the cache. Unknown ids are fine."""
+        seq = self.seqs.get(seq_id)
+        if seq is not None:
+            self._end(seq, FinishReason.CANCELLED)
+
+    def _end(self, seq: Seq, finish: FinishReason | None) -> None:
+        self.scheduler.remove(seq)
+        self.memory.close(seq)
+        seq.state, seq.finish = SeqState.FINISHED, finish
+        del self.seqs[seq.seq_id]
+
+    def has_work(self) -> bool:
+        """Whether a step could do something: a sequence runs or is queued."""
+        return len(self.scheduler) > 0
+
+    def step(self) -> StepOutput:
+        """Schedule, forward, sample, commit. If the runner raises, no sequence has advanced; they can be cancelled or stepped again."""
+        started = self._clock()
+        plan = self.scheduler.schedule(started)
+        batch = plan.batch
+        scheduled = self._clock()
+        sampled = self._runner.run(batch) if batch.rows else []
+        computed = self._clock()
+        outputs, progress = self._commit(plan, sampled)
+        return StepOutput(
+            outputs=outputs,
+            progress=progress,
+            retracted=tuple(plan.retracted),
+            batch_tokens=batch.num_tokens,
+            schedule_s=scheduled - started,
+            forward_s=computed - scheduled,
+            commit_s=self._clock() - computed,
+        )
+
+    def _commit(self, plan: Plan, sampled: list[Sampled]) -> tuple[tuple[SeqOutput, ...], tuple[Progress, ...]]:
+        """Advances sequences, shares what was computed of prompts, and lets go of those that are done."""
+        outputs: list[SeqOutput] = []
+        progress = [Progress(seq, seq.computed) for seq in plan.cached]
+        for row, result in zip(plan.batch.rows, sampled, strict=True):
+            seq = row.seq
+            output = commit_row(row, result)
+            if output is not None:
+                outputs.append(output)
+            if row.start < seq.prompt_len:
+                progress.append(Progress(seq, seq.computed))
+                self.memory.share(seq)
+            if seq.finish is not None:
+                self._end(seq, seq.finish)
+            elif seq.prefill_only and seq.pending == 0:
+                self.scheduler.remove(seq)
+                seq.state = SeqState.HELD
+        self._retractions += len(plan.retracted)
+        return tuple(outputs), tuple(progress)
+
+    # Hand-over, receiving side.
+
+    def match_len(self, root: bytes, tokens: Sequence[int]) -> int:
+        """How many of the tokens are cached now. Changes nothing."""
+        return self.memory.match_len(root, tokens, len(tokens))
+
+    def reserve(self, seq: Seq) -> int | None:
+        """Pages for all of a WAITING_KV sequence's tokens, of which the cached prefix is locked; returns its length in tokens.
+
+        Adds the sequence if need be. None when pages cannot be had now (the cache is evicted for it, but nobody is retracted), or
+        when an older sequence waits for them: ask again after a step, give up with `landed(seq, 0)`, or cancel.
+        """
+        if seq.seq_id not in self.seqs:
+            seq.state = SeqState.WAITING_KV
+            self.add(seq)
+        if seq.state is not SeqState.WAITING_KV or seq.node is not None:
+            raise ValueError(f"sequence {seq.seq_id} cannot be reserved for: {seq.state.name}, {len(seq.pages)} pages")
+        if not self.scheduler.open_reserved(seq):
+            return None
+        return seq.computed
+
+    def import_span(self, seq: Seq, span: Span, data: Any) -> None:
+        """Writes received KV into a reserved sequence's own pages. Raises ValueError on a span that is cached or beyond them.
+
+        data: canonical bytes of the span, a buffer of uint8.
+        """
+        if seq.state is not SeqState.WAITING_KV or seq.node is None:
+            raise ValueError(f"sequence {seq.seq_id} has no pages reserved: {seq.state.name}")
+        if span.start < seq.computed or span.end > len(seq.tokens) or span.count < 1:
+            raise ValueError(f"span [{span.start}, {span.end}) must lie in [{seq.computed}, {len(seq.tokens)})")
+        self._pool.scatter(seq.pages, span, data)
+
+    def landed(self, seq: Seq, computed: int) -> None:
+        """Ends a hand-over: KV of the first `computed` tokens is in place, the rest is computed here.
+
+        computed: prompt_len - 1 on success, less on a fallback (0 when nothing came; what was cached at `reserve` counts anyway).
+        """
+        if seq.state is not SeqState.WAITING_KV:
+            raise ValueError(f"sequence {seq.seq_id} waits for no KV: {seq.state.name}")
+        if computed > match_limit(seq) or (computed > 0 and seq.node is None):
+            raise ValueError(f"computed is {computed}; {match_limit(seq)} is the limit, and 0 without reserved pages")
+        if seq.node is not None:
+            seq.computed = max(seq.computed, computed)
+            self.memory.share(seq)
+        self.scheduler.enqueue(seq)
+
+    # Hand-over, sending side.
+
+    def open_cached(self, seq: Seq) -> int:
+        """Locks what is cached of a queued prefill-only sequence, so that it can be exported before its turn comes.
+
+        Returns how many tokens are computed now. All of them: the sequence is HELD at once.
+        """
+        if seq.state is SeqState.WAITING and seq.node is None:
+            self.scheduler.open_queued(seq)
+        return seq.computed
+
+    def export_span(self, seq: Seq, span: Span, out: Any) -> None:
+        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order. Raises ValueError beyond `computed`."""
+        if span.start < 0 or span.end > seq.computed or span.count < 1:
+            raise ValueError(f"span [{span.start}, {span.end}) of {seq.seq_id} must lie in [0, {seq.computed})")
+        self._pool.gather(seq.pages, span, out)
+
+    def release(self, seq: Seq) -> None:
+        """HELD to FINISHED: its pages are the cache's alone."""
+        if seq.state is not SeqState.HELD:
+            raise ValueError(f"sequence {seq.seq_id} is not held: {seq.state.name}")
+        self._end(seq, None)
+
+    # Reports.
+
+    def drain_events(self) -> list[CacheEvent]:
+        """What became of blocks since the last call. Block hashes are computed here: call it between steps."""
+        return self.memory.cache.drain_events()
+
+    def snapshot_events(self) -> list[CacheEvent]:
+        """The whole cache as STORED events, as of the last `drain_events`."""
+        return self.memory.cache.snapshot_events()
+
+    def status(self) -> EngineStatus:
+        """Load and cache now."""
+        states = [seq.state for seq in self.seqs.values()]
+        return EngineStatus(
+            running=states.count(SeqState.RUNNING),
+            waiting=states.count(SeqState.WAITING) + states.count(SeqState.WAITING_KV),
+            held=states.count(SeqState.HELD),
+            queued_tokens=self.scheduler.queued_tokens(),
+            free_pages=self.memory.available,
+            total_pages=self.memory.pages.num_pages,
+            cached_pages=self.memory.cache.num_pages,
+            matched_tokens=self.memory.matched_tokens,
+            prompt_tokens=self.memory.prompt_tokens,
+            retractions=self._retractions,
+        )
+
+    def idle_leaks(self) -> list[str]:
+        """What is still held though nothing should be: empty for an engine that is idle and sound."""
+        return audit.idle_leaks(self.memory, self.seqs.values())
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when sequences, pages, cache and queue disagree."""
+        audit.check_integrity(self.memory, self.scheduler, self.seqs.values())

@@ -1,0 +1,67 @@
+"""What a step and an engine report to the worker around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.engine.sequence import Seq
+from tandem.types import FinishReason, TokenLogprob, TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class SeqOutput:
+    """What one step gave one sequence."""
+
+    seq: Seq
+    first_index: int
+    """Index of the first token among its output tokens."""
+    tokens: TokenIds
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each token when asked for, else empty."""
+    finish: FinishReason | None
+    """Set with its last token; the sequence then holds nothing any more."""
+    stop_token: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a sequence's prompt is computed, cached tokens included: `[0, computed)` can be exported."""
+
+    seq: Seq
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One step. With `batch_tokens == 0` nothing could be computed: the next step makes sense after the next command."""
+
+    outputs: tuple[SeqOutput, ...]
+    progress: tuple[Progress, ...]
+    """Of every sequence whose prompt went on, and of prefill-only ones that had all of it cached."""
+    retracted: tuple[Seq, ...]
+    batch_tokens: int
+    schedule_s: float
+    forward_s: float
+    """Forward and sampling."""
+    commit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Load and cache of an engine now."""
+
+    running: int
+    waiting: int
+    """In the queue, or waiting for KV."""
+    held: int
+    queued_tokens: int
+    """Prompt tokens still to be computed here."""
+    free_pages: int
+    """Free or evictable."""
+    total_pages: int
+    cached_pages: int
+    matched_tokens: int
+    """Prompt tokens found in the cache at first admission, since the start."""
+    prompt_tokens: int
+    """Prompt tokens admitted since the start."""
+    retractions: int

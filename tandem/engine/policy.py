@@ -1,0 +1,74 @@
+"""Who goes first, who gives way, and how much memory stays spare: pure functions, apart from all state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tandem.engine.sequence import Seq, SeqState
+
+SPARE_TOKENS = 16
+"""Tokens each generating sequence can go on before an admission may make it run out of pages."""
+
+QueueKey = tuple[int, bool, float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine. At most `max_batch_tokens` sequences run, since each takes a token of the budget."""
+
+    max_batch_tokens: int = 512
+    """Tokens computed in one step; a longer prompt is computed in chunks."""
+    max_running: int = 64
+    """Sequences in one step."""
+    ageing_s: float = 2.0
+    """Seconds after which a waiting sequence goes before all younger ones, whatever they have cached."""
+    prefix_cache: bool = True
+    """Whether KV outlives its sequence."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the setting and the limit."""
+        for name in ("max_batch_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.ageing_s >= 0:
+            raise ValueError(f"ageing_s is {self.ageing_s}; it must be at least 0")
+
+    @property
+    def running_limit(self) -> int:
+        """Sequences that can run at once."""
+        return min(self.max_running, self.max_batch_tokens)
+
+
+def is_aged(seq: Seq, now: float, ageing_s: float) -> bool:
+    """Whether a sequence has waited long enough to go by arrival alone."""
+    return now - seq.arrival >= ageing_s
+
+
+def queue_key(seq: Seq, ready_tokens: int, now: float, ageing_s: float) -> QueueKey:
+    """Sorts the queue: priority, then the aged by arrival, then the longest ready prefix (SGLang's longest-prefix-first).
+
+    ready_tokens: computed or cached. Without ageing, a request with a cold prompt could wait for ever behind warm ones.
+    """
+    aged = is_aged(seq, now, ageing_s)
+    return (-seq.priority, not aged, seq.arrival if aged else -float(ready_tokens), seq.order)
+
+
+def pick_victim(holders: Iterable[Seq], requester: Seq) -> Seq | None:
+    """Whose pages `requester`, a running sequence, takes: the youngest holder's, perhaps its own.
+
+    Only running and waiting sequences give way. A waiting one that is older gives way when nobody else can: it holds pages and
+    makes no progress, and the oldest running sequence must always make some. None: the requester has to pause.
+    """
+    able = [seq for seq in holders if seq.state in (SeqState.RUNNING, SeqState.WAITING) and seq is not requester]
+    youngest = max((seq for seq in able if seq.order > requester.order), key=lambda seq: seq.order, default=None)
+    if youngest is not None:
+        return youngest
+    if any(seq.state is SeqState.RUNNING for seq in able):
+        return requester
+    return max(able, key=lambda seq: seq.order, default=None)
+
+
+def spare_pages(running: Iterable[Seq], page_size: int) -> int:
+    """Pages an admission has to leave, so that those who generate are not retracted at once."""
+    return sum(not seq.prefill_only for seq in running) * -(-SPARE_TOKENS // page_size)

@@ -1,0 +1,227 @@
+"""Continuous batching: which tokens the next step computes, and whose pages make room for them."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tandem.engine.memory import KvMemory, match_limit
+from tandem.engine.policy import EngineConfig, QueueKey, is_aged, pick_victim, queue_key, spare_pages
+from tandem.engine.radix import pack
+from tandem.engine.sequence import Batch, Row, Seq, SeqState
+
+REFRESHES = 8
+"""Queued sequences whose cached prefix is looked up again in one step, once the cache has grown."""
+
+
+@dataclass(slots=True)
+class Queued:
+    """A waiting sequence and what was last known to be cached of it."""
+
+    seq: Seq
+    packed: bytes
+    cached: int
+    version: int
+    """Of the cache, at the time of the lookup."""
+
+    @property
+    def ready(self) -> int:
+        """Tokens that need no computing."""
+        return max(self.seq.computed, self.cached)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a step does. Filled by the scheduler, then only read."""
+
+    budget: int
+    decodes: list[Row] = field(default_factory=list)
+    prefills: list[Row] = field(default_factory=list)
+    retracted: list[Seq] = field(default_factory=list)
+    """Sequences that lost their pages and wait again."""
+    cached: list[Seq] = field(default_factory=list)
+    """Prefill-only sequences that had nothing left to compute."""
+
+    def add(self, seq: Seq) -> None:
+        """Takes as many of a sequence's pending tokens as the budget allows."""
+        count = min(seq.pending, self.budget)
+        if count == 0:
+            return
+        samples = count == seq.pending and not seq.prefill_only
+        rows = self.decodes if count == 1 else self.prefills
+        rows.append(Row(seq, seq.computed, count, samples))
+        self.budget -= count
+
+    @property
+    def batch(self) -> Batch:
+        """The rows, single tokens first."""
+        return Batch((*self.decodes, *self.prefills))
+
+
+class Scheduler:
+    """The queue and the running set. Decoding tokens come first, then chunks of prompts, oldest first, within the budget."""
+
+    def __init__(self, memory: KvMemory, config: EngineConfig) -> None:
+        self.running: list[Seq] = []
+        """By admission number."""
+        self.blocked: Seq | None = None
+        """The aged sequence that could not have its pages in the last step: nobody younger may take them."""
+        self._memory = memory
+        self._config = config
+        self._queue: dict[str, Queued] = {}
+        self._stale: list[Queued] = []
+
+    @property
+    def waiting(self) -> Iterator[Seq]:
+        """Sequences in the queue, in no order."""
+        return (item.seq for item in self._queue.values())
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self._queue)
+
+    def enqueue(self, seq: Seq) -> None:
+        """Lets a sequence wait, with the pages it has."""
+        seq.state = SeqState.WAITING
+        item = Queued(seq, pack(seq.tokens), 0, -1)
+        self._queue[seq.seq_id] = item
+        self._look_up(item)
+
+    def remove(self, seq: Seq) -> None:
+        """Forgets a sequence; its pages are the caller's to close."""
+        if self._queue.pop(seq.seq_id, None) is None and seq.state is SeqState.RUNNING:
+            self.running.remove(seq)
+        if self.blocked is seq:
+            self.blocked = None
+
+    def open_queued(self, seq: Seq) -> None:
+        """Locks the cached prefix of a queued sequence; prefill-only and complete, it leaves the queue as HELD."""
+        item = self._queue[seq.seq_id]
+        if self._memory.open(seq, item.packed, 0) and seq.pending == 0:
+            self.remove(seq)
+            seq.state = SeqState.HELD
+
+    def open_reserved(self, seq: Seq) -> bool:
+        """Pages for all tokens of a sequence that waits for KV, unless that takes them from an older one that waits for pages."""
+        if self.blocked is not None and self.blocked.order < seq.order:
+            return False
+        spare = spare_pages(self.running, self._memory.page_size)
+        return self._memory.open(seq, pack(seq.tokens), len(seq.tokens), spare)
+
+    def queued_tokens(self) -> int:
+        """Tokens still to be computed before everyone here has its first token."""
+        waiting = sum(len(item.seq.tokens) - item.ready for item in self._queue.values())
+        return waiting + sum(seq.pending for seq in self.running)
+
+    def schedule(self, now: float) -> Plan:
+        """The next step's plan. Pages for all of it are allocated; `computed` changes only for those that are admitted."""
+        plan = Plan(self._config.max_batch_tokens)
+        decoding = [seq for seq in self.running if seq.pending == 1]
+        for seq in decoding:
+            if seq.state is SeqState.RUNNING and self._make_room(seq, plan):
+                plan.add(seq)
+        for seq in self.running:
+            if seq.pending > 1:
+                plan.add(seq)
+        self._admit(plan, now)
+        return plan
+
+    def _make_room(self, seq: Seq, plan: Plan) -> bool:
+        """A slot for a running sequence's pending token: from the cache, else from whoever is youngest."""
+        while not self._memory.grow(seq, len(seq.tokens)):
+            victim = pick_victim(self._holders(), seq)
+            if victim is None:
+                return False
+            self.retract(victim, plan)
+            if victim is seq:
+                return False
+        return True
+
+    def _holders(self) -> Iterator[Seq]:
+        yield from self.running
+        yield from (seq for seq in self.waiting if seq.pages)
+
+    def retract(self, victim: Seq, plan: Plan) -> None:
+        """Takes a sequence's pages; it waits with its tokens, and computes again what the cache then lacks. Never a failure."""
+        self.remove(victim)
+        self._memory.close(victim)
+        victim.retractions += 1
+        if len(victim.prompt_logprobs) < victim.prompt_len:
+            victim.prompt_logprobs.clear()
+        self.enqueue(victim)
+        plan.retracted.append(victim)
+
+    def _admit(self, plan: Plan, now: float) -> None:
+        """Lets waiting sequences run, best first, until the budget, the places or the pages are used up.
+
+        The first that cannot have its pages stops all others but those that need none: they only make room by finishing.
+        """
+        self.blocked = None
+        stuck: Queued | None = None
+        for item in self._in_order(plan, now):
+            if plan.budget == 0 or len(self.running) >= self._config.running_limit:
+                return
+            if stuck is not None and not self._covered(item.seq):
+                continue
+            if self._open(item):
+                self._start(item.seq, plan)
+            elif stuck is None:
+                stuck = item
+        if stuck is not None:
+            self.blocked = stuck.seq if is_aged(stuck.seq, now, self._config.ageing_s) else None
+            self._force(stuck, plan)
+
+    def _in_order(self, plan: Plan, now: float) -> list[Queued]:
+        if not self._queue or plan.budget == 0 or len(self.running) >= self._config.running_limit:
+            return []
+        self._refresh()
+
+        def key(item: Queued) -> QueueKey:
+            return queue_key(item.seq, item.ready, now, self._config.ageing_s)
+
+        gone = plan.retracted
+        return sorted((item for item in self._queue.values() if item.seq not in gone), key=key)
+
+    def _covered(self, seq: Seq) -> bool:
+        return len(seq.pages) * self._memory.page_size >= len(seq.tokens)
+
+    def _open(self, item: Queued) -> bool:
+        """Pages for all tokens of a sequence, with its cached prefix."""
+        seq, tokens = item.seq, len(item.seq.tokens)
+        if seq.node is not None:
+            return self._memory.grow(seq, tokens)
+        return self._memory.open(seq, item.packed, tokens, spare_pages(self.running, self._memory.page_size))
+
+    def _start(self, seq: Seq, plan: Plan) -> None:
+        """Moves a sequence that has its pages from the queue into the batch."""
+        self.remove(seq)
+        if seq.pending == 0:
+            seq.state = SeqState.HELD
+            plan.cached.append(seq)
+            return
+        seq.state = SeqState.RUNNING
+        insort(self.running, seq, key=lambda each: each.order)
+        plan.add(seq)
+
+    def _force(self, stuck: Queued, plan: Plan) -> None:
+        """When nothing runs, waiting sequences that hold a part of what they need give way to the first in the queue."""
+        while not self.running:
+            holders = [seq for seq in self.waiting if seq.pages and seq is not stuck.seq]
+            if not holders:
+                return
+            self.retract(max(holders, key=lambda seq: seq.order), plan)
+            if self._open(stuck):
+                return self._start(stuck.seq, plan)
+
+    def _refresh(self) -> None:
+        """Looks up a few queued sequences again: what others computed meanwhile may be theirs, too."""
+        version = self._memory.cache.version
+        if not self._stale:
+            self._stale = [item for item in self._queue.values() if item.version != version]
+        for _ in range(min(REFRESHES, len(self._stale))):
+            self._look_up(self._stale.pop())
+
+    def _look_up(self, item: Queued) -> None:
+        item.version = self._memory.cache.version
+        if item.seq.node is None:
+            item.cached = self._memory.match_len(item.seq.root, item.packed, match_limit(item.seq))
