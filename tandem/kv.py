@@ -103,18 +103,22 @@ class HashRoot:
         return state.digest()
 
 
-def block_hashes(root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = ()) -> list[BlockHash]:
+def block_hashes(
+    root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = (), parent: BlockHash = b""
+) -> list[BlockHash]:
     """Hashes of the full blocks of `tokens`; a trailing partial block has none.
 
     root: `HashRoot.digest()`. contents: per block, the hash of non-text content in it (images); empty means none.
+    parent: hash of the block before `tokens`, for a chain that goes on; empty at its start.
     Keyed BLAKE2b-128 over (parent, token ids as little-endian u32, content).
     """
-    return list(iter_block_hashes(root, tokens, contents))
+    return list(iter_block_hashes(root, tokens, contents, parent))
 
 
-def iter_block_hashes(root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = ()) -> Iterator[BlockHash]:
+def iter_block_hashes(
+    root: bytes, tokens: Sequence[int], contents: Sequence[bytes] = (), parent: BlockHash = b""
+) -> Iterator[BlockHash]:
     """As `block_hashes`, one at a time, for callers that stop early."""
-    parent = b""
     pack = struct.Struct(f"<{BLOCK_TOKENS}I").pack
     for index in range(len(tokens) // BLOCK_TOKENS):
         block = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
