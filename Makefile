@@ -1,0 +1,108 @@
+# Needs Python 3.11 or newer, gcc and make; everything else is installed into .venv on first use.
+#
+#   make demo     a cluster with the shipped model on this machine, on http://127.0.0.1:$(PORT)
+#   make test     the whole test suite
+#   make check    formatting, lint, types, import rules, structure rules
+#   make bench    a short run of every benchmark
+#   make proto    regenerate tandem/wire/v1 from proto/
+#   make clean    remove .venv and everything built
+#
+# Variables: PORT (demo), PY (an interpreter that has everything, instead of .venv), PYTEST_ARGS (test),
+# PIP_ARGS (every installation), TORCH_INDEX (where a CPU build of torch is looked for; empty for none).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+PORT ?= 8000
+VENV := .venv
+PY ?= $(VENV)/bin/python
+PYTEST_ARGS ?=
+PIP_ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OUT ?= .
+BIN = $(abspath $(dir $(PY)))
+
+# With another interpreter nothing is installed.
+own := $(filter $(VENV)/bin/python,$(PY))
+RUN_READY := $(if $(own),$(VENV)/.ready-run)
+DEV_READY := $(if $(own),$(VENV)/.ready-dev)
+
+# Small tests on many threads are slower, and their sums differ in the last bit.
+test bench check: export OMP_NUM_THREADS := 1
+test bench check: export TOKENIZERS_PARALLELISM := false
+test check: export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test check bench proto clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(VENV)/.created:
+	@for candidate in python3.11 python3 python3.12 python3.13 python3.14; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$${python:-}" ]; then \
+	  echo "Tandem needs Python 3.11 or newer, found as python3.11 or python3; python3 here is:" \
+	    "$$(python3 --version 2>&1 || true)" >&2; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$python" --version)"; \
+	rm -rf $(VENV); \
+	"$$python" -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	touch $@
+
+# Quiet but for the large downloads; everything is in the log, and its end is shown when something fails.
+# Without an NVIDIA driver a CPU build of torch is asked for, where its index can be reached.
+define install
+	@echo "Installing $(1) (once; log: $(VENV)/install.log)"; \
+	extra=(); \
+	if [ -n "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null && $(VENV)/bin/python -c \
+	  'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/torch/", timeout=5)' "$(TORCH_INDEX)" 2>/dev/null; \
+	then extra=(--extra-index-url "$(TORCH_INDEX)"); fi; \
+	if ! $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off $(PIP_ARGS) \
+	  "$${extra[@]}" -e "$(1)" 2>&1 | tee -a $(VENV)/install.log \
+	  | { grep --line-buffered -oE '(Downloading|Processing) .*torch-.*|Downloading .*\([0-9]{2,}[.0-9]* [MG]B\)|Building .*' || true; }; \
+	then echo "Installation failed:" >&2; tail -n 15 $(VENV)/install.log >&2; exit 1; fi
+endef
+
+$(VENV)/.ready-run: $(VENV)/.created pyproject.toml
+	$(call install,.[engine$(comma)nixl])
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-run
+	$(call install,.[engine$(comma)nixl$(comma)dev])
+	@touch $@
+
+comma := ,
+
+# exec: signals reach tandem itself, and it ends with everything it started.
+demo: $(RUN_READY)
+	@exec $(BIN)/tandem up demo --prefill 2 --decode 2 --port $(PORT)
+
+test: $(DEV_READY)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(DEV_READY)
+	@status=0; step() { echo "== $$*"; "$$@" || status=1; }; \
+	export PATH="$(BIN):$$PATH"; \
+	step ruff format --check .; \
+	step ruff check .; \
+	step mypy; \
+	step lint-imports; \
+	step python -m pytest -q tests/rules; \
+	exit $$status
+
+bench: $(DEV_READY)
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "No benchmarks yet"; exit 0; }; \
+	echo "Benchmarks: $(BIN)/python -m benchmarks.NAME --help, with NAME one of"; \
+	grep -l __main__ benchmarks/*.py | sed 's,.*/,  ,; s,\.py$$,,'
+
+proto: $(DEV_READY)
+	@PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --grpc_python_out=$(OUT) \
+	  --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $$(find proto -name '*.proto' | sort)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

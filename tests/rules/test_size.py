@@ -1,0 +1,79 @@
+"""Files, functions and packages stay small, and no file is a drawer for anything."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import PurePosixPath
+
+FILE_LINES = 600
+FUNCTION_LINES = 50
+BUDGETS = {"router/": 4000, "kvtransfer/": 2000, "tandem/engine/": 8000}
+DRAWERS = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+
+
+def long_file(path: str, text: str) -> list[str]:
+    lines = len(text.splitlines())
+    return [f"{path}: {lines} lines, at most {FILE_LINES}"] if lines > FILE_LINES else []
+
+
+def long_functions(path: str, text: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > FUNCTION_LINES:
+                found.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}")
+    return found
+
+
+def drawer(path: str) -> list[str]:
+    return [f"{path}: name it for what it holds"] if PurePosixPath(path).name in DRAWERS else []
+
+
+def over_budget(sources: dict[str, str]) -> list[str]:
+    found = []
+    for package, budget in BUDGETS.items():
+        lines = sum(len(text.splitlines()) for path, text in sources.items() if path.startswith(package))
+        if lines > budget:
+            found.append(f"{package}: {lines} lines, at most {budget}")
+    return found
+
+
+def test_files_are_short(sources: dict[str, str]) -> None:
+    assert [line for path, text in sources.items() for line in long_file(path, text)] == []
+
+
+def test_functions_are_short(sources: dict[str, str]) -> None:
+    assert [line for path, text in sources.items() for line in long_functions(path, text)] == []
+
+
+def test_no_file_is_a_drawer(sources: dict[str, str]) -> None:
+    assert [line for path in sources for line in drawer(path)] == []
+
+
+def test_packages_keep_their_budgets(sources: dict[str, str]) -> None:
+    assert over_budget(sources) == []
+
+
+def test_a_long_file_is_caught() -> None:
+    assert long_file("a.py", "x = 1\n" * FILE_LINES) == []
+    assert long_file("a.py", "x = 1\n" * (FILE_LINES + 1)) == ["a.py: 601 lines, at most 600"]
+
+
+def test_a_long_function_is_caught() -> None:
+    body = "    x = 1\n"
+    assert long_functions("a.py", "def f():\n" + body * 49) == []
+    assert long_functions("a.py", "def f():\n" + body * 50) == ["a.py:1: f has 51 lines, at most 50"]
+    method = "class A:\n    async def f(self):\n" + "        x = 1\n" * 50
+    assert long_functions("a.py", method) == ["a.py:2: f has 51 lines, at most 50"]
+
+
+def test_a_drawer_is_caught() -> None:
+    assert drawer("router/utils.py") == ["router/utils.py: name it for what it holds"]
+    assert drawer("router/fleet.py") == []
+
+
+def test_an_overrun_budget_is_caught() -> None:
+    assert over_budget({"kvtransfer/a.py": "x\n" * 1999, "kvtransfer/b.py": "x\n"}) == []
+    sources = {"kvtransfer/a.py": "x\n" * 1999, "kvtransfer/b.py": "x\n" * 2}
+    assert over_budget(sources) == ["kvtransfer/: 2001 lines, at most 2000"]
