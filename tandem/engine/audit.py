@@ -1,4 +1,4 @@
-"""Checks over a whole engine: does every page have exactly one owner, every handle one sequence, every state its place."""
+"""Checks over a whole engine: every page has one owner, every handle one sequence, every state its place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def check_integrity(memory: KvMemory, scheduler: Scheduler, seqs: Iterable[Seq])
     memory.cache.check_integrity()
     for seq in seqs:
         seq.check(memory.page_size)
-        assert (seq.node is None) == (seq.computed == 0 and not seq.pages) or seq.node is not None, seq.seq_id
+        assert seq.node is not None or (seq.computed == 0 and not seq.pages), f"{seq.seq_id} has pages but no handle"
     owned = [page for seq in seqs for page in seq.pages[seq.shared_pages :]]
     cached = {page for _, node in memory.cache.nodes() for page in node.pages}
-    assert len(owned) == len(set(owned)) and not cached & set(owned), "a page has two owners"
+    assert len(owned) == len(set(owned)), "a page has two owners"
+    assert not cached & set(owned), "a page belongs to the cache and to a sequence"
     assert cached | set(owned) == memory.pages.used(), "a page is used and has no owner"
     _check_handles(memory, seqs)
     _check_places(scheduler, seqs)
@@ -35,10 +36,10 @@ def _check_handles(memory: KvMemory, seqs: list[Seq]) -> None:
     assert not handles, "a sequence's handle is not in the tree"
     for seq in seqs:
         path: list[int] = []
-        node = seq.node
-        while isinstance(node, Node):
-            path = node.pages + path
-            node = node.parent
+        step = seq.node
+        while isinstance(step, Node):
+            path = step.pages + path
+            step = step.parent
         assert path == seq.pages[: seq.shared_pages], f"{seq.seq_id} has other pages than its path"
 
 

@@ -1,7 +1,8 @@
 """What a prefix cache tells the cluster: which 64-token blocks became whole, and which no longer are.
 
-Nothing is hashed on the step path. The tree only marks nodes that grew; hashes are computed when the worker drains, and stay on
-their nodes, so that an eviction afterwards needs none. A block that came and went between two drains is never mentioned.
+Nothing is hashed on the step path. The tree only marks nodes that grew; hashes are computed when the worker drains, and
+stay on their nodes, so that an eviction afterwards needs none. A block that came and went between two drains is never
+mentioned.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tandem.kv import BLOCK_TOKENS, BlockHash, block_hashes
 
 
 class BlockJournal:
-    """Turns growth and eviction of nodes into events: one STORED for each whole block, one EVICTED when it loses a page."""
+    """One STORED for each block that became whole, one EVICTED when it loses a page."""
 
     def __init__(self) -> None:
         self._grown: dict[Node, None] = {}
@@ -60,7 +61,7 @@ class BlockJournal:
         return [CacheEvent(EventKind.STORED, tuple(node.hashes), _hash_before(node)) for node in nodes]
 
     def _complete(self, node: Node, names: Mapping[Node, bytes]) -> BlockHash:
-        """Computes the missing hashes of a node whose ancestors have theirs; returns the hash before the first of them."""
+        """Computes a node's missing hashes (its ancestors have theirs); returns the hash before the first of them."""
         parent = node.hashes[-1] if node.hashes else _hash_before(node)
         start = (node.depth // BLOCK_TOKENS + len(node.hashes)) * BLOCK_TOKENS
         run, top = node.key[max(start - node.depth, 0) * TOKEN_BYTES :], node

@@ -1,4 +1,4 @@
-"""The inference engine of a worker: continuous batching over paged KV with a prefix cache, and the two ends of a KV hand-over.
+"""The inference engine of a worker: continuous batching over paged KV, a prefix cache, and both ends of a KV hand-over.
 
 One thread owns an engine and everything in it.
 """
@@ -24,7 +24,7 @@ from tandem.types import FinishReason
 
 
 class Engine:
-    """Sequences in, tokens out. A sequence is known from `add` (or `reserve`) until it finishes, is released or cancelled."""
+    """Sequences in, tokens out. Knows a sequence from `add` or `reserve` until it finishes, is released or cancelled."""
 
     def __init__(
         self, runner: RunnerLike, pool: PoolLike, config: EngineConfig, clock: Callable[[], float] = time.monotonic
@@ -48,8 +48,8 @@ class Engine:
     def add(self, seq: Seq) -> None:
         """Takes a sequence: into the queue, or, in state WAITING_KV, aside until `reserve` and `landed`.
 
-        Sets `order`, and `arrival` where it is 0. Raises ContextTooLong when the pages could never hold it, ValueError when it is
-        empty or its id is taken.
+        Sets `order`, and `arrival` where it is 0. Raises ContextTooLong when the pages could never hold it, ValueError
+        when it is empty or its id is taken.
         """
         if seq.seq_id in self.seqs:
             raise ValueError(f"seq_id {seq.seq_id} is taken")
@@ -66,7 +66,7 @@ class Engine:
             self.scheduler.enqueue(seq)
 
     def cancel(self, seq_id: str) -> None:
-        """Ends a sequence in any state and frees what it held; computed pages stay in the cache. Unknown ids are fine."""
+        """Ends a sequence in any state and frees what it held; whole pages stay in the cache. Unknown ids are fine."""
         seq = self.seqs.get(seq_id)
         if seq is not None:
             self._end(seq, FinishReason.CANCELLED)
@@ -82,7 +82,10 @@ class Engine:
         return len(self.scheduler) > 0
 
     def step(self) -> StepOutput:
-        """Schedule, forward, sample, commit. If the runner raises, no sequence has advanced; they can be cancelled or stepped again."""
+        """Schedule, forward, sample, commit.
+
+        If the runner raises, no sequence has advanced: they can be stepped again, or cancelled.
+        """
         started = self._clock()
         plan = self.scheduler.schedule(started)
         batch = plan.batch
@@ -127,10 +130,11 @@ class Engine:
         return self.memory.match_len(root, tokens, len(tokens))
 
     def reserve(self, seq: Seq) -> int | None:
-        """Pages for all of a WAITING_KV sequence's tokens, of which the cached prefix is locked; returns its length in tokens.
+        """Pages for all tokens of a WAITING_KV sequence. Locks its cached prefix, whose length in tokens it returns.
 
-        Adds the sequence if need be. None when pages cannot be had now (the cache is evicted for it, but nobody is retracted), or
-        when an older sequence waits for them: ask again after a step, give up with `landed(seq, 0)`, or cancel.
+        Adds the sequence if need be. None when pages cannot be had now (the cache is evicted for it, but nobody is
+        retracted), or when an older sequence waits for them: ask again after a step, give up with `landed(seq, 0)`, or
+        cancel.
         """
         if seq.seq_id not in self.seqs:
             seq.state = SeqState.WAITING_KV
@@ -142,7 +146,7 @@ class Engine:
         return seq.computed
 
     def import_span(self, seq: Seq, span: Span, data: Any) -> None:
-        """Writes received KV into a reserved sequence's own pages. Raises ValueError on a span that is cached or beyond them.
+        """Writes received KV into a reserved sequence's own pages. Raises ValueError on a span not wholly in these.
 
         data: canonical bytes of the span, a buffer of uint8.
         """
@@ -155,7 +159,7 @@ class Engine:
     def landed(self, seq: Seq, computed: int) -> None:
         """Ends a hand-over: KV of the first `computed` tokens is in place, the rest is computed here.
 
-        computed: prompt_len - 1 on success, less on a fallback (0 when nothing came; what was cached at `reserve` counts anyway).
+        computed: prompt_len - 1 on success, less on a fallback; what was cached at `reserve` counts anyway.
         """
         if seq.state is not SeqState.WAITING_KV:
             raise ValueError(f"sequence {seq.seq_id} waits for no KV: {seq.state.name}")
@@ -178,7 +182,7 @@ class Engine:
         return seq.computed
 
     def export_span(self, seq: Seq, span: Span, out: Any) -> None:
-        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order. Raises ValueError beyond `computed`."""
+        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order. Raises ValueError beyond."""
         if span.start < 0 or span.end > seq.computed or span.count < 1:
             raise ValueError(f"span [{span.start}, {span.end}) of {seq.seq_id} must lie in [0, {seq.computed})")
         self._pool.gather(seq.pages, span, out)

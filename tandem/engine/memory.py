@@ -1,4 +1,4 @@
-"""KV memory as sequences see it: pages that are theirs, pages they share with the prefix cache, and the way from one to the other."""
+"""KV memory as sequences see it: pages of their own, pages shared with the prefix cache, and the way between them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tandem.engine.sequence import Seq
 
 
 class KvMemory:
-    """Page pool and prefix cache of one worker. Changes a sequence's pages, `computed`, `shared_pages` and `node`, never its state.
+    """Page pool and prefix cache of one worker. Changes what a sequence says of its memory, never its state.
 
-    A sequence is closed (no pages, no handle) or open (a handle in `node`; its first `shared_pages` pages are the cache's).
+    A sequence is closed (no pages, no handle) or open (a handle in `node`; its first `shared_pages` pages are the
+    cache's).
     """
 
     def __init__(self, pool: PoolLike, caching: bool) -> None:
@@ -44,10 +45,10 @@ class KvMemory:
         return self.cache.match(root, packed, limit).tokens
 
     def open(self, seq: Seq, packed: bytes, cover: int, spare: int = 0) -> bool:
-        """Gives a closed sequence its cached prefix and pages for `cover` tokens (0: for the prefix alone); sets `computed`.
+        """Gives a closed sequence its cached prefix and pages for `cover` tokens (0: for the prefix alone).
 
-        Returns False, with the sequence still closed, when that would leave fewer than `spare` pages available. A partly matching
-        page is copied where the copy does not cost the sequence its place.
+        Returns False, with the sequence still closed, when that would leave fewer than `spare` pages available. A
+        partly matching page is copied where the copy does not cost the sequence its place. Sets `computed`.
         """
         match = self.cache.match(seq.root, packed, match_limit(seq))
         node = self.cache.acquire(match)
@@ -111,7 +112,10 @@ class KvMemory:
 
 
 def match_limit(seq: Seq) -> int:
-    """Tokens a sequence may take from the cache: all but the one it samples from; none while prompt log-probabilities are due."""
+    """Tokens a sequence may take from the cache: all but the one it samples from.
+
+    None while prompt log-probabilities are due: each needs its position computed.
+    """
     if seq.prefill_only:
         return len(seq.tokens)
     if seq.sampling.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.prompt_len:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.engine.sequence import Seq
-from tandem.types import FinishReason, TokenLogprob, TokenIds
+from tandem.types import FinishReason, TokenIds, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One step. With `batch_tokens == 0` nothing could be computed: the next step makes sense after the next command."""
+    """One step. What changed, and how long each part took."""
 
     outputs: tuple[SeqOutput, ...]
     progress: tuple[Progress, ...]
@@ -44,6 +44,11 @@ class StepOutput:
     forward_s: float
     """Forward and sampling."""
     commit_s: float
+
+    @property
+    def advanced(self) -> bool:
+        """Whether the next step can do something without a command in between."""
+        return bool(self.batch_tokens or self.progress or self.retracted)
 
 
 @dataclass(frozen=True, slots=True)

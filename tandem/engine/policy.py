@@ -46,7 +46,7 @@ def is_aged(seq: Seq, now: float, ageing_s: float) -> bool:
 
 
 def queue_key(seq: Seq, ready_tokens: int, now: float, ageing_s: float) -> QueueKey:
-    """Sorts the queue: priority, then the aged by arrival, then the longest ready prefix (SGLang's longest-prefix-first).
+    """Sorts the queue: priority, then the aged by arrival, then the longest ready prefix (as in SGLang).
 
     ready_tokens: computed or cached. Without ageing, a request with a cold prompt could wait for ever behind warm ones.
     """
@@ -57,8 +57,8 @@ def queue_key(seq: Seq, ready_tokens: int, now: float, ageing_s: float) -> Queue
 def pick_victim(holders: Iterable[Seq], requester: Seq) -> Seq | None:
     """Whose pages `requester`, a running sequence, takes: the youngest holder's, perhaps its own.
 
-    Only running and waiting sequences give way. A waiting one that is older gives way when nobody else can: it holds pages and
-    makes no progress, and the oldest running sequence must always make some. None: the requester has to pause.
+    Only running and waiting sequences give way. A waiting one that is older gives way when nobody else can: it holds
+    pages and makes no progress, and the oldest running sequence must always make some. None: the requester must pause.
     """
     able = [seq for seq in holders if seq.state in (SeqState.RUNNING, SeqState.WAITING) and seq is not requester]
     youngest = max((seq for seq in able if seq.order > requester.order), key=lambda seq: seq.order, default=None)

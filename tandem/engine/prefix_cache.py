@@ -1,8 +1,8 @@
 """A worker's own prefix cache: RadixAttention (Zheng et al. 2023, arXiv:2312.07104) over pages of KV.
 
-One radix tree for each hash root. Edges are path-compressed runs of whole pages; matching goes on to the single token, and a
-partly matching page is named so that its first tokens can be copied. Handles keep a path from being evicted; the rest is
-reclaimed a page at a time from the ends of the least recently used leaves.
+One radix tree for each hash root. Edges are path-compressed runs of whole pages; matching goes on to the single token,
+and a partly matching page is named so that its first tokens can be copied. Handles keep a path from being evicted; the
+rest is reclaimed a page at a time from the ends of the least recently used leaves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Match:
 
 
 class PrefixCache:
-    """The tree and the pages in it. Pages that are inserted belong to it; evicted and duplicate ones go back to `pool`."""
+    """The trees and the pages in them. Inserted pages belong to it; evicted and duplicate ones go back to `pool`."""
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.num_pages = 0
@@ -119,9 +119,9 @@ class PrefixCache:
         self._offer(node)
 
     def extend(self, handle: Node, packed: bytes, pages: Sequence[int]) -> tuple[Node, list[int]]:
-        """Inserts whole pages after a handle's path. Returns the handle that replaces it, and the pages that now hold the run.
+        """Inserts whole pages after a handle's path. Returns the handle in its place, and the pages that hold the run.
 
-        packed: their tokens. Where the tree has the same tokens already, its pages are returned and the given ones freed.
+        packed: their tokens. Where the tree has them already, its own pages are returned and the given ones freed.
         """
         self._tick += 1
         node, at, owned = handle, 0, list[int]()
@@ -155,9 +155,9 @@ class PrefixCache:
         return node
 
     def _split(self, node: Node, count: int) -> Node:
-        """Cuts a node after `count` pages; returns the new upper part. Handles on `node` keep meaning the whole path."""
+        """Cuts a node after `count` pages; returns the new upper part. Handles on `node` still mean the whole path."""
         parent = node.parent
-        assert parent is not None and 0 < count < len(node.pages)
+        assert parent is not None, "a root cannot be split"
         cut = count * self._page_bytes
         upper = Node(parent, node.depth, node.key[:cut], node.pages[:count], node.refs, node.last_used)
         parent.attach(upper.key[: self._page_bytes], upper)
@@ -232,7 +232,8 @@ class PrefixCache:
             node.check_children(self._page_bytes)
             assert len(node.key) == len(node.pages) * self._page_bytes
             if node.parent is None:
-                assert not node.key and (node.children or node.refs), "an empty root stays"
+                assert not node.key
+                assert node.children or node.refs, "an empty root stays"
             else:
                 assert node.pages, "an empty node stays"
                 assert node.refs or node.children or node in loose, "a leaf can never be evicted"

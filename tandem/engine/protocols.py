@@ -1,4 +1,4 @@
-"""What the scheduling side of the engine asks of the tensor side. `Runner` and `KvPool` fulfil it, and so do the fakes."""
+"""What the engine's scheduling side asks of its tensor side. `Runner` and `KvPool` fulfil it, and so do the fakes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Nodes of the prefix cache's radix tree, and comparisons of token runs.
 
-Token runs are packed as 4 bytes a token, so that comparing, slicing and hashing them runs in C at memory speed; a lookup of a
-prompt of thousands of tokens costs microseconds.
+Token runs are packed as 4 bytes a token, so that comparing, slicing and hashing them runs in C at memory speed: looking
+up a prompt of thousands of tokens costs microseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def pack(tokens: Sequence[int]) -> bytes:
 
 def unpack(packed: bytes) -> list[int]:
     """The inverse of `pack`."""
-    return memoryview(packed).cast(_CODE).tolist()
+    tokens = array(_CODE)
+    tokens.frombytes(packed)
+    return tokens.tolist()
 
 
 def common_bytes(left: bytes, right: bytes) -> int:
@@ -102,7 +104,7 @@ class Node:
         return best, most
 
     def walk(self) -> Iterator[Node]:
-        """This node and all below it, parents first."""
+        """The node and all below it, parents first."""
         stack = [self]
         while stack:
             node = stack.pop()
@@ -113,5 +115,6 @@ class Node:
         """Raises AssertionError when children and their index disagree."""
         assert self._firsts == sorted(self.children)
         for first, child in self.children.items():
-            assert child.parent is self and child.depth == self.end and child.key[:page_bytes] == first
+            assert child.parent is self
+            assert (child.depth, child.key[:page_bytes]) == (self.end, first)
         assert self.refs >= sum(child.refs for child in self.children.values())

@@ -60,7 +60,7 @@ class Plan:
 
 
 class Scheduler:
-    """The queue and the running set. Decoding tokens come first, then chunks of prompts, oldest first, within the budget."""
+    """The queue and the running set. Decoding tokens come first, then chunks of prompts, oldest first."""
 
     def __init__(self, memory: KvMemory, config: EngineConfig) -> None:
         self.running: list[Seq] = []
@@ -102,7 +102,7 @@ class Scheduler:
             seq.state = SeqState.HELD
 
     def open_reserved(self, seq: Seq) -> bool:
-        """Pages for all tokens of a sequence that waits for KV, unless that takes them from an older one that waits for pages."""
+        """Pages for all tokens of a sequence that waits for KV, unless an older one waits for pages."""
         if self.blocked is not None and self.blocked.order < seq.order:
             return False
         spare = spare_pages(self.running, self._memory.page_size)
@@ -114,7 +114,7 @@ class Scheduler:
         return waiting + sum(seq.pending for seq in self.running)
 
     def schedule(self, now: float) -> Plan:
-        """The next step's plan. Pages for all of it are allocated; `computed` changes only for those that are admitted."""
+        """The next step's plan. Its pages are allocated; `computed` changes only for those that are admitted."""
         plan = Plan(self._config.max_batch_tokens)
         decoding = [seq for seq in self.running if seq.pending == 1]
         for seq in decoding:
@@ -142,7 +142,7 @@ class Scheduler:
         yield from (seq for seq in self.waiting if seq.pages)
 
     def retract(self, victim: Seq, plan: Plan) -> None:
-        """Takes a sequence's pages; it waits with its tokens, and computes again what the cache then lacks. Never a failure."""
+        """Takes a sequence's pages; it waits with its tokens, and later computes what the cache then lacks."""
         self.remove(victim)
         self._memory.close(victim)
         victim.retractions += 1
@@ -154,7 +154,7 @@ class Scheduler:
     def _admit(self, plan: Plan, now: float) -> None:
         """Lets waiting sequences run, best first, until the budget, the places or the pages are used up.
 
-        The first that cannot have its pages stops all others but those that need none: they only make room by finishing.
+        The first that cannot have its pages stops all others but those that need none, who make room by finishing.
         """
         self.blocked = None
         stuck: Queued | None = None
@@ -204,14 +204,15 @@ class Scheduler:
         plan.add(seq)
 
     def _force(self, stuck: Queued, plan: Plan) -> None:
-        """When nothing runs, waiting sequences that hold a part of what they need give way to the first in the queue."""
+        """When nothing runs, waiting sequences that hold a part of what they need give way to the queue's first."""
         while not self.running:
             holders = [seq for seq in self.waiting if seq.pages and seq is not stuck.seq]
             if not holders:
                 return
             self.retract(max(holders, key=lambda seq: seq.order), plan)
             if self._open(stuck):
-                return self._start(stuck.seq, plan)
+                self._start(stuck.seq, plan)
+                return
 
     def _refresh(self) -> None:
         """Looks up a few queued sequences again: what others computed meanwhile may be theirs, too."""

@@ -1,7 +1,8 @@
 """A model and its KV memory in a few lines: every next token depends on all KV that is read through the page table.
 
-A slot stores the token, its position and a chain over all tokens before, taken from the slot before. So a wrong page, a missing
-copy or a stale slot changes the output, and equalities such as "cached == computed" are tested token for token, without torch.
+A slot stores the token, its position and a chain over all tokens before, taken from the slot before. So a wrong page, a
+missing copy or a stale slot changes the output, and equalities such as "cached == computed" are tested token for token,
+without torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class FakePool:
     def slots_of(self, pages: Sequence[int], start: int, end: int) -> NDArray[np.int64]:
         """Slot numbers of tokens [start, end) of the sequence that owns `pages`."""
         positions = np.arange(start, end)
-        return np.asarray(pages, dtype=np.int64)[positions // self.page_size] * self.page_size + positions % self.page_size
+        numbers: NDArray[np.int64] = np.asarray(pages, dtype=np.int64)
+        return numbers[positions // self.page_size] * self.page_size + positions % self.page_size
 
     def gather(self, pages: Sequence[int], span: Span, out: Any) -> None:
         """Copies the KV of a span into `out`."""
@@ -99,7 +101,9 @@ def _next(slots: NDArray[np.int64]) -> int:
     return int((mixed * weights % _PRIME).sum() % _PRIME % VOCAB)
 
 
-def naive_continuation(prompt: Sequence[int], sampling: SamplingParams, eos_ids: frozenset[int] = frozenset()) -> list[int]:
+def naive_continuation(
+    prompt: Sequence[int], sampling: SamplingParams, eos_ids: frozenset[int] = frozenset()
+) -> list[int]:
     """The output tokens without any cache, paging or batching: all KV is made anew for each token."""
     tokens = list(prompt)
     while True:
