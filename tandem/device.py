@@ -33,7 +33,7 @@ def set_compute_threads(threads: int) -> int:
     """Sets the threads that one torch operation may use (0 keeps torch's own choice, all cores) and returns them.
 
     Operations run one after another on the engine thread, so that inter-op threads would only compete with it: there
-    is one. Torch fixes that number at its first parallel operation; a later call cannot change it and says so in the log.
+    is one. Torch fixes that number at its first parallel operation; a later call cannot change it and logs that.
     """
     if threads < 0:
         raise ConfigError(f"threads is {threads}; it must be at least 0", "threads")

@@ -93,7 +93,8 @@ class KvPool:
 
     def _slots(self, pages: Sequence[int], span: Span) -> torch.Tensor:
         if span.start < 0 or span.count < 0 or span.end > len(pages) * self.page_size:
-            raise ValueError(f"tokens {span.start}..{span.end} are not covered by {len(pages)} pages of {self.page_size}")
+            covered = len(pages) * self.page_size
+            raise ValueError(f"tokens {span.start}..{span.end} are not within the {covered} that the pages hold")
         positions = np.arange(span.start, span.end)
         numbers = np.asarray(pages, dtype=np.int64)
         slots = numbers[positions // self.page_size] * self.page_size + positions % self.page_size

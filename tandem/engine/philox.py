@@ -1,5 +1,6 @@
-"""Philox4x32-10, the counter-based random number generator of Salmon et al. 2011 ("Parallel random numbers: as easy as
-1, 2, 3", SC'11), over arrays.
+"""The counter-based random number generator Philox4x32-10, over arrays.
+
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 
 A number depends on its key and counter alone: no state, no order. A request that is retracted, migrated or speculated
 draws what it would have drawn, whatever batch it is in.
@@ -20,7 +21,10 @@ _SHIFT = np.uint64(32)
 ROUNDS = 10
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
+Block = tuple[Words, Words, Words, Words]
+
+
+def philox4x32(counter: Block, key: tuple[Words, Words]) -> Block:
     """Four random words for each (counter, key); all arrays have one shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -21,7 +21,12 @@ class Runner:
     """Runs batches. Used by the engine thread only; reads sequences and never changes them."""
 
     def __init__(
-        self, model: CausalLM, pool: KvPool, vocab_size: int, device: torch.device, attention: AttentionBackend | None = None
+        self,
+        model: CausalLM,
+        pool: KvPool,
+        vocab_size: int,
+        device: torch.device,
+        attention: AttentionBackend | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -31,7 +36,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
-        """Computes every position of every row, writes its KV, and samples the rows that ask for it; one result per row."""
+        """Computes every position of every row, writes its KV, samples where asked; one result per row."""
         hidden = self._forward(batch)
         ends = np.cumsum([row.count for row in batch.rows])
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
@@ -55,8 +60,8 @@ class Runner:
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
         tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.count]]
-        needed = -(-(starts + counts) // page)
-        pages = [np.array(row.seq.pages[:size], dtype=np.int64) for row, size in zip(rows, needed.tolist(), strict=True)]
+        needed = (-(-(starts + counts) // page)).tolist()
+        pages = [np.array(row.seq.pages[:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
         before = np.cumsum(counts) - counts
         positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
         plan = self.attention.plan(AttentionBatch(starts, counts, pages))

@@ -1,8 +1,8 @@
 """From logits to tokens, for a whole batch at once.
 
-Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens`; then, unless greedy, temperature, top-k,
-top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the cumulative distribution, whose
-order is that of the token ids. Log-probabilities are those of the model's own distribution, before all of this.
+Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens`; then, unless greedy, temperature,
+top-k, top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the cumulative distribution,
+whose order is that of the token ids. Log-probabilities are those of the model's own distribution, before all of this.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Filters:
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Raises BadRequest when a token id in `params` is outside the vocabulary; the ranges are checked by `params` itself."""
-    for name, tokens in (("logit_bias", [token for token, _ in params.logit_bias]), ("stop_token_ids", params.stop_token_ids)):
+    """Raises BadRequest when a token id in `params` is outside the vocabulary (`params` checks its own ranges)."""
+    biased = tuple(token for token, _ in params.logit_bias)
+    for name, tokens in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
         for token in tokens:
             if not 0 <= token < vocab_size:
                 raise BadRequest(f"{name} names token {token}; the vocabulary has ids 0 to {vocab_size - 1}", name)
@@ -91,13 +92,15 @@ def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.T
 
 
 def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
-    """Least logit that each row keeps, or None when all rows keep all. Tokens equal to the last one kept are kept too."""
+    """Least logit each row keeps, or None when all keep everything. Tokens equal to the last one kept are kept too."""
     vocab = scaled.shape[1]
-    by_k, by_p = filters.top_k < vocab, filters.top_p < 1.0
+    by_k = filters.top_k < vocab
+    by_p_alone = (filters.top_p < 1.0) & ~by_k
+    sizes = torch.where(by_k, filters.top_k, by_p_alone * TOP_CANDIDATES)
+    candidates = min(vocab, int(sizes.max()))
     floor = None
-    if bool((by_k | by_p).any()):
-        most = int(filters.top_k[by_k].max()) if not bool((by_p & ~by_k).any()) else TOP_CANDIDATES
-        best = scaled.topk(min(vocab, max(most, int(filters.top_k[by_k].max()) if bool(by_k.any()) else 1)), dim=-1).values
+    if candidates:
+        best = scaled.topk(candidates, dim=-1).values
         floor, settled = _floor_of_best(best, scaled, filters)
         if not bool(settled.all()):
             rest = ~settled
@@ -110,7 +113,7 @@ def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
 
 
 def _floor_of_best(best: torch.Tensor, scaled: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
-    """The floor by top-k and top-p from each row's likeliest logits `[rows, n]`, and whether n were enough for the row."""
+    """The floor by top-k and top-p from each row's likeliest logits `[rows, n]`, and whether n were enough for it."""
     size, vocab = best.shape[1], scaled.shape[1]
     by_k = filters.top_k < vocab
     behind = torch.arange(size, device=best.device) >= filters.top_k[:, None]
@@ -152,7 +155,7 @@ def _adjusts(seq: Seq) -> bool:
 
 
 def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
-    """Repetition (CTRL: Keskar et al. 2019, arXiv:1909.05858), then OpenAI's frequency and presence penalties, in place."""
+    """Repetition (CTRL: Keskar et al. 2019, arXiv:1909.05858), then OpenAI's frequency and presence; in place."""
     for row, seq in enumerate(seqs):
         params = seq.sampling
         if not _penalised(params):

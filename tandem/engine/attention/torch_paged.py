@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.engine.attention.base import AttentionBatch, IntArray
 from tandem.engine.kv_pool import KvPool
@@ -56,7 +56,8 @@ class TorchPagedAttention:
         positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - batch.starts, batch.counts)
         table = _page_table(batch)
         slots = table[row, positions // page] * page + positions % page
-        buckets = [self._bucket(batch, table, offsets, rows) for rows in split_rows(batch.counts, batch.starts + batch.counts)]
+        groups = split_rows(batch.counts, batch.starts + batch.counts)
+        buckets = [self._bucket(batch, table, offsets, rows) for rows in groups]
         return TorchPagedPlan(self.pool, torch.from_numpy(slots).to(self.pool.device), buckets)
 
     def _bucket(self, batch: AttentionBatch, table: IntArray, offsets: IntArray, rows: IntArray) -> _Bucket:
@@ -156,8 +157,10 @@ def _page_table(batch: AttentionBatch) -> IntArray:
     return table
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, scale: float) -> torch.Tensor:
-    """query `[rows * count, heads, dim]` against gathered context; returns the same shape."""
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, scale: float
+) -> torch.Tensor:
+    """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
     kv_heads, dim = keys.shape[1:]
     heads = query.shape[1]
     shape = (bucket.rows, kv_heads, bucket.length, dim)
@@ -166,7 +169,7 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucke
     if bucket.count == 1:
         return _attend_one(query, key, value, bucket.mask, scale)
     q = query.view(bucket.rows, bucket.count, heads, dim).transpose(1, 2)
-    out = F.scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         q, key, value, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=heads != kv_heads
     )
     return out.transpose(1, 2).reshape(query.shape)

@@ -1,4 +1,4 @@
-"""A checkpoint's `config.json`, read and checked once. Both the spelling of transformers 5 and the older one are read."""
+"""A checkpoint's `config.json`, read and checked once. Transformers 5 and older spell it differently."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelConfig:
 
     @property
     def max_context(self) -> int:
-        """Tokens that the model was made for. As in transformers, `max_position_embeddings` already includes scaling."""
+        """Tokens that the model was made for; as in transformers, `max_position_embeddings` includes scaling."""
         return self.max_positions
 
     @property

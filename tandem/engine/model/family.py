@@ -20,7 +20,7 @@ class CausalLM(Protocol):
     layout: KvLayout
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """tokens, positions: `[tokens]`, int64. Returns `[tokens, hidden]` before the last norm; KV goes to the pool."""
+        """`[tokens]`, `[tokens]` (int64) -> `[tokens, hidden]` before the last norm; KV goes to the pool."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden] -> [rows, vocabulary]`, float32, for the rows that need them."""

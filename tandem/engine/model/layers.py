@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 Tensors = dict[str, torch.Tensor]
 """Checkpoint name -> the memory that the loader copies this tensor into."""
@@ -29,7 +29,7 @@ class LinearMethod(Protocol):
     """How one linear layer keeps and applies its weights: the seam for quantisation."""
 
     def create(self, inputs: int, outputs: int, bias: bool, place: Place) -> Mapping[str, torch.Tensor]:
-        """The layer's tensors by suffix ("weight", "bias"), first dimension `outputs` so that merged parts are slices."""
+        """Tensors by suffix ("weight", "bias"); the first dimension is `outputs`, so that merged parts are slices."""
 
     def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """`[tokens, inputs] -> [tokens, outputs]`"""
@@ -45,7 +45,7 @@ class Unquantised:
 
     def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """See `LinearMethod`."""
-        return F.linear(x, tensors["weight"], tensors.get("bias"))
+        return functional.linear(x, tensors["weight"], tensors.get("bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension; float32 inside."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Embedding:
@@ -98,4 +98,4 @@ class Embedding:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[tokens] -> [tokens, hidden]`"""
-        return F.embedding(tokens, self.weight)
+        return functional.embedding(tokens, self.weight)

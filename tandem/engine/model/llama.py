@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from tandem.engine.attention.base import AttentionPlan
 from tandem.engine.model.config import Fields, ModelConfig, parse_decoder
@@ -47,13 +47,14 @@ class GatedMlp:
 
     def __init__(self, config: ModelConfig, place: Place, method: LinearMethod) -> None:
         inner, hidden = config.intermediate_size, config.hidden_size
-        self.gate_up = Linear((Part("gate_proj", inner), Part("up_proj", inner)), hidden, config.mlp_bias, place, method)
+        parts = (Part("gate_proj", inner), Part("up_proj", inner))
+        self.gate_up = Linear(parts, hidden, config.mlp_bias, place, method)
         self.down = Linear((Part("down_proj", hidden),), inner, config.mlp_bias, place, method)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`"""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(functional.silu(gate) * up)
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""
@@ -111,7 +112,7 @@ class Llama:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.logits`."""
-        return F.linear(self.norm(hidden), self.head.weight).float()
+        return functional.linear(self.norm(hidden), self.head.weight).float()
 
     def tensors(self) -> Tensors:
         """See `CausalLM.tensors`."""

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,11 +57,10 @@ class LoadedModel:
         return self.module.layout
 
     def info(self, name: str, max_context_override: int = 0) -> ModelInfo:
-        """For registration; an override of 0 takes the model's context. Raises ConfigError when it exceeds the limit."""
-        if max_context_override > self.config.context_limit:
-            raise ConfigError(
-                f"max_context is {max_context_override}; the model serves at most {self.config.context_limit}", "max_context"
-            )
+        """For registration; an override of 0 takes the model's context. Raises ConfigError over the limit."""
+        limit = self.config.context_limit
+        if max_context_override > limit:
+            raise ConfigError(f"max_context is {max_context_override}; the model serves at most {limit}", "max_context")
         return ModelInfo(
             name=name,
             path=self.path,
@@ -162,15 +162,15 @@ def check_tensors(targets: Tensors, stored: Mapping[str, StoredTensor], config: 
     for name, target in targets.items():
         if name not in stored:
             raise CheckpointError(f"tensor {name} is missing; expected shape {list(target.shape)}")
-        if stored[name].shape != tuple(target.shape):
-            raise CheckpointError(
-                f"tensor {name} has shape {list(stored[name].shape)}; expected {list(target.shape)} ({stored[name].file})"
-            )
+        shape, expected = list(stored[name].shape), list(target.shape)
+        if shape != expected:
+            raise CheckpointError(f"tensor {name} has shape {shape}; expected {expected} ({stored[name].file})")
         if stored[name].dtype not in ("F32", "BF16", "F16"):
             raise CheckpointError(f"tensor {name} has dtype {stored[name].dtype}; expected F32, BF16 or F16")
-    for name in stored.keys() - targets.keys():
+    for name in sorted(stored.keys() - targets.keys()):
         if not name.endswith(DERIVED_SUFFIXES) and not (name == "lm_head.weight" and config.tied_embeddings):
-            raise CheckpointError(f"tensor {name} of shape {list(stored[name].shape)} is not part of {config.architecture}")
+            shape = list(stored[name].shape)
+            raise CheckpointError(f"tensor {name} of shape {shape} is unexpected: {config.architecture} has none")
 
 
 def _fill(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
@@ -181,19 +181,19 @@ def _fill(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelCon
         elif name == "lm_head.weight":
             embedding = targets["model.embed_tokens.weight"]
             if not torch.equal(tensor.to(embedding), embedding):
-                raise CheckpointError("tensor lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+                raise CheckpointError("tensor lm_head.weight differs from the embedding; tie_word_embeddings ties them")
 
 
 def _read(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in an order that has each file open once, the head last (it may be compared with the embedding)."""
     order = sorted(stored, key=lambda name: (name == "lm_head.weight", str(stored[name].file), name))
-    file, handle = None, None
+    file: Path | None = None
+    handle: Any = None
     for name in order:
         try:
             if stored[name].file != file:
                 file = stored[name].file
                 handle = safe_open(str(file), framework="pt")
-            assert handle is not None
             yield name, handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name} of {file}: {error}") from error
@@ -202,8 +202,8 @@ def _read(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tenso
 def fingerprint(fields: Fields, stored: Mapping[str, StoredTensor]) -> str:
     """32 hex digits, equal for equal models however they are sharded.
 
-    BLAKE2b over what the configuration says of the computation, and of each tensor in order of name: name, dtype, shape,
-    and `SAMPLE_BYTES` bytes at its start, middle and end (all of a small one).
+    BLAKE2b over what the configuration says of the computation, and of each tensor in order of name: name, dtype,
+    shape, and `SAMPLE_BYTES` bytes at its start, middle and end.
     """
     volatile = ("transformers_version", "_name_or_path", "use_cache", "architectures")
     shape = {name: value for name, value in fields.raw.items() if name not in volatile}

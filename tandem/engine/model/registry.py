@@ -18,4 +18,5 @@ def family_of(fields: Fields) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    raise CheckpointError(f"{fields.where}: architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
+    served = ", ".join(FAMILIES)
+    raise CheckpointError(f"{fields.where}: architecture {names[0]} is not supported; supported are {served}")

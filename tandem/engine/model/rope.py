@@ -10,7 +10,7 @@ from tandem.engine.model.config import RopeConfig
 
 
 class RotaryEmbedding:
-    """Angles for positions, and their application to heads; pairs are (i, i + head_dim / 2) as in the HF checkpoints."""
+    """Angles for positions; the pairs that turn together are (i, i + head_dim / 2), as in HF checkpoints."""
 
     def __init__(self, config: RopeConfig, head_dim: int, max_positions: int, device: torch.device) -> None:
         self.config = config
@@ -28,8 +28,8 @@ class RotaryEmbedding:
     def _frequencies_at(self, positions: torch.Tensor) -> torch.Tensor:
         """`[head_dim / 2]`, or `[tokens, head_dim / 2]` where dynamic NTK has begun to stretch.
 
-        Dynamic NTK makes the base a function of the sequence's length. Here it is that of the length up to the token
-        itself, which is what a step-by-step decode has: a token's key then depends on its prefix alone and may be cached.
+        Dynamic NTK makes the base a function of the sequence's length. Here it is the length up to the token itself,
+        which is what a step-by-step decode has: a token's key then depends on its prefix alone and may be cached.
         """
         if self.config.kind != "dynamic":
             return self.frequencies
@@ -68,7 +68,7 @@ def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(config: RopeConfig, powers: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): NTK by parts between the dimensions of `beta_fast` and `beta_slow` turns."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): stretched between the dimensions of `beta_fast` and `beta_slow`."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(config.original_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
