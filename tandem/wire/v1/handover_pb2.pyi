@@ -63,12 +63,14 @@ class Hello(_message.Message):
     def __init__(self, receiver: _Optional[str] = ..., sender: _Optional[str] = ..., layout_digest: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., slab_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("sender", "transport")
+    __slots__ = ("sender", "transport", "max_span_bytes")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    MAX_SPAN_BYTES_FIELD_NUMBER: _ClassVar[int]
     sender: str
     transport: str
-    def __init__(self, sender: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
+    max_span_bytes: int
+    def __init__(self, sender: _Optional[str] = ..., transport: _Optional[str] = ..., max_span_bytes: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s")

@@ -7,6 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class AuditRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AuditReply(_message.Message):
+    __slots__ = ("leaks",)
+    LEAKS_FIELD_NUMBER: _ClassVar[int]
+    leaks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, leaks: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

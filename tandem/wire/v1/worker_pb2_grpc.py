@@ -45,6 +45,11 @@ class WorkerStub:
                 request_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.WatchRequest.SerializeToString,
                 response_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.WorkerUpdate.FromString,
                 _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/tandem.wire.v1.Worker/Audit',
+                request_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.SerializeToString,
+                response_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -64,6 +69,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Audit(self, request, context):
+        """What is held although nothing runs: empty for an idle, sound worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.WatchRequest.FromString,
                     response_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.WorkerUpdate.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.FromString,
+                    response_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class Worker:
             '/tandem.wire.v1.Worker/Watch',
             tandem_dot_wire_dot_v1_dot_worker__pb2.WatchRequest.SerializeToString,
             tandem_dot_wire_dot_v1_dot_worker__pb2.WorkerUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.wire.v1.Worker/Audit',
+            tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.SerializeToString,
+            tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.FromString,
             options,
             channel_credentials,
             insecure,
