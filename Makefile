@@ -101,7 +101,7 @@ bench: $(DEV_READY)
 
 proto: $(DEV_READY)
 	@PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --grpc_python_out=$(OUT) \
-	  --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $$(find proto -name '*.proto' | sort)
+	  --pyi_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $$(find proto -name '*.proto' | sort)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
