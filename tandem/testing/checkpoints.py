@@ -48,7 +48,7 @@ class CheckpointSpec:
     dtype: str = "float32"
     shards: int = 1
     """Files that the tensors are spread over; more than 1 come with an index."""
-    std: float = 0.2
+    std: float = 0.15
     """Standard deviation of matrices and embeddings; norms are 1 plus, biases are 0 plus as much noise."""
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +118,12 @@ def make_tokenizer(vocab: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     pad, bos, end, *turns = SPECIAL_TOKENS
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=end, additional_special_tokens=turns,
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=end,
+        unk_token=pad,  # never produced by bytes, but transformers would add one of its own behind the vocabulary
+        additional_special_tokens=turns,
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
