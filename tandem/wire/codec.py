@@ -1,7 +1,7 @@
 """Dataclass <-> message, one pair of functions a type; total on valid values and round-trip tested.
 
-`*_from_wire` raises ValueError whose text starts with the field at fault; `generate_request_from_wire`, whose messages come from
-routers on behalf of clients, raises BadRequest with the same text and the field as `param`.
+`*_from_wire` raises ValueError whose text starts with the field at fault; `generate_request_from_wire`, whose messages
+come from routers on behalf of clients, raises BadRequest with the same text and the field as `param`.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def usage_from_wire(message: pb.Usage) -> Usage:
 
 
 def delta_to_wire(delta: Delta) -> pb.Delta:
-    """Delta as a message. Runs once a sequence and step, so absent fields are not touched. Logprobs travel as float32."""
+    """Delta as a message, logprobs as float32. Runs once a sequence and step: absent fields are not touched."""
     message = pb.Delta(
         request_id=delta.request_id,
         attempt=delta.attempt,

@@ -33,7 +33,7 @@ def error_of_rpc(failure: grpc.aio.AioRpcError) -> TandemError:
 
     A deadline or a cancelled connection is Unavailable; a code nobody sends on purpose is Internal.
     """
-    sent = {key: value for key, value in failure.trailing_metadata() or ()}
+    sent = dict(failure.trailing_metadata() or ())
     text = failure.details() or failure.code().name
     kind = _BY_NAME.get(str(sent.get(ERROR_KEY, "")))
     if kind is None:

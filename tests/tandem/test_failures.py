@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -14,7 +15,7 @@ from tandem.errors import TandemError
 from tandem.wire.failures import abort_with, error_of_rpc
 from tandem.wire.v1 import decode_pb2, decode_pb2_grpc
 
-Context = grpc.aio.ServicerContext[decode_pb2.CancelRequest, decode_pb2.CancelReply]
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class _Refusing(decode_pb2_grpc.DecodeServicer):
@@ -23,6 +24,15 @@ class _Refusing(decode_pb2_grpc.DecodeServicer):
 
     async def Cancel(self, request: decode_pb2.CancelRequest, context: Context) -> decode_pb2.CancelReply:
         await abort_with(context, self._error)
+
+    async def Submit(self, request: decode_pb2.SubmitRequest, context: Context) -> decode_pb2.SubmitReply:
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        return decode_pb2.SubmitReply()
+
+    async def Stream(
+        self, request: decode_pb2.StreamRequest, context: Context
+    ) -> AsyncIterator[decode_pb2.StepMessage]:
+        yield decode_pb2.StepMessage()
 
 
 async def _call(error: TandemError, method: str = "Cancel") -> TandemError:
