@@ -1,0 +1,178 @@
+"""The interfaces of the hand-over, and the small nouns both ends share.
+
+The receiver's end is a `Landing`, the sender's a `Link`; a `Backend` makes both. Bytes go one way only: a link writes into
+the slab of the landing it was connected to, and nowhere else. `KvSource` is what a sender sends from, `SpanSink` what a
+receiver lands into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.cluster import Incarnation, WorkerInfo
+from tandem.kv import KvLayout, Span
+from tandem.types import TokenIds
+
+Buffer = npt.NDArray[np.uint8]
+"""One-dimensional and contiguous."""
+
+MIB = 1 << 20
+
+WARM_BYTES = MIB
+"""Bytes of the warm-up write (less where the slab or the staging is smaller): large enough to take the bulk path."""
+
+WARM_TICKET = "0" * 32
+"""The ticket id of the warm-up write."""
+
+
+class TransportError(Exception):
+    """A write, or the way to the peer, failed. Nothing is known about other writes on the same link."""
+
+
+class Landing(Protocol):
+    """The receiver's end of one pair: a slab that exactly one peer incarnation can write."""
+
+    @property
+    def memory(self) -> Buffer:
+        """The slab."""
+        ...
+
+    def metadata(self) -> bytes:
+        """What the peer's `Link.connect` needs."""
+        ...
+
+    def allow(self, offset: int, length: int) -> None:
+        """Announces that the peer may write this range once. Transports that can refuse other writes do. Any thread."""
+        ...
+
+    def poll(self) -> list[bytes]:
+        """Manifests of writes that have landed since the last call; never blocks. Raises TransportError."""
+        ...
+
+    def close(self) -> None:
+        """Makes it impossible for the peer ever to write here again. May block; once it returned the memory is safe."""
+        ...
+
+
+class Link(Protocol):
+    """The sender's end of one pair. `post` and `poll` are called on the transfer thread only."""
+
+    def connect(self, metadata: bytes) -> None:
+        """Reaches the landing. May block. Raises TransportError."""
+        ...
+
+    def post(self, view: Buffer, offset: int, manifest: bytes) -> Any:
+        """Starts to write `view` (a part of the staging) at the slab's `offset`; the manifest arrives after the bytes."""
+        ...
+
+    def poll(self, handle: Any) -> bool:
+        """Whether the write is complete at the receiver. Raises TransportError."""
+        ...
+
+    def close(self) -> None:
+        """Gives the link up; afterwards the staging is not read any more. May block."""
+        ...
+
+
+class Backend(Protocol):
+    """A transport. Both makers may block for a second: call them off the event loop."""
+
+    @property
+    def name(self) -> str:
+        """nixl, tcp or inproc."""
+        ...
+
+    def landing(self, me: Incarnation, peer: Incarnation, slab_bytes: int) -> Landing:
+        """A landing for one peer incarnation. Raises TransportError."""
+        ...
+
+    def link(self, me: Incarnation, peer: Incarnation, staging: Buffer) -> Link:
+        """A link, not yet connected, that sends from `staging`. Raises TransportError."""
+        ...
+
+
+class KvSource(Protocol):
+    """Where a sender's KV comes from: an engine. All methods are called on the event loop."""
+
+    async def open(
+        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+    ) -> int:
+        """Accepts a prompt and returns how many of its tokens are cached; these can be exported at once.
+
+        `on_progress(computed)` may be called from any thread whenever tokens `[0, computed)` can be exported. Raises
+        TandemError when the prompt is refused; the text goes to the receiver.
+        """
+        ...
+
+    async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
+        """Gathers the span's KV in the canonical order into `out`; returns when `out` is complete."""
+        ...
+
+    async def close(self, ticket_id: str) -> None:
+        """Ends a ticket. Called exactly once after each `open`, also when that raised or was cancelled."""
+        ...
+
+
+class SpanSink(Protocol):
+    """Where a receiver's spans go: an engine's pages. All methods are called on the event loop."""
+
+    async def reserve(self) -> int | None:
+        """Waits for room for the whole prompt; returns the first token still wanted, or None to give up."""
+        ...
+
+    async def land(self, span: Span, data: Buffer) -> None:
+        """Takes a verified span. Spans come one at a time, not always in order; `data` belongs to the sink."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What both ends compare before any byte moves."""
+
+    incarnation: Incarnation
+    layout: KvLayout
+    fingerprint: str
+
+    @classmethod
+    def of(cls, info: WorkerInfo) -> Identity:
+        """The identity of a worker."""
+        return cls(info.incarnation, info.layout, info.model.fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """How a fetch ended. Tokens `[first wanted, landed_until)` have landed, whatever the error says."""
+
+    landed_until: int
+    sender_cached: int = 0
+    """Prompt tokens the sender had cached when it accepted."""
+    bytes: int = 0
+    seconds: float = 0.0
+    """From the first grant to the end; includes waiting for the sender to compute."""
+    error: str = ""
+    """Empty when everything wanted has landed, or when the sink gave up."""
+
+
+def _ignore(*_: object) -> None:
+    """A hook nobody listens to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Measurements, called on the event loop."""
+
+    moved: Callable[[Incarnation, str, int, float], None] = _ignore
+    """(peer, transport, bytes, seconds) of each span sent (time of the write) and of each fetch (its whole time)."""
+    failed: Callable[[str], None] = _ignore
+    """The kind of a failure."""
+    open_tickets: Callable[[int], None] = _ignore
+    """+1 and -1 as tickets are opened and quiesced."""
+    pending_sends: Callable[[int], None] = _ignore
+    """+1 and -1 as writes are posted and end."""
+    quarantined: Callable[[int], None] = _ignore
+    """+bytes and -bytes of slabs that a peer that was given up may still write."""

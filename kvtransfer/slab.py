@@ -1,0 +1,197 @@
+"""Memory that spans land in and are sent from: byte ranges, the staging, and the cap over all slabs."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtransfer.base import Buffer
+from tandem.errors import Overloaded
+
+ALIGN = 64
+"""Ranges start at multiples of a cache line."""
+
+
+def allocate_memory(size: int) -> Buffer:
+    """Zeroed anonymous memory whose pages have been touched: a first write into untouched pages is many times slower."""
+    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+    memory[:] = 0
+    return memory
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Range:
+    """Bytes `[offset, offset + size)`; `size` is rounded up to `ALIGN`."""
+
+    offset: int
+    size: int
+
+
+class Ranges:
+    """First-fit allocator of byte ranges that joins neighbours when they are released."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size // ALIGN * ALIGN
+        self._free = [Range(0, self.size)] if self.size else []
+        self._used: dict[int, Range] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in ranges that were not released."""
+        return sum(used.size for used in self._used.values())
+
+    def allocate(self, length: int) -> Range | None:
+        """A range of at least `length` bytes, or None while there is no room. Raises ValueError if there never is."""
+        size = -(-length // ALIGN) * ALIGN
+        if not 0 < size <= self.size:
+            raise ValueError(f"a range of {length} bytes does not fit into {self.size}")
+        for index, hole in enumerate(self._free):
+            if hole.size >= size:
+                rest = Range(hole.offset + size, hole.size - size)
+                self._free[index : index + 1] = [rest] if rest.size else []
+                taken = Range(hole.offset, size)
+                self._used[taken.offset] = taken
+                return taken
+        return None
+
+    def release(self, taken: Range) -> None:
+        """Gives a range back. Raises ValueError if it is not in use."""
+        if self._used.get(taken.offset) != taken:
+            raise ValueError(f"range {taken} is not in use")
+        del self._used[taken.offset]
+        index = bisect_left(self._free, taken)
+        before = self._free[index - 1] if index else None
+        after = self._free[index] if index < len(self._free) else None
+        low, high = taken.offset, taken.offset + taken.size
+        if after is not None and after.offset == high:
+            high += after.size
+            del self._free[index]
+        if before is not None and before.offset + before.size == low:
+            low = before.offset
+            del self._free[index - 1]
+        insort(self._free, Range(low, high - low))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless free and used ranges tile the memory and no two free ones touch."""
+        position, last_free = 0, False
+        free = set(self._free)
+        for part in sorted([*self._free, *self._used.values()]):
+            assert part.offset == position and part.size > 0, f"gap or overlap at {position}: {part}"
+            assert not (last_free and part in free), f"free neighbours at {position}"
+            position, last_free = position + part.size, part in free
+        assert position == self.size, f"ranges end at {position} of {self.size}"
+
+
+class Staging:
+    """Memory that spans are gathered into and sent from. Those who wait for room are served in order."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = allocate_memory(size)
+        self._ranges = Ranges(size)
+        self._waiting: deque[tuple[int, asyncio.Future[Range]]] = deque()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the largest range there can be."""
+        return self._ranges.size
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use."""
+        return self._ranges.used_bytes
+
+    async def obtain(self, length: int) -> Range:
+        """Waits for a range. Raises ValueError when it never fits."""
+        if not self._waiting and (taken := self._ranges.allocate(length)) is not None:
+            return taken
+        if length > self.size:
+            raise ValueError(f"a span of {length} bytes does not fit into {self.size} bytes of staging")
+        future: asyncio.Future[Range] = asyncio.get_running_loop().create_future()
+        self._waiting.append((length, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.release(future.result())
+            raise
+
+    def view(self, taken: Range, length: int) -> Buffer:
+        """The first `length` bytes of a range."""
+        return self.memory[taken.offset : taken.offset + length]
+
+    def release(self, taken: Range) -> None:
+        """Gives a range back and serves those who wait."""
+        self._ranges.release(taken)
+        while self._waiting:
+            length, future = self._waiting[0]
+            if not future.done():
+                if (next_taken := self._ranges.allocate(length)) is None:
+                    return
+                future.set_result(next_taken)
+            self._waiting.popleft()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the ranges are inconsistent."""
+        self._ranges.check_integrity()
+
+
+class SlabBudget:
+    """The cap over all landing slabs of a worker.
+
+    A slab whose peer was given up stays charged, as quarantined, until its landing is closed: only then can nobody write
+    it any more.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._charged: dict[int, int] = {}
+        self._quarantined: set[int] = set()
+        self._next = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all slabs, quarantined ones included."""
+        return sum(self._charged.values())
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Bytes of slabs of peers that were given up and whose landing is not closed yet."""
+        return sum(self._charged[key] for key in self._quarantined)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether quarantine alone keeps a slab of the usual size from being made: the worker should drain and exit."""
+        largest = max(self._charged.values(), default=0)
+        return bool(self._quarantined) and self.quarantined_bytes + largest > self.max_bytes
+
+    def take(self, size: int) -> int:
+        """Charges a slab and returns its key. Raises Overloaded over the cap."""
+        if self.used_bytes + size > self.max_bytes:
+            raise Overloaded(
+                f"landing slabs use {self.used_bytes} bytes ({self.quarantined_bytes} quarantined); "
+                f"{size} more exceed slabs_max_mib = {self.max_bytes / (1 << 20):g}"
+            )
+        self._next += 1
+        self._charged[self._next] = size
+        return self._next
+
+    def quarantine(self, key: int) -> None:
+        """The slab's peer was given up. Raises KeyError for an unknown slab."""
+        if key not in self._charged:
+            raise KeyError(key)
+        self._quarantined.add(key)
+
+    def release(self, key: int) -> None:
+        """The slab's landing is closed. Raises KeyError for an unknown slab."""
+        del self._charged[key]
+        self._quarantined.discard(key)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a quarantined slab is not charged or the cap is exceeded."""
+        assert self._quarantined <= self._charged.keys()
+        assert self.used_bytes <= self.max_bytes

@@ -1,0 +1,126 @@
+"""Fakes of the two ends of a hand-over: a source whose KV is a function of the tokens, and a sink that keeps it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.errors import Overloaded
+from tandem.kv import KvLayout, LayerGroup, Plane, Span
+from tandem.types import TokenIds
+
+Buffer = npt.NDArray[np.uint8]
+
+
+def small_layout(layers: int = 2, heads: int = 2, head_dim: int = 8) -> KvLayout:
+    """K and V in bfloat16; 128 bytes a token by default."""
+    planes = (Plane("k", heads, head_dim, "bfloat16"), Plane("v", heads, head_dim, "bfloat16"))
+    return KvLayout(planes, (LayerGroup(tuple(range(layers))),))
+
+
+def span_kv(layout: KvLayout, tokens: TokenIds, span: Span) -> Buffer:
+    """The span's KV in canonical order: bytes that depend on plane, layer, position and token id."""
+    ids = np.array(tokens[span.start : span.end], dtype=np.uint32)
+    positions = np.arange(span.start, span.end, dtype=np.uint32)
+    parts = []
+    for number, plane in enumerate(layout.planes):
+        for layer in range(layout.num_layers):
+            row = ids * 2654435761 + positions * 40503 + np.uint32(number * 7919 + layer * 104729)
+            inner = np.arange(plane.token_bytes, dtype=np.uint32) * 193
+            parts.append((((row[:, None] + inner[None, :]) >> 7) & 255).astype(np.uint8).reshape(-1))
+    return np.concatenate(parts)
+
+
+@dataclass(slots=True)
+class _Prompt:
+    tokens: TokenIds
+    on_progress: Callable[[int], None]
+    cached: int
+
+
+@dataclass
+class FakeSource:
+    """A `KvSource`: `cached` tokens are there at once, `advance` computes more, `gate` holds exports back while clear."""
+
+    layout: KvLayout
+    cached: int = 1 << 40
+    """Tokens of every prompt that are cached."""
+    refuse: str = ""
+    """Refuse every prompt with this text."""
+    tamper: Callable[[Span, Buffer], None] | None = None
+    """Changes an exported span."""
+    prompts: dict[str, _Prompt] = field(default_factory=dict)
+    closed: list[str] = field(default_factory=list)
+    exported: list[tuple[str, Span]] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def open(
+        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+    ) -> int:
+        """Accepts the prompt, or raises Overloaded."""
+        cached = min(self.cached, len(tokens))
+        self.prompts[ticket_id] = _Prompt(tokens, on_progress, cached)
+        if self.refuse:
+            raise Overloaded(self.refuse)
+        return cached
+
+    async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
+        """Writes `span_kv` into `out`."""
+        await self.gate.wait()
+        out[:] = span_kv(self.layout, self.prompts[ticket_id].tokens, span)
+        if self.tamper is not None:
+            self.tamper(span, out)
+        self.exported.append((ticket_id, span))
+
+    async def close(self, ticket_id: str) -> None:
+        """Forgets the prompt."""
+        del self.prompts[ticket_id]
+        self.closed.append(ticket_id)
+
+    def advance(self, ticket_id: str, computed: int) -> None:
+        """Tokens up to `computed` are there now."""
+        self.prompts[ticket_id].on_progress(computed)
+
+
+@dataclass
+class FakeSink:
+    """A `SpanSink` that keeps what lands. `first` None gives up; `room` holds `reserve` back while clear."""
+
+    first: int | None = 0
+    spans: dict[Span, Buffer] = field(default_factory=dict)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    landing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at the first span."""
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Holds `land` back while clear."""
+
+    def __post_init__(self) -> None:
+        self.room.set()
+        self.gate.set()
+
+    async def reserve(self) -> int | None:
+        """Waits for `room`."""
+        await self.room.wait()
+        return self.first
+
+    async def land(self, span: Span, data: Buffer) -> None:
+        """Keeps the span; one that lands twice is a defect."""
+        self.landing.set()
+        await self.gate.wait()
+        if span in self.spans:
+            raise ValueError(f"{span} landed twice")
+        self.spans[span] = data
+
+    def holds(self, layout: KvLayout, tokens: TokenIds, start: int, end: int) -> bool:
+        """Whether exactly `[start, end)` has landed, with the right bytes."""
+        spans = sorted(self.spans, key=lambda span: span.start)
+        covered = [token for span in spans for token in range(span.start, span.end)]
+        right = all(np.array_equal(self.spans[span], span_kv(layout, tokens, span)) for span in spans)
+        return right and covered == list(range(start, end))
