@@ -1,0 +1,151 @@
+"""One HTTP request at work in the cluster: submits it, follows every choice to its end, and cancels what nobody needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from router.backend import Accepted, Dispatcher
+from router.job import Job
+from router.stream import ChoiceStream, Piece
+from tandem.errors import TandemError, WorkerLost
+from router.metrics import RequestTimer
+from tandem.text.detokenizer import CONTEXT_TOKENS
+from tandem.text.prompt import PromptTokenizer
+from tandem.types import FinishReason
+
+CANCEL_GRACE_S = 1.0
+"""Seconds to wait for the usage of a request whose last choice was ended here, by a stop string."""
+
+Give = Callable[[Piece], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TotalUsage:
+    """Token counts over all prompts and choices of one HTTP request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Answer:
+    """The choices of one job. Made by `start`; `run` may be called once."""
+
+    def __init__(self, job: Job, accepted: list[Accepted], text: PromptTokenizer, timer: RequestTimer) -> None:
+        self.job = job
+        self._accepted = accepted
+        self._text = text
+        self._timer = timer
+        self.choices: list[ChoiceStream] = []
+        for request in job.requests:
+            for _ in range(request.choices):
+                index = len(self.choices)
+                eos = job.model.eos_token_ids
+                self.choices.append(ChoiceStream(index, text.tokenizer, job.options, request.prompt[-CONTEXT_TOKENS:], eos))
+
+    @classmethod
+    async def start(cls, job: Job, dispatcher: Dispatcher, text: PromptTokenizer, timer: RequestTimer) -> Answer:
+        """Submits all requests. Raises the first refusal, after cancelling those that were taken."""
+        submits = [asyncio.ensure_future(dispatcher.submit(request)) for request in job.requests]
+        try:
+            accepted = list(await asyncio.gather(*submits))
+        except BaseException:
+            for submit in submits:
+                submit.cancel()
+            results = await asyncio.gather(*submits, return_exceptions=True)
+            for result in results:
+                if not isinstance(result, BaseException):
+                    await result.cancel()
+            raise
+        return cls(job, accepted, text, timer)
+
+    async def run(self, give: Give) -> None:
+        """Gives pieces out until every choice has ended.
+
+        Raises WorkerLost when a choice ended in an error; whatever ends this call early, cancellation included, ends
+        the work in the cluster too.
+        """
+        offset = 0
+        follows = []
+        for accepted, request in zip(self._accepted, self.job.requests, strict=True):
+            mine = self.choices[offset : offset + request.choices]
+            follows.append(self._follow(accepted, mine, give))
+            offset += request.choices
+        if len(follows) == 1:
+            await follows[0]
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for follow in follows:
+                    group.create_task(follow)
+        except* TandemError as errors:
+            raise _first(errors) from None
+
+    def usage(self) -> TotalUsage:
+        """Counts up to now. Cached tokens are what the workers reported, and before that what the plan expects."""
+        cached = 0
+        offset = 0
+        for accepted, request in zip(self._accepted, self.job.requests, strict=True):
+            reported = [c.usage.cached_tokens for c in self.choices[offset : offset + request.choices] if c.usage]
+            cached += max(reported) if reported else min(accepted.plan.expected_cached, len(request.prompt))
+            offset += request.choices
+        prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
+        return TotalUsage(prompt_tokens, sum(len(choice.tokens) for choice in self.choices), cached)
+
+    async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], give: Give) -> None:
+        deltas = accepted.deltas
+        open_choices = len(choices)
+        try:
+            async with asyncio.timeout(None) as grace:
+                async for delta in deltas:
+                    choice = choices[delta.choice]
+                    was_open = choice.finish is None
+                    piece = choice.feed(delta)
+                    if delta.tokens and was_open:
+                        self._timer.tokens(choice.choice, len(delta.tokens))
+                    if piece is None:
+                        continue
+                    if piece.error:
+                        raise WorkerLost(piece.error)
+                    if piece.finish is not None:
+                        open_choices -= 1
+                        if not open_choices and delta.finish is None:
+                            await accepted.cancel()
+                            grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
+                    give(piece)
+        except TimeoutError:
+            if not grace.expired():
+                raise
+        finally:
+            await _close(accepted)
+        if open_choices:
+            raise WorkerLost(f"the stream ended with {open_choices} choices unfinished")
+        self._remember(choices)
+
+    def _remember(self, choices: list[ChoiceStream]) -> None:
+        """Keeps finished answers' own ids, for when they come back as turns of a conversation."""
+        del choices
+
+
+async def _close(accepted: Accepted) -> None:
+    """Ends the work and the iterator, in this order: an abandoned iterator would keep its buffers for ever."""
+    try:
+        await accepted.cancel()
+    finally:
+        aclose = getattr(accepted.deltas, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+
+def _first(errors: BaseExceptionGroup[TandemError]) -> TandemError:
+    found: BaseException = errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, TandemError)
+    return found
+
+
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+"""OpenAI's words for the ends that a client sees as success."""

@@ -1,0 +1,116 @@
+"""The router's Prometheus metrics, in a registry of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
+
+from tandem import obs
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class RouterMetrics:
+    """All metrics of one router; `page()` is what Prometheus scrapes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter, histogram, gauge = self._counter, self._histogram, self._gauge
+        self.requests = counter(obs.REQUESTS_TOTAL, "HTTP requests by end", "endpoint", "outcome")
+        self.failures = counter(obs.FAILURES_TOTAL, "requests that ended in an error, by kind", "kind")
+        self.running = gauge(obs.REQUESTS_RUNNING, "requests that a worker has taken and that have not ended")
+        self.queued = gauge(obs.REQUESTS_QUEUED, "requests received that no worker has taken yet")
+        self.queue = histogram(obs.QUEUE_SECONDS, "receipt to a worker's acceptance", SECONDS)
+        self.first_token = histogram(obs.FIRST_TOKEN_SECONDS, "receipt to first token", SECONDS)
+        self.inter_token = histogram(obs.INTER_TOKEN_SECONDS, "between tokens of a choice", TOKEN_SECONDS)
+        self.duration = histogram(obs.REQUEST_SECONDS, "receipt to end", SECONDS)
+        self.prompt_tokens = counter(obs.PROMPT_TOKENS_TOTAL, "prompt tokens of finished requests")
+        self.cached_tokens = counter(obs.CACHED_TOKENS_TOTAL, "of those, tokens whose KV was not computed again")
+        self.completion_tokens = counter(obs.COMPLETION_TOKENS_TOTAL, "output tokens received")
+        self.spliced_tokens = counter(obs.SPLICED_TOKENS_TOTAL, "chat prompt tokens taken from remembered turns")
+        self.encoded_tokens = counter(obs.ENCODED_TOKENS_TOTAL, "chat prompt tokens that were tokenised")
+
+    def add_collector(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Adds families that `collect` makes at each scrape: what the fleet reports, for instance."""
+        self.registry.register(_Called(collect))
+
+    def page(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def start(self, endpoint: str) -> RequestTimer:
+        """A request has been received."""
+        return RequestTimer(self, endpoint)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, registry=self.registry, buckets=buckets)
+
+
+class RequestTimer:
+    """Times one request; `end` must be called exactly once, whatever happens."""
+
+    def __init__(self, metrics: RouterMetrics, endpoint: str) -> None:
+        self._metrics = metrics
+        self._endpoint = endpoint
+        self._start = time.perf_counter()
+        self._last: dict[int, float] = {}
+        self._accepted = False
+        self._ended = False
+        metrics.queued.inc()
+
+    def accepted(self) -> None:
+        """A worker has taken it."""
+        self._accepted = True
+        self._metrics.queued.dec()
+        self._metrics.running.inc()
+        self._metrics.queue.observe(time.perf_counter() - self._start)
+
+    def tokens(self, choice: int, count: int) -> None:
+        """`count` tokens of a choice came at once; what passed since the last ones is shared among them."""
+        now = time.perf_counter()
+        last = self._last.get(choice)
+        if last is not None:
+            self._metrics.inter_token.observe((now - last) / count)
+        elif not self._last:
+            self._metrics.first_token.observe(now - self._start)
+        self._last[choice] = now
+        self._metrics.completion_tokens.inc(count)
+
+    def prompt(self, tokens: int, cached: int) -> None:
+        """How long the prompts were, and how much of them was cached."""
+        self._metrics.prompt_tokens.inc(tokens)
+        self._metrics.cached_tokens.inc(cached)
+
+    def end(self, outcome: str, failure: str | None = None) -> None:
+        """outcome: ok, refused, failed, cancelled or slow_client. failure: the error's kind, if it was one."""
+        assert not self._ended, "a request ends once"
+        self._ended = True
+        (self._metrics.running if self._accepted else self._metrics.queued).dec()
+        self._metrics.requests.labels(self._endpoint, outcome).inc()
+        self._metrics.duration.observe(time.perf_counter() - self._start)
+        if failure is not None:
+            self._metrics.failures.labels(failure).inc()
+
+
+class _Called(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not call the collector before there is anything to report."""
+        return ()

@@ -1,0 +1,272 @@
+"""OpenAI's answers: whole ones as dictionaries, streamed ones as preformatted SSE chunks.
+
+A streamed chunk is bytes around the one thing that changes, the JSON string of the new text: everything else of it is
+formatted once for each choice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Protocol
+
+from router.answer import FINISH_REASONS, TotalUsage
+from router.job import Job
+from router.stream import PlacedLogprob, Piece
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import TokenLogprob
+
+Json = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON has not."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8."""
+    return _encode(value).encode()
+
+
+def event(value: Json) -> bytes:
+    """One SSE event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def usage_json(usage: TotalUsage) -> Json:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class Format(Protocol):
+    """One API's way to write an answer."""
+
+    def opening(self) -> list[bytes]:
+        """Chunks that are sent before any text."""
+        ...
+
+    def chunk(self, piece: Piece) -> bytes:
+        """The SSE events for a piece."""
+        ...
+
+    def usage_chunk(self, usage: TotalUsage) -> bytes:
+        """The last event before [DONE], when the client asked for usage."""
+        ...
+
+    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
+        """The answer in one object; pieces: those of each choice, in order."""
+        ...
+
+
+class _Base:
+    """What chat completions and completions have in common."""
+
+    prefix: str
+    stream_object: str
+    whole_object: str
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self.job = job
+        self.tokenizer = tokenizer
+        self.created = int(time.time())
+        self.choices = sum(request.choices for request in job.requests)
+        self._tail = b',"usage":null}\n\n' if job.options.include_usage else b"}\n\n"
+
+    def head(self, object_name: str) -> Json:
+        """The fields that every object of this answer starts with."""
+        return {
+            "id": f"{self.prefix}-{self.job.job_id}",
+            "object": object_name,
+            "created": self.created,
+            "model": self.job.served_name,
+            "system_fingerprint": f"fp_{self.job.model.fingerprint[:12]}",
+        }
+
+    def usage_chunk(self, usage: TotalUsage) -> bytes:
+        """See `Format`."""
+        return event({**self.head(self.stream_object), "choices": [], "usage": usage_json(usage)})
+
+    def before_choice(self) -> bytes:
+        """A chunk up to its only choice."""
+        return b"data: " + to_json(self.head(self.stream_object))[:-1] + b',"choices":['
+
+    def after_choice(self) -> bytes:
+        """A chunk from after its only choice."""
+        return b"]" + self._tail
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself; bytes of an incomplete character as U+FFFD."""
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    def prompt_logprobs(self, entries: tuple[TokenLogprob | None, ...]) -> list[Json | None]:
+        """vLLM's `prompt_logprobs`: for each prompt token but the first, its own and its likeliest rivals' by id."""
+        return [None if entry is None else self._ranked(entry) for entry in entries]
+
+    def _ranked(self, entry: TokenLogprob) -> Json:
+        rivals = dict(entry.top)
+        rivals.setdefault(entry.token, entry.logprob)
+        return {
+            str(token): {"logprob": finite(logprob), "decoded_token": self.token_text(token)}
+            for token, logprob in rivals.items()
+        }
+
+
+class ChatFormat(_Base):
+    """`/v1/chat/completions`"""
+
+    prefix = "chatcmpl"
+    stream_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        super().__init__(job, tokenizer)
+        head, tail = self.before_choice(), self.after_choice()
+        self._head = head
+        self._text_head = [head + b'{"index":%d,"delta":{"content":' % index for index in range(self.choices)]
+        self._text_tail = b'},"logprobs":null,"finish_reason":null}' + tail
+
+    def opening(self) -> list[bytes]:
+        """A chunk with the role for each choice."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(index, delta, None, None) for index in range(self.choices)]
+
+    def chunk(self, piece: Piece) -> bytes:
+        """See `Format`. The end is an event of its own, after the last text."""
+        out = b""
+        if piece.text or piece.logprobs:
+            if piece.logprobs:
+                logprobs = self._logprobs(piece.logprobs)
+                out = self._chunk(piece.choice, {"content": piece.text}, logprobs, None)
+            else:
+                out = self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
+        if piece.prompt_logprobs:
+            extra = {"prompt_logprobs": self.prompt_logprobs(piece.prompt_logprobs)}
+            out = self._chunk(piece.choice, {}, None, None, extra) + out
+        if piece.finish is not None:
+            extra = {"stop_reason": piece.stop} if piece.stop is not None else {}
+            out += self._chunk(piece.choice, {}, None, FINISH_REASONS[piece.finish], extra)
+        return out
+
+    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
+        """See `Format`."""
+        choices = []
+        for index, mine in enumerate(pieces):
+            placed = tuple(entry for piece in mine for entry in piece.logprobs)
+            last = mine[-1]
+            assert last.finish is not None
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": "".join(p.text for p in mine), "refusal": None},
+                    "logprobs": self._logprobs(placed) if self.job.options.logprobs is not None else None,
+                    "finish_reason": FINISH_REASONS[last.finish],
+                    "stop_reason": last.stop,
+                }
+            )
+        whole = {**self.head(self.whole_object), "choices": choices, "usage": usage_json(usage)}
+        prompt = next((piece.prompt_logprobs for piece in pieces[0] if piece.prompt_logprobs), ())
+        if prompt:
+            whole["prompt_logprobs"] = self.prompt_logprobs(prompt)
+        return whole
+
+    def _chunk(
+        self, index: int, delta: Json, logprobs: Json | None, finish: str | None, extra: Json | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, **(extra or {})}
+        return self._head + to_json(choice) + self.after_choice()
+
+    def _logprobs(self, placed: tuple[PlacedLogprob, ...]) -> Json:
+        wanted = self.job.options.logprobs or 0
+        content = []
+        for each in placed:
+            top = [self._entry(token, logprob) for token, logprob in each.entry.top[:wanted]]
+            content.append({**self._entry(each.entry.token, each.entry.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        data = self.tokenizer.token_bytes(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+
+class CompletionFormat(_Base):
+    """`/v1/completions`"""
+
+    prefix = "cmpl"
+    stream_object = "text_completion"
+    whole_object = "text_completion"
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        super().__init__(job, tokenizer)
+        self._head = self.before_choice()
+        self._text_head = [self._head + b'{"index":%d,"text":' % index for index in range(self.choices)]
+        self._text_tail = b',"logprobs":null,"finish_reason":null}' + self.after_choice()
+        self._echo = [text for text, request in zip(job.echo, job.requests, strict=True) for _ in range(request.choices)]
+
+    def opening(self) -> list[bytes]:
+        """The prompts, when they are to be echoed."""
+        return [self._chunk(index, text, None, None) for index, text in enumerate(self._echo) if text]
+
+    def chunk(self, piece: Piece) -> bytes:
+        """See `Format`."""
+        if piece.finish is None and not piece.logprobs and not piece.prompt_logprobs:
+            return self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
+        logprobs = self._logprobs(piece.logprobs, piece.choice) if piece.logprobs else None
+        extra: Json = {"stop_reason": piece.stop} if piece.stop is not None else {}
+        if piece.prompt_logprobs:
+            extra["prompt_logprobs"] = self.prompt_logprobs(piece.prompt_logprobs)
+        finish = None if piece.finish is None else FINISH_REASONS[piece.finish]
+        return self._chunk(piece.choice, piece.text, logprobs, finish, extra)
+
+    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
+        """See `Format`."""
+        choices = []
+        for index, mine in enumerate(pieces):
+            placed = tuple(entry for piece in mine for entry in piece.logprobs)
+            prompt = next((piece.prompt_logprobs for piece in mine if piece.prompt_logprobs), ())
+            last = mine[-1]
+            assert last.finish is not None
+            choice: Json = {
+                "index": index,
+                "text": self._echo[index] + "".join(piece.text for piece in mine),
+                "logprobs": self._logprobs(placed, index) if self.job.options.logprobs is not None else None,
+                "finish_reason": FINISH_REASONS[last.finish],
+                "stop_reason": last.stop,
+            }
+            if prompt:
+                choice["prompt_logprobs"] = self.prompt_logprobs(prompt)
+            choices.append(choice)
+        return {**self.head(self.whole_object), "choices": choices, "usage": usage_json(usage)}
+
+    def _chunk(
+        self, index: int, text: str, logprobs: Json | None, finish: str | None, extra: Json | None = None
+    ) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish, **(extra or {})}
+        return self._head + to_json(choice) + self.after_choice()
+
+    def _logprobs(self, placed: tuple[PlacedLogprob, ...], index: int) -> Json:
+        """OpenAI's older form: parallel lists; the likeliest tokens by their text, best first where texts are equal."""
+        wanted = self.job.options.logprobs or 0
+        tops: list[dict[str, float]] = []
+        for each in placed:
+            best: dict[str, float] = {}
+            for token, logprob in each.entry.top[:wanted]:
+                best.setdefault(self.token_text(token), finite(logprob))
+            tops.append(best)
+        return {
+            "tokens": [self.token_text(each.entry.token) for each in placed],
+            "token_logprobs": [finite(each.entry.logprob) for each in placed],
+            "top_logprobs": tops,
+            "text_offset": [len(self._echo[index]) + each.offset for each in placed],
+        }
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, LEAST_LOGPROB)

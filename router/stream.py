@@ -1,0 +1,127 @@
+"""A choice's token deltas become pieces of text: detokenised, cut at stop strings, with the log-probabilities that belong to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from router.job import OutputOptions
+from tandem.errors import Internal
+from tandem.text.detokenizer import detokenizer
+from tandem.text.stop import StopStrings
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import Delta, FinishReason, TokenIds, TokenLogprob, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedLogprob:
+    """A token's log-probability and where its text starts in the choice's text, in characters."""
+
+    entry: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What can be given to the client now. Text never ends inside a character or a possible stop string."""
+
+    choice: int
+    text: str
+    logprobs: tuple[PlacedLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    finish: FinishReason | None = None
+    stop: str | int | None = None
+    """The stop string or the client's own stop token that ended the choice."""
+    error: str = ""
+
+
+class ChoiceStream:
+    """State of one choice on its way to the client. It ends exactly once; later deltas only bring the usage."""
+
+    def __init__(self, choice: int, tokenizer: Tokenizer, options: OutputOptions, context: TokenIds, eos: TokenIds) -> None:
+        """context: the prompt's last tokens. eos: the model's own end-of-sequence ids, which never become text."""
+        self.choice = choice
+        self.tokens: list[int] = []
+        """Output tokens up to the end, stop token included."""
+        self.text: list[str] = []
+        """Text given out so far."""
+        self.usage: Usage | None = None
+        self.finish: FinishReason | None = None
+        self.stop_token: int | None = None
+        self._options = options
+        self._eos = frozenset(eos)
+        self._detokenizer = detokenizer(tokenizer, context)
+        self._stops = StopStrings(options.stop)
+        self._position = 0
+        """Characters detokenised, given out or held back."""
+        self._given = 0
+        self._logprobs: deque[PlacedLogprob] = deque()
+
+    def feed(self, delta: Delta) -> Piece | None:
+        """The piece that `delta` completes; None when there is nothing to give yet, or the choice had ended before.
+
+        Raises Internal when tokens are missing in between; tokens that were seen before are dropped.
+        """
+        self.usage = delta.usage or self.usage
+        if self.finish is not None:
+            return None
+        seen = len(self.tokens) - delta.first_index
+        if seen < 0:
+            raise Internal(f"choice {delta.choice} goes on at token {delta.first_index} after {len(self.tokens)}")
+        text = ""
+        for index in range(seen, len(delta.tokens)):
+            text += self._token(delta, index)
+            if self._stops.hit is not None:
+                return self._end(FinishReason.STOP, text, self._stops.hit)
+        if delta.finish is not None:
+            self.stop_token = delta.stop_token
+            tail = self._through_stops(self._detokenizer.finish())
+            if self._stops.hit is not None:
+                return self._end(FinishReason.STOP, text + tail, self._stops.hit)
+            named = None if delta.stop_token in self._eos else delta.stop_token
+            return self._end(delta.finish, text + tail + self._stops.finish(), named, delta)
+        prompt_logprobs = delta.prompt_logprobs
+        if not text and not prompt_logprobs:
+            return None
+        return self._piece(text, prompt_logprobs=prompt_logprobs)
+
+    def _token(self, delta: Delta, index: int) -> str:
+        token = delta.tokens[index]
+        self.tokens.append(token)
+        if delta.logprobs:
+            self._logprobs.append(PlacedLogprob(delta.logprobs[index], self._position))
+        if token == delta.stop_token and token in self._eos and index + 1 == len(delta.tokens):
+            return ""
+        return self._through_stops(self._detokenizer.feed(token))
+
+    def _through_stops(self, text: str) -> str:
+        self._position += len(text)
+        if len(self.tokens) <= self._options.min_tokens:
+            return text
+        return self._stops.feed(text)
+
+    def _end(self, finish: FinishReason, text: str, stop: str | int | None, delta: Delta | None = None) -> Piece:
+        self.finish = finish
+        cut = self._given + len(text)
+        if self._stops.hit is not None:
+            self._logprobs = deque(placed for placed in self._logprobs if placed.offset < cut)
+        error = ""
+        if finish is FinishReason.ERROR or finish is FinishReason.CANCELLED:
+            error = (delta.error if delta else "") or "the request was cancelled by the cluster"
+        prompt_logprobs = delta.prompt_logprobs if delta else ()
+        return self._piece(text, finish, stop, error, prompt_logprobs)
+
+    def _piece(
+        self,
+        text: str,
+        finish: FinishReason | None = None,
+        stop: str | int | None = None,
+        error: str = "",
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = (),
+    ) -> Piece:
+        self.text.append(text)
+        self._given += len(text)
+        ready = []
+        while self._logprobs and (finish is not None or self._logprobs[0].offset < self._given):
+            ready.append(self._logprobs.popleft())
+        return Piece(self.choice, text, tuple(ready), prompt_logprobs, finish, stop, error)

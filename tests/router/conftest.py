@@ -1,0 +1,76 @@
+"""A router application over a scripted cluster and a tiny tokeniser."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+
+from router.app import create_app
+from router.metrics import RouterMetrics
+from tandem.config import RouterConfig
+from tandem.testing.router import FakeDispatcher
+from tandem.testing.tokenizer import END, byte_level_tokenizer
+from tandem.text.prompt import PromptTokenizer
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import GenerateRequest, ModelInfo
+
+
+class OneText:
+    """A `TextSource` with one tokeniser."""
+
+    def __init__(self, text: PromptTokenizer) -> None:
+        self.text = text
+
+    async def get(self, model: ModelInfo) -> PromptTokenizer:
+        return self.text
+
+
+@dataclass
+class World:
+    """All parts of a router under test."""
+
+    config: RouterConfig
+    tokenizer: Tokenizer
+    text: PromptTokenizer
+    dispatcher: FakeDispatcher
+    metrics: RouterMetrics
+    app: FastAPI
+    answers: list[str]
+    """What the model says, by choice; the last one repeats. `<|end|>` is sampled after it."""
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(byte_level_tokenizer())
+
+
+@pytest.fixture
+def world(tokenizer: Tokenizer) -> World:
+    end = tokenizer.encode(END)[0]
+    info = ModelInfo("tiny", "/tiny", "f" * 32, tokenizer.size, 512, (end,))
+    answers = ["Hello, world! 🙂"]
+
+    def script(request: GenerateRequest, choice: int) -> list[int]:
+        return [*tokenizer.encode(answers[min(choice, len(answers) - 1)]), end]
+
+    config = RouterConfig(max_body_mib=1.0)
+    text = PromptTokenizer(tokenizer)
+    dispatcher = FakeDispatcher(info, script)
+    metrics = RouterMetrics()
+    app = create_app(config, dispatcher, OneText(text), metrics)
+    return World(config, tokenizer, text, dispatcher, metrics, app, answers)
+
+
+@pytest_asyncio.fixture
+async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(world.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        yield client
