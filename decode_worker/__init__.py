@@ -1,0 +1,1 @@
+"""The decode worker: owns a request from its admission to its last token."""

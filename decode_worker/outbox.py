@@ -1,0 +1,95 @@
+"""Tokens on their way to one router: one message per engine step, merged while the router reads slowly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from dataclasses import dataclass
+
+from decode_worker.requests import Choice
+from tandem.types import Delta, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAt:
+    """Where a reconnecting router wants a choice to go on."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    next_index: int
+
+
+class Outbox:
+    """Names the choices with something to send; what to send is read from the choices, so a slow router costs no memory.
+
+    One reader at a time: a new reader ends the former one. `idle_since` is when the last reader left: the lease runs from there.
+    """
+
+    def __init__(self, router_id: str, heartbeat_s: float) -> None:
+        self.router_id = router_id
+        self.idle_since: float | None = asyncio.get_running_loop().time()
+        self._heartbeat_s = heartbeat_s
+        self._dirty: dict[Choice, None] = {}
+        self._lost: list[Delta] = []
+        self._wake = asyncio.Event()
+        self._reader = 0
+
+    def mark(self, choice: Choice) -> None:
+        """The choice has something new; `flush` makes it known."""
+        self._dirty[choice] = None
+
+    def lost(self, point: ResumeAt) -> None:
+        """The router asks for a request that this worker does not know: it is told that the request is gone."""
+        self._lost.append(
+            Delta(
+                point.request_id,
+                point.attempt,
+                point.choice,
+                point.next_index,
+                finish=FinishReason.ERROR,
+                error="the worker no longer knows this request",
+            )
+        )
+
+    def flush(self) -> None:
+        """Wakes the reader if there is anything to send; called once a step."""
+        if self._dirty:
+            self._wake.set()
+
+    def forget(self, choice: Choice) -> None:
+        """The choice will never be sent again."""
+        self._dirty.pop(choice, None)
+
+    async def messages(self) -> AsyncIterator[list[Delta]]:
+        """The router's stream: lists of deltas, an empty one as heartbeat. Ends when another reader takes over."""
+        self._reader += 1
+        mine = self._reader
+        self._wake.set()
+        self.idle_since = None
+        try:
+            while mine == self._reader:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), self._heartbeat_s)
+                except TimeoutError:
+                    yield []
+                    continue
+                if mine != self._reader:
+                    return
+                self._wake.clear()
+                deltas = self._take()
+                if deltas:
+                    yield deltas
+        finally:
+            if mine == self._reader:
+                self.idle_since = asyncio.get_running_loop().time()
+
+    def _take(self) -> list[Delta]:
+        deltas, self._lost = self._lost, []
+        for choice in self._dirty:
+            if not choice.closed:
+                deltas.append(choice.delta())
+                choice.mark_sent()
+        self._dirty.clear()
+        return deltas

@@ -1,0 +1,121 @@
+"""What the decode worker remembers of each request: its choices, what they have produced, and what of it was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from tandem.engine.sequence import Seq
+from tandem.types import Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One continuation of a request. The engine appends through the worker; the outbox reads from `sent` on."""
+
+    request: Request
+    index: int
+    seq: Seq
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    error: str = ""
+    sent: int = 0
+    """Output tokens already put into a message."""
+    closed: bool = False
+    """Whether its end was put into a message."""
+    last_token_at: float = 0.0
+
+    def delta(self) -> Delta:
+        """Everything not yet sent; the caller marks it as sent with `mark_sent`."""
+        first = self.sent
+        return Delta(
+            request_id=self.request.request.request_id,
+            attempt=self.request.request.attempt,
+            choice=self.index,
+            first_index=first,
+            tokens=tuple(self.tokens[first:]),
+            logprobs=tuple(self.logprobs[first:]),
+            prompt_logprobs=self.prompt_logprobs if first == 0 else (),
+            finish=self.finish,
+            stop_token=self.stop_token,
+            error=self.error,
+            usage=self.usage() if self.finish is not None else None,
+        )
+
+    def mark_sent(self) -> None:
+        """All that `delta` returned is on its way."""
+        self.sent = len(self.tokens)
+        self.closed = self.finish is not None
+
+    def rewind(self, next_index: int) -> None:
+        """A reconnecting router asks for everything from output index `next_index` on."""
+        self.sent = max(0, min(next_index, len(self.tokens)))
+        self.closed = False
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        owner = self.request
+        return Usage(
+            prompt_tokens=len(owner.request.prompt),
+            completion_tokens=len(self.tokens),
+            cached_tokens=owner.cached_tokens,
+            decode_cached_tokens=owner.decode_cached,
+            moved_tokens=owner.moved_tokens,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One admitted request. It ends exactly once: when all its choices have a `finish`."""
+
+    request: GenerateRequest
+    router_id: str
+    admitted_at: float
+    choices: list[Choice] = field(default_factory=list)
+    decode_cached: int = 0
+    sender_cached: int = 0
+    """Prompt tokens that the prefill worker had cached and whose KV arrived."""
+    moved_tokens: int = 0
+    siblings_started: bool = False
+    finished_at: float | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV nobody had to compute."""
+        return max(self.decode_cached, self.sender_cached)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finish is not None for choice in self.choices)
+
+    def open_choices(self) -> Iterator[Choice]:
+        """Choices that have not ended."""
+        return (choice for choice in self.choices if choice.finish is None)
+
+
+def make_request(
+    request: GenerateRequest, router_id: str, root: bytes, eos_ids: frozenset[int], order: int, now: float
+) -> Request:
+    """Builds the record with one sequence for each choice. Only the first one carries the prompt's log-probabilities."""
+    record = Request(request, router_id, admitted_at=now)
+    sampling = request.sampling
+    stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+    for index in range(request.choices):
+        seq = Seq(
+            seq_id=f"{request.request_id}.{request.attempt}.{index}",
+            tokens=list(request.prompt),
+            prompt_len=len(request.prompt),
+            sampling=sampling if index == 0 else replace(sampling, prompt_logprobs=None),
+            root=root,
+            eos_ids=stops,
+            choice=index,
+            priority=request.priority,
+            arrival=now,
+            order=order + index,
+        )
+        record.choices.append(Choice(record, index, seq))
+    return record

@@ -1,0 +1,111 @@
+"""What a decode worker does beside what every worker does: it owns requests, fetches KV, and gives what it has to others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from decode_worker.moves import MoveLedger
+from decode_worker.prefill_client import PrefillClient
+from decode_worker.service import DecodeService
+from decode_worker.worker import DecodeWorker
+from kvtransfer.base import MIB, Backend, Hooks, Identity
+from kvtransfer.inbound import InboundSettings, PairClient
+from kvtransfer.service import HandOverService, OutboundSettings
+from kvtransfer.slab import SlabBudget
+from kvtransfer.transfer_thread import TransferThread
+from tandem.config import DecodeConfig
+from tandem.engine.output import StepOutput
+from tandem.wire.v1 import decode_pb2_grpc, handover_pb2_grpc
+from tandem.worker.kv_source import EngineKvSource
+from tandem.worker.process import Parts, Report, RoleServices
+
+
+class DecodeServices:
+    """`RoleServices` of a decode worker."""
+
+    def __init__(self, config: DecodeConfig, backend: Backend, parts: Parts) -> None:
+        self._config = config
+        self._backend = backend
+        self._identity = Identity.of(parts.info)
+        self._transfers = TransferThread()
+        self._transfers.start()
+        self._moves = MoveLedger(parts.info.incarnation)
+        self._budget = SlabBudget(int(config.slabs_max_mib * MIB))
+        self._settings = InboundSettings(
+            config.slab_mib, config.span_tokens, config.lease_s, config.handshake_deadline_s, config.quiesce_s
+        )
+        hooks = Hooks(moved=self._moves.add, failed=lambda kind: parts.metrics.failures.labels(kind).inc())
+        self._hooks = hooks
+        client = PrefillClient(
+            parts.info.incarnation,
+            parts.info.layout.digest(),
+            self._pair,
+            config.queue_deadline_s,
+            config.transfer_deadline_s,
+            hooks.failed,
+        )
+        self._client = client
+        self.worker = DecodeWorker(parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher)
+        # Generated tokens live here: what another worker asks for and is cached here, it gets.
+        self._source = EngineKvSource(parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=False)
+        self._handover = HandOverService(
+            self._identity,
+            self._source,
+            (backend,),
+            self._transfers,
+            OutboundSettings(staging_mib=config.staging_mib),
+            hooks=Hooks(failed=hooks.failed),
+        )
+        decode_pb2_grpc.add_DecodeServicer_to_server(DecodeService(self.worker), parts.server)
+        handover_pb2_grpc.add_HandOverServicer_to_server(self._handover, parts.server)
+
+    def _pair(self, incarnation: str, address: str) -> PairClient:
+        return PairClient(
+            self._identity,
+            address,
+            incarnation,
+            self._backend,
+            self._transfers,
+            self._budget,
+            self._settings,
+            self._hooks,
+        )
+
+    def on_step(self, output: StepOutput) -> None:
+        """Tokens to the outboxes, progress to tickets."""
+        self.worker.on_step(output)
+        self._source.on_step(output)
+
+    def report(self) -> Report:
+        """What routers are told beyond the engine's load."""
+        return Report(
+            self.worker.dispatches, self._moves.stats(), self._moves.bytes_per_ms(), draining=self.worker.draining
+        )
+
+    def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
+        """Warms the pairs."""
+        self._client.discovered(workers)
+
+    def background(self) -> Sequence[asyncio.Task[None]]:
+        """Lease keeping."""
+        return (asyncio.create_task(self.worker.sweep()),)
+
+    async def finish(self) -> None:
+        """Ends every request."""
+        await self.worker.close()
+
+    async def close(self) -> None:
+        """Ends every pair and ticket."""
+        await self._client.close()
+        await self._handover.close()
+        self._transfers.close()
+
+    def leaks(self) -> list[str]:
+        """Requests, tickets and pages still held."""
+        return self.worker.leaks() + self._handover.leaks() + self._source.leaks()
+
+
+def build(config: DecodeConfig, backend: Backend) -> Callable[[Parts], RoleServices]:
+    """For `WorkerProcess`."""
+    return lambda parts: DecodeServices(config, backend, parts)

@@ -1,0 +1,275 @@
+"""One decode worker: admits requests, has their prompts' KV handed over or computed, and gathers their tokens for the routers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from decode_worker.admission import Limits, check, wants_hand_over
+from decode_worker.outbox import Outbox, ResumeAt
+from decode_worker.prefill_client import PrefillClient, Target
+from decode_worker.requests import Choice, Request, make_request
+from decode_worker.sink import PageSink, Reservations
+from tandem.cluster import CacheEvent, EventKind, WorkerInfo
+from tandem.config import DecodeConfig
+from tandem.engine.engine import Engine
+from tandem.engine.output import SeqOutput, StepOutput
+from tandem.engine.sequence import SeqState
+from tandem.errors import Fenced
+from tandem.kv import HashRoot, block_hashes
+from tandem.types import FinishReason, GenerateRequest
+from tandem.worker.engine_thread import EngineThread
+from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.publish import Publisher
+
+log = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """Owns every request it admits until each of its choices has ended. All methods run on the event loop."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        config: DecodeConfig,
+        engine: Engine,
+        thread: EngineThread,
+        prefill: PrefillClient,
+        metrics: WorkerMetrics,
+        publisher: Publisher,
+    ) -> None:
+        self.info = info
+        self.dispatches: dict[str, int] = {}
+        self.draining = False
+        self._config = config
+        self._engine = engine
+        self._thread = thread
+        self._prefill = prefill
+        self._metrics = metrics
+        self._publisher = publisher
+        self._root = HashRoot(config.cluster_key, info.model.fingerprint, info.kv_dtype)
+        self._limits = Limits(info.model, info.capacity_tokens, config.max_waiting + config.max_running)
+        self._requests: dict[str, Request] = {}
+        self._choices: dict[str, Choice] = {}
+        self._outboxes: dict[str, Outbox] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._reservations = Reservations(engine, thread)
+        self._loop = asyncio.get_running_loop()
+        self._order = 0
+
+    # Admission ------------------------------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        request: GenerateRequest,
+        router_id: str,
+        dispatch: int,
+        targets: Sequence[Target],
+        expected_cached: int,
+        planned_local: bool,
+    ) -> tuple[int, str]:
+        """Admits a request or raises. Returns the tokens cached here and the incarnation asked to prefill ("" for none)."""
+        known = self._requests.get(request.request_id)
+        if known is not None and known.request.attempt >= request.attempt:
+            raise Fenced(f"request {request.request_id} attempt {request.attempt} was submitted before")
+        if router_id not in self._outboxes:
+            raise Fenced("open the token stream before submitting")
+        check(request, self._limits, len(self._choices), self.draining)
+        if known is not None:
+            await self.cancel(request.request_id, known.request.attempt)
+        root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
+        record = make_request(
+            request, router_id, root, frozenset(self.info.model.eos_token_ids), self._order, self._loop.time()
+        )
+        self._order += request.choices
+        self._requests[request.request_id] = record
+        self._choices.update((choice.seq.seq_id, choice) for choice in record.choices)
+        self.dispatches[router_id] = max(dispatch, self.dispatches.get(router_id, 0))
+        cached = 0
+        if request.sampling.prompt_logprobs is None:
+            cached = await self._thread.call(self._engine.match_len, root, request.prompt)
+        asked = wants_hand_over(
+            len(request.prompt), cached, expected_cached, planned_local, targets, self._config.local_prefill_tokens
+        ) and request.sampling.prompt_logprobs is None
+        self._promise(record, root)
+        self._start(record, targets if asked else ())
+        return cached, targets[0].incarnation if asked else ""
+
+    def _promise(self, record: Request, root: bytes) -> None:
+        hashes = tuple(block_hashes(root, record.request.prompt))
+        self._publisher.announce((CacheEvent(EventKind.PROMISED, hashes),))
+        self._publisher.poke()
+
+    def _start(self, record: Request, targets: Sequence[Target]) -> None:
+        request_id = record.request.request_id
+        task = asyncio.create_task(self._prepare(record, targets), name=f"prepare-{request_id}")
+        self._tasks[request_id] = task
+
+        def done(ended: asyncio.Task[None]) -> None:
+            if self._tasks.get(request_id) is ended:
+                del self._tasks[request_id]
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                log.error("request %s cannot start", request_id, exc_info=error)
+                self._end(record, FinishReason.ERROR, "the request could not be started")
+
+        task.add_done_callback(done)
+
+    async def _prepare(self, record: Request, targets: Sequence[Target]) -> None:
+        """Gives the first choice its prompt's KV, or the task of computing it."""
+        seq = record.choices[0].seq
+        if targets:
+            seq.state = SeqState.WAITING_KV
+            await self._thread.call(self._engine.add, seq)
+            sink = PageSink(seq, self._engine, self._thread, self._reservations)
+            outcome = await self._prefill.fetch(record.request, seq.tokens[:-1], targets, sink)
+            record.sender_cached = min(outcome.sender_cached, sink.landed)
+            record.moved_tokens = sink.moved_tokens
+            record.decode_cached = sink.cached
+            await self._thread.call(self._engine.landed, seq, sink.landed)
+            self._reservations.changed()
+        else:
+            await self._thread.call(self._engine.add, seq)
+
+    # Tokens ---------------------------------------------------------------------------------------------------------
+
+    def on_step(self, output: StepOutput) -> None:
+        """Takes over what a step produced; called on the event loop after every step."""
+        now = self._loop.time()
+        touched: set[str] = set()
+        for made in output.outputs:
+            choice = self._choices.get(made.seq.seq_id)
+            if choice is None or choice.finish is not None:
+                continue
+            self._append(choice, made, now)
+            touched.add(choice.request.router_id)
+        for router_id in touched:
+            self._outboxes[router_id].flush()
+        self._reservations.changed()
+
+    def _append(self, choice: Choice, made: SeqOutput, now: float) -> None:
+        record = choice.request
+        if not choice.tokens and made.tokens:
+            self._metrics.ttft.observe(now - record.admitted_at)
+            choice.prompt_logprobs = tuple(choice.seq.prompt_logprobs)
+            if choice.index == 0:
+                self._first_token(record)
+        elif made.tokens:
+            self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
+        choice.last_token_at = now
+        choice.tokens.extend(made.tokens)
+        choice.logprobs.extend(made.logprobs)
+        if made.finish is not None:
+            choice.stop_token = made.stop_token
+            self._close(choice, made.finish)
+        self._outboxes[record.router_id].mark(choice)
+
+    def _first_token(self, record: Request) -> None:
+        """The prompt is in the cache now: the other choices find it there."""
+        record.decode_cached = max(record.decode_cached, record.choices[0].seq.cached_tokens)
+        self._metrics.prompt_tokens.inc(len(record.request.prompt))
+        self._metrics.prefix_hits.labels("decode").inc(record.decode_cached)
+        self._metrics.prefix_hits.labels("prefill").inc(max(record.cached_tokens - record.decode_cached, 0))
+        for sibling in record.choices[1:]:
+            if sibling.finish is None:
+                self._thread.post(self._engine.add, sibling.seq)
+
+    # Ends -----------------------------------------------------------------------------------------------------------
+
+    def _close(self, choice: Choice, reason: FinishReason, error: str = "") -> None:
+        """Ends a choice, once; the request ends with its last one."""
+        choice.finish, choice.error = reason, error
+        self._choices.pop(choice.seq.seq_id, None)
+        record = choice.request
+        if record.finished:
+            record.finished_at = self._loop.time()
+            self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
+            self._metrics.requests.labels(reason.value).inc()
+
+    def _end(self, record: Request, reason: FinishReason, error: str = "") -> None:
+        """Ends what is still open of a request and tells its router."""
+        outbox = self._outboxes.get(record.router_id)
+        for choice in list(record.open_choices()):
+            self._close(choice, reason, error)
+            self._thread.post(self._engine.cancel, choice.seq.seq_id)
+            if outbox is not None:
+                outbox.mark(choice)
+        if outbox is not None:
+            outbox.flush()
+        self._reservations.changed()
+
+    async def cancel(self, request_id: str, attempt: int) -> bool:
+        """Ends a request; returns when the engine has let go of it. False when it does not run here."""
+        record = self._requests.get(request_id)
+        if record is None or record.request.attempt > attempt or record.finished:
+            return False
+        task = self._tasks.get(request_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        self._end(record, FinishReason.CANCELLED)
+        self._withdraw(record)
+        await self._thread.call(lambda: None)
+        return True
+
+    def _withdraw(self, record: Request) -> None:
+        """Takes the promise back; what was stored meanwhile stays stored."""
+        request = record.request
+        root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
+        self._publisher.announce((CacheEvent(EventKind.WITHDRAWN, tuple(block_hashes(root, request.prompt))),))
+        self._publisher.poke()
+
+    # Routers --------------------------------------------------------------------------------------------------------
+
+    def outbox(self, router_id: str, resume: Sequence[ResumeAt]) -> Outbox:
+        """The router's outbox, rewound to where the router lost the stream. What it asks for and is not here is answered by an error."""
+        outbox = self._outboxes.get(router_id)
+        if outbox is None:
+            outbox = self._outboxes[router_id] = Outbox(router_id, self._config.lease_s / 4)
+        for point in resume:
+            record = self._requests.get(point.request_id)
+            if record is None or record.request.attempt != point.attempt or point.choice >= len(record.choices):
+                outbox.lost(point)
+                continue
+            choice = record.choices[point.choice]
+            choice.rewind(point.next_index)
+            outbox.mark(choice)
+        return outbox
+
+    async def sweep(self) -> None:
+        """Forgets what ended a lease ago and cancels what a vanished router left behind; runs until cancelled."""
+        lease = self._config.lease_s
+        while True:
+            await asyncio.sleep(lease / 4)
+            now = self._loop.time()
+            for outbox in list(self._outboxes.values()):
+                if outbox.idle_since is not None and now - outbox.idle_since > lease:
+                    await self._abandon(outbox.router_id)
+            for request_id, record in list(self._requests.items()):
+                if record.finished_at is not None and now - record.finished_at > lease:
+                    del self._requests[request_id]
+
+    async def _abandon(self, router_id: str) -> None:
+        orphans = [r for r in self._requests.values() if r.router_id == router_id and not r.finished]
+        if orphans:
+            log.warning("router %s is silent for its lease: %d requests end", router_id, len(orphans))
+        for record in orphans:
+            await self.cancel(record.request.request_id, record.request.attempt)
+        del self._outboxes[router_id]
+        self.dispatches.pop(router_id, None)
+
+    async def close(self) -> None:
+        """Ends every request with an error."""
+        for record in list(self._requests.values()):
+            if not record.finished:
+                self._end(record, FinishReason.ERROR, "the worker is shutting down")
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leaks(self) -> list[str]:
+        """What is still held although nothing runs."""
+        open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]
+        return open_requests + [f"task {name} runs" for name in self._tasks] + self._prefill.leaks()

@@ -1,0 +1,23 @@
+"""The prefill worker's process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvtransfer.backends import choose
+from prefill_worker.services import build
+from tandem.cluster import Role
+from tandem.config import PrefillConfig
+from tandem.obs import setup_logging
+from tandem.worker.process import WorkerProcess, serve
+
+
+def run(config: PrefillConfig) -> int:
+    """Serves until SIGTERM; returns the exit code. Raises CheckpointError, ConfigError."""
+    setup_logging(config.log_level, config.log_format)
+    return asyncio.run(_run(config))
+
+
+async def _run(config: PrefillConfig) -> int:
+    backend = choose(config.transport)
+    return await serve(WorkerProcess(config, Role.PREFILL, backend.name, build(config, backend)))

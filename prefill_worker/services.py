@@ -1,0 +1,69 @@
+"""What a prefill worker does beside what every worker does: it serves hand-overs from its engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvtransfer.base import Backend, Hooks, Identity
+from kvtransfer.service import HandOverService, OutboundSettings
+from kvtransfer.transfer_thread import TransferThread
+from prefill_worker.source import PromisingSource
+from tandem.config import PrefillConfig
+from tandem.engine.output import StepOutput
+from tandem.wire.v1 import handover_pb2_grpc
+from tandem.worker.kv_source import EngineKvSource
+from tandem.worker.process import Parts, Report, RoleServices
+
+
+class PrefillServices:
+    """`RoleServices` of a prefill worker."""
+
+    def __init__(self, config: PrefillConfig, backend: Backend, parts: Parts) -> None:
+        self._engine_source = EngineKvSource(
+            parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=True
+        )
+        source = PromisingSource(self._engine_source, parts, config.max_waiting)
+        self._transfers = TransferThread()
+        self._transfers.start()
+        self._handover = HandOverService(
+            Identity.of(parts.info),
+            source,
+            (backend,),
+            self._transfers,
+            OutboundSettings(staging_mib=config.staging_mib),
+            hooks=Hooks(failed=lambda kind: parts.metrics.failures.labels(kind).inc()),
+        )
+        handover_pb2_grpc.add_HandOverServicer_to_server(self._handover, parts.server)
+
+    def on_step(self, output: StepOutput) -> None:
+        """Passes on how far each prompt has come."""
+        self._engine_source.on_step(output)
+
+    def report(self) -> Report:
+        """A prefill worker reports nothing of its own: moves are counted where they land."""
+        return Report()
+
+    def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
+        """Prefill workers connect to nobody."""
+
+    def background(self) -> Sequence[asyncio.Task[None]]:
+        """None."""
+        return ()
+
+    async def finish(self) -> None:
+        """Nothing: the end of the server's streams ends the tickets."""
+
+    async def close(self) -> None:
+        """Ends every ticket and link."""
+        await self._handover.close()
+        self._transfers.close()
+
+    def leaks(self) -> list[str]:
+        """Tickets, staging and pages still held."""
+        return self._handover.leaks() + self._engine_source.leaks()
+
+
+def build(config: PrefillConfig, backend: Backend) -> Callable[[Parts], RoleServices]:
+    """For `WorkerProcess`."""
+    return lambda parts: PrefillServices(config, backend, parts)

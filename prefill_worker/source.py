@@ -1,0 +1,52 @@
+"""The prefill worker's KV source: the engine's, bounded, and announced to routers before it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from kvtransfer.base import Buffer
+from tandem.cluster import CacheEvent, EventKind
+from tandem.errors import Overloaded
+from tandem.kv import BlockHash, Span, block_hashes
+from tandem.types import TokenIds
+from tandem.worker.kv_source import EngineKvSource
+from tandem.worker.process import Parts
+
+
+class PromisingSource:
+    """A `kvtransfer.KvSource`. Blocks of an accepted prompt are promised, so that the next request with this prefix comes here too."""
+
+    def __init__(self, source: EngineKvSource, parts: Parts, max_waiting: int) -> None:
+        self._source = source
+        self._publisher = parts.publisher
+        self._metrics = parts.metrics
+        self._root = parts.root
+        self._max_waiting = max_waiting
+        self._promised: dict[str, tuple[BlockHash, ...]] = {}
+
+    async def open(
+        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+    ) -> int:
+        """See `KvSource.open`. Raises Overloaded when too many tickets are open."""
+        if len(self._promised) >= self._max_waiting:
+            raise Overloaded(f"{len(self._promised)} prompts wait here; at most {self._max_waiting} are taken")
+        hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
+        self._promised[ticket_id] = hashes
+        self._publisher.announce((CacheEvent(EventKind.PROMISED, hashes),))
+        cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress)
+        self._metrics.prompt_tokens.inc(len(tokens))
+        self._metrics.prefix_hits.labels("prefill").inc(cached)
+        return cached
+
+    async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
+        """See `KvSource.export`."""
+        await self._source.export(ticket_id, span, out)
+
+    async def close(self, ticket_id: str) -> None:
+        """See `KvSource.close`. What was stored closed its promise; the rest is taken back."""
+        hashes = self._promised.pop(ticket_id, ())
+        await self._source.close(ticket_id)
+        if hashes:
+            self._publisher.announce((CacheEvent(EventKind.WITHDRAWN, hashes),))
+            self._publisher.poke()

@@ -1,0 +1,5 @@
+"""The command line: `tandem up | router | prefill | decode`."""
+
+from tandem.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,85 @@
+"""Turns a settings schema into a typer command: one flag for each field, with its type, default and description."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
+
+from tandem.errors import ConfigError
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
+    """A function that typer can register: `model` is the positional argument, everything else a flag.
+
+    A flag that was not given is left to the environment, the YAML file and the default. Wrong values end with exit code 2 and one
+    line that names the flag.
+    """
+
+    def invoke(**given: Any) -> None:
+        run(build(schema, {name: value for name, value in given.items() if value is not None and value != []}))
+
+    parameters = [_parameter(name, field) for name, field in schema.model_fields.items()]
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__doc__ = schema.__doc__
+    return invoke
+
+
+def build(schema: type[S], given: dict[str, Any]) -> S:
+    """The settings, or ConfigError with one line for each wrong one."""
+    try:
+        return schema(**given)
+    except ValidationError as error:
+        lines = [f"{_flag(e['loc'])}: {e['msg']}{_got(e)}" for e in error.errors()]
+        raise ConfigError("; ".join(lines)) from None
+
+
+def _flag(location: tuple[int | str, ...]) -> str:
+    return "--" + str(location[0]).replace("_", "-") if location else "settings"
+
+
+def _got(error: Any) -> str:
+    return "" if error["type"] == "missing" else f" (got {error['input']!r})"
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    default = "" if field.is_required() or field.default in (None, ()) else f" (default: {_shown(field.default)})"
+    text = (field.description or "") + default
+    annotation = field.annotation
+    if name == "model":
+        kind: Any = typer.Argument(help=text, show_default=False)
+    else:
+        kind = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_plain(annotation), kind]
+    )
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _plain(annotation: Any) -> Any:
+    """What typer should parse; ranges are the schema's to check. A choice of words stays one, so that `--help` lists them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _plain(get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return _plain(next(arg for arg in get_args(annotation) if arg is not type(None)))
+    if origin is Literal:
+        return (annotation if isinstance(get_args(annotation)[0], str) else int) | None
+    if origin is tuple:
+        return list[str] | None
+    if annotation in (int, float, bool, str, Path):
+        return annotation | None
+    raise TypeError(f"no flag for {annotation!r}")

@@ -1,0 +1,175 @@
+"""A cluster of real processes for end-to-end tests: started, killed and started again one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+
+import grpc
+
+from tandem.cli.up import free_ports
+from tandem.config import child_environment
+from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
+
+START_S = 60.0
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass
+class Process:
+    """One process of the cluster. Its output goes to a file, which a failing test shows."""
+
+    name: str
+    arguments: list[str]
+    port: int
+    log: Path
+    popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, on the same port each time."""
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "tandem.cli", *self.arguments],
+                stdout=log,
+                stderr=log,
+                env=child_environment(THREADS),
+            )
+
+    def signal(self, number: int) -> None:
+        """Sends a signal."""
+        assert self.popen is not None
+        os.kill(self.popen.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits for the end."""
+        assert self.popen is not None
+        self.popen.kill()
+        self.popen.wait()
+
+
+@dataclass
+class Cluster:
+    """One router and its workers; `workers` by name: prefill-0, decode-0, ..."""
+
+    router: Process
+    workers: dict[str, Process] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Base of the HTTP port."""
+        return f"http://127.0.0.1:{self.router.port}"
+
+    def get(self, path: str) -> str:
+        """Body of a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
+        """JSON in, JSON out."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))
+
+    def metric(self, name: str) -> float:
+        """Sum over all label values of a series on the router's page."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def wait_ready(self) -> None:
+        """Waits until the router is ready and every worker that lives answers."""
+        self._until(lambda: "ready" in self.get("/ready"), "the router is not ready")
+        for process in self.workers.values():
+            self._until(lambda process=process: self.audit(process) is not None, f"{process.name} does not answer")  # type: ignore[misc]
+
+    def audit(self, process: Process) -> list[str]:
+        """What a worker still holds; raises grpc.RpcError when it does not answer."""
+        with grpc.insecure_channel(f"127.0.0.1:{process.port}") as channel:
+            return list(worker_pb2_grpc.WorkerStub(channel).Audit(worker_pb2.AuditRequest(), timeout=2.0).leaks)
+
+    def check_leaks(self, within_s: float = 10.0) -> None:
+        """Raises AssertionError unless every live process soon holds nothing."""
+        alive = [p for p in self.workers.values() if p.popen is not None and p.popen.poll() is None]
+        deadline = time.monotonic() + within_s
+        while True:
+            leaks = {process.name: self.audit(process) for process in alive}
+            inflight = self.metric("tandem_router_inflight_requests")
+            if not any(leaks.values()) and inflight == 0:
+                return
+            assert time.monotonic() < deadline, f"leaks: {leaks}, requests in flight at the router: {inflight}"
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        """The end of every process's output."""
+        parts = []
+        for process in (self.router, *self.workers.values()):
+            parts.append(f"--- {process.name}\n" + "\n".join(process.log.read_text().splitlines()[-40:]))
+        return "\n".join(parts)
+
+    def _until(self, condition: object, message: str) -> None:
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(URLError, grpc.RpcError, ConnectionError, TimeoutError):
+                if condition():  # type: ignore[operator]
+                    return
+            dead = [p.name for p in (self.router, *self.workers.values()) if p.popen and p.popen.poll() is not None]
+            assert not dead and time.monotonic() < deadline, f"{message}; ended: {dead}\n{self.logs()}"
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def cluster(
+    model: Path,
+    folder: Path,
+    prefill: int = 1,
+    decode: int = 1,
+    worker_args: Sequence[str] = (),
+    decode_args: Sequence[str] = (),
+    router_args: Sequence[str] = (),
+) -> Iterator[Cluster]:
+    """Starts `tandem router`, `tandem prefill` and `tandem decode` processes; at the end checks for leaks and stops them."""
+    names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
+    http, control, *ports = free_ports(2 + len(names))
+    router = Process(
+        "router",
+        ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *router_args],
+        http,
+        folder / "router.log",
+    )
+    made = Cluster(router)
+    for name, port in zip(names, ports, strict=True):
+        role = name.split("-")[0]
+        arguments = [role, str(model), "--port", str(port), "--router", f"127.0.0.1:{control}", "--threads", "1"]
+        arguments += [*worker_args, *(decode_args if role == "decode" else ())]
+        made.workers[name] = Process(name, arguments, port, folder / f"{name}.log")
+    processes = [router, *made.workers.values()]
+    try:
+        for process in processes:
+            process.start()
+        made.wait_ready()
+        yield made
+        made.check_leaks()
+    except BaseException:
+        sys.stderr.write(made.logs())
+        raise
+    finally:
+        for process in processes:
+            if process.popen is not None and process.popen.poll() is None:
+                process.signal(signal.SIGTERM)
+        for process in processes:
+            if process.popen is not None:
+                try:
+                    process.popen.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()

@@ -1,0 +1,110 @@
+"""What a worker offers to senders of KV: compute (or only look up) a prompt's KV and copy spans of it out of the pages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tandem.engine.engine import Engine
+from tandem.engine.output import StepOutput
+from tandem.engine.sequence import Seq
+from tandem.errors import ContextTooLong, Unavailable
+from tandem.kv import HashRoot, Span
+from tandem.types import SamplingParams
+from tandem.worker.engine_thread import EngineThread
+
+
+@dataclass(slots=True)
+class _Held:
+    seq: Seq
+    on_progress: Callable[[int], None]
+    reported: int = 0
+
+
+class EngineKvSource:
+    """A `kvtransfer.KvSource` on an engine. One prefill-only sequence per open ticket keeps its pages referenced until `close`.
+
+    computes: a prefill worker computes what is missing; a decode worker only gives what it has.
+    """
+
+    def __init__(self, engine: Engine, thread: EngineThread, root: HashRoot, capacity: int, computes: bool) -> None:
+        self._engine = engine
+        self._thread = thread
+        self._root = root
+        self._capacity = capacity
+        self._computes = computes
+        self._held: dict[str, _Held] = {}
+
+    async def open(
+        self,
+        ticket_id: str,
+        tokens: Sequence[int],
+        salt: str,
+        adapter: str,
+        priority: int,
+        on_progress: Callable[[int], None],
+    ) -> int:
+        """Starts computing the KV of `tokens` and returns how many of them are cached. Raises ContextTooLong, Unavailable."""
+        if len(tokens) > self._capacity:
+            raise ContextTooLong(f"the prompt has {len(tokens)} tokens; this worker's pages hold {self._capacity}")
+        seq = Seq(
+            seq_id=ticket_id,
+            tokens=list(tokens),
+            prompt_len=len(tokens),
+            sampling=SamplingParams(),
+            root=HashRoot(
+                self._root.cluster_key, self._root.model_fingerprint, self._root.kv_dtype, adapter, salt
+            ).digest(),
+            eos_ids=frozenset(),
+            prefill_only=True,
+            priority=priority,
+            arrival=asyncio.get_running_loop().time(),
+        )
+        self._held[ticket_id] = _Held(seq, on_progress)
+        try:
+            cached = await self._thread.call(self._begin, seq)
+        except BaseException:
+            # The engine may have it already: a cancelled call still runs.
+            await asyncio.shield(self.close(ticket_id))
+            raise
+        asyncio.get_running_loop().call_soon(self._report, ticket_id, cached)
+        return cached
+
+    def _begin(self, seq: Seq) -> int:
+        cached = self._engine.match_len(seq.root, seq.tokens)
+        if not self._computes and cached < len(seq.tokens):
+            raise Unavailable(f"only {cached} of {len(seq.tokens)} tokens are cached here")
+        self._engine.add(seq)
+        # What is cached can be sent before the rest had its turn.
+        self._engine.open_cached(seq)
+        return min(cached, len(seq.tokens))
+
+    def on_step(self, output: StepOutput) -> None:
+        """Passes on how far each open ticket has come; called on the event loop after every step."""
+        for progress in output.progress:
+            self._report(progress.seq.seq_id, progress.computed)
+
+    def _report(self, ticket_id: str, computed: int) -> None:
+        held = self._held.get(ticket_id)
+        if held is not None and computed > held.reported:
+            held.reported = computed
+            held.on_progress(computed)
+
+    async def export(self, ticket_id: str, span: Span, out: np.ndarray | memoryview) -> None:
+        """Copies a computed span in canonical order into `out`, `layout.span_bytes(span.count)` bytes."""
+        held = self._held.get(ticket_id)
+        if held is None:
+            raise Unavailable(f"ticket {ticket_id} is closed")
+        await self._thread.call(self._engine.export_span, held.seq, span, out)
+
+    async def close(self, ticket_id: str) -> None:
+        """Lets go of the ticket's pages, whatever its state; idempotent."""
+        if self._held.pop(ticket_id, None) is not None:
+            await self._thread.call(self._engine.cancel, ticket_id)
+
+    def leaks(self) -> list[str]:
+        """Tickets still open."""
+        return [f"ticket {ticket_id} still holds pages" for ticket_id in self._held]

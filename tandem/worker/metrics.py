@@ -1,0 +1,75 @@
+"""A worker's Prometheus page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tandem.cluster import MoveStat
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class WorkerMetrics:
+    """All series of one worker, in a registry of its own. Base units; counters end in `_total`."""
+
+    def __init__(self, moves: Callable[[], Iterable[MoveStat]]) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.ttft = Histogram(
+            "tandem_worker_time_to_first_token_seconds",
+            "Admission here to the first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "tandem_worker_inter_token_seconds", "Between two tokens of a choice", buckets=SECONDS, registry=registry
+        )
+        self.end_to_end = Histogram(
+            "tandem_worker_request_seconds", "Admission here to the end", buckets=SECONDS, registry=registry
+        )
+        self.step = Histogram("tandem_worker_step_seconds", "One engine step", buckets=SECONDS, registry=registry)
+        self.step_tokens = Counter("tandem_worker_step_tokens", "Tokens computed", registry=registry)
+        self.running = Gauge("tandem_worker_running", "Sequences in the batch", registry=registry)
+        self.waiting = Gauge("tandem_worker_waiting", "Sequences not yet in the batch", registry=registry)
+        self.pages = Gauge("tandem_worker_pages", "KV pages by state", ["state"], registry=registry)
+        self.prompt_tokens = Counter("tandem_worker_prompt_tokens", "Prompt tokens admitted", registry=registry)
+        self.prefix_hits = Counter(
+            "tandem_worker_prefix_hit_tokens",
+            "Prompt tokens found cached, by place: this worker's cache, or a prefill worker's",
+            ["place"],
+            registry=registry,
+        )
+        self.retractions = Counter("tandem_worker_retractions", "Sequences put back for want of pages", registry=registry)
+        self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
+        self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
+        registry.register(MoveCollector(moves))
+
+    def serve(self, host: str, port: int) -> int:
+        """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""
+        server: WSGIServer
+        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        return int(server.server_port)
+
+
+class MoveCollector(Collector):
+    """KV moved by pair and transport, read where it is counted. The router's page shows the same of the whole fleet."""
+
+    def __init__(self, moves: Callable[[], Iterable[MoveStat]]) -> None:
+        self._moves = moves
+
+    def collect(self) -> Iterable[Metric]:
+        """Three counters for each pair."""
+        labels = ["sender", "receiver", "transport"]
+        size = CounterMetricFamily("tandem_kv_moved_bytes", "KV bytes landed", labels=labels)
+        time = CounterMetricFamily("tandem_kv_moved_seconds", "Seconds with KV under way", labels=labels)
+        tickets = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that ended well", labels=labels)
+        for move in self._moves():
+            values = [move.sender, move.receiver, move.transport]
+            size.add_metric(values, move.bytes)
+            time.add_metric(values, move.seconds)
+            tickets.add_metric(values, move.tickets)
+        return (size, time, tickets)

@@ -1,0 +1,225 @@
+"""One worker process from its settings to its exit: load, listen, register, serve, stop. The role plugs in its own services."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from tandem.cluster import MoveStat, Role, Status, WorkerInfo, new_id
+from tandem.config import WorkerConfig
+from tandem.device import set_compute_threads
+from tandem.engine.build import build_engine
+from tandem.engine.engine import Engine
+from tandem.engine.output import EngineStatus, StepOutput
+from tandem.errors import ConfigError
+from tandem.kv import HashRoot, KvLayout
+from tandem.types import ModelInfo
+from tandem.wire.v1 import worker_pb2_grpc
+from tandem.worker.engine_thread import EngineThread
+from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.publish import Publisher
+from tandem.worker.register import Registrar
+from tandem.worker.service import SERVER_OPTIONS, WorkerService
+from tandem.worker.timing import TimingFit
+
+log = logging.getLogger(__name__)
+STOP_GRACE_S = 1.0
+"""Calls under way get this long to end when the server stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a role adds to its worker's status."""
+
+    dispatches: Mapping[str, int] = field(default_factory=dict)
+    moves: tuple[MoveStat, ...] = ()
+    move_bytes_per_ms: float = 0.0
+    draining: bool = False
+
+
+class RoleServices(Protocol):
+    """What a role does beside what every worker does. All methods run on the event loop."""
+
+    def on_step(self, output: StepOutput) -> None:
+        """An engine step ended."""
+
+    def report(self) -> Report:
+        """For the next status."""
+
+    def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
+        """A router named prefill workers: (incarnation, address)."""
+
+    def background(self) -> Sequence[asyncio.Task[None]]:
+        """Tasks that must not end while the worker lives."""
+
+    async def finish(self) -> None:
+        """Ends every request; the server still runs, so that routers hear of it."""
+
+    async def close(self) -> None:
+        """Lets go of everything else; the server has stopped."""
+
+    def leaks(self) -> list[str]:
+        """What is still held although nothing runs."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a role builds its services from."""
+
+    info: WorkerInfo
+    root: HashRoot
+    engine: Engine
+    thread: EngineThread
+    metrics: WorkerMetrics
+    publisher: Publisher
+    server: grpc.aio.Server
+
+
+Build = Callable[[Parts], RoleServices]
+
+
+class WorkerProcess:
+    """Everything of one worker; `start`, then `run` until told to stop. Several can live in one process, which tests use."""
+
+    def __init__(self, config: WorkerConfig, role: Role, transport: str, build: Build) -> None:
+        self.config = config
+        self.stopping = asyncio.Event()
+        self.failed = False
+        self._role_kind = role
+        self._transport = transport
+        self._build = build
+        self._timing = TimingFit()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Loads the model and serves. Raises CheckpointError, ConfigError."""
+        config = self.config
+        threads = set_compute_threads(config.threads)
+        self.engine, loaded = await asyncio.to_thread(build_engine, config)
+        self.thread = EngineThread(self.engine, self._on_step, self._on_failure)
+        self.metrics = WorkerMetrics(lambda: self.services.report().moves)
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        port = self._listen()
+        name = config.served_model_name or Path(config.model).name
+        model = loaded.info(name, config.max_context)
+        self.info = self._describe(model, loaded.layout, port, threads)
+        root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
+        self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
+        parts = Parts(self.info, root, self.engine, self.thread, self.metrics, self.publisher, self.server)
+        self.services = self._build(parts)
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self.info, self.publisher, self.leaks), self.server)
+        self.thread.start()
+        await self.server.start()
+        self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background()]
+        if config.router:
+            registrar = Registrar(self.info, config.router, self.services.discovered)
+            self._tasks.append(asyncio.create_task(registrar.run()))
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+        log.info("%s worker %s serves %s at %s", self._role_kind.value, self.info.incarnation, name, self.info.address)
+
+    def _listen(self) -> int:
+        wanted = f"{self.config.host}:{self.config.port}"
+        try:
+            port = self.server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"--port: {wanted} cannot be used: {error}", param="port") from None
+        return int(port)
+
+    def _describe(self, model: ModelInfo, layout: KvLayout, port: int, threads: int) -> WorkerInfo:
+        config, capacity = self.config, self.engine.capacity_tokens
+        try:
+            metrics_port = self.metrics.serve(config.host, config.metrics_port)
+        except OSError as error:
+            raise ConfigError(f"--metrics-port: {config.metrics_port} cannot be used: {error.strerror}") from None
+        return WorkerInfo(
+            incarnation=new_id(),
+            role=self._role_kind,
+            address=f"{config.host}:{port}",
+            model=replace(model, max_context=min(model.max_context, capacity)),
+            layout=layout,
+            kv_dtype=layout.planes[0].dtype,
+            page_size=config.page_size,
+            total_pages=capacity // config.page_size,
+            max_batch_tokens=config.max_batch_tokens,
+            transport=self._transport,
+            metrics_port=metrics_port,
+            threads=threads,
+            pid=os.getpid(),
+        )
+
+    def _on_step(self, output: StepOutput) -> None:
+        seconds = output.schedule_s + output.forward_s + output.commit_s
+        if output.batch_tokens:
+            self._timing.add(output.batch_tokens, seconds)
+            self.metrics.step.observe(seconds)
+            self.metrics.step_tokens.inc(output.batch_tokens)
+        if output.retracted:
+            self.metrics.retractions.inc(len(output.retracted))
+        self.services.on_step(output)
+        self.publisher.poke()
+
+    def _on_failure(self, error: BaseException) -> None:
+        self.failed = True
+        self.stopping.set()
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self.stopping.is_set():
+            log.error("a task of this worker ended; it cannot go on", exc_info=task.exception())
+            self._on_failure(RuntimeError("task ended"))
+
+    def _compose(self, engine: EngineStatus) -> Status:
+        report = self.services.report()
+        self.metrics.running.set(engine.running)
+        self.metrics.waiting.set(engine.waiting)
+        cached = engine.cached_pages
+        self.metrics.pages.labels("available").set(engine.free_pages)
+        self.metrics.pages.labels("cached").set(cached)
+        self.metrics.pages.labels("used").set(engine.total_pages - engine.free_pages)
+        return Status(
+            incarnation=self.info.incarnation,
+            running=engine.running,
+            waiting=engine.waiting,
+            queued_tokens=engine.queued_tokens,
+            free_pages=engine.free_pages,
+            total_pages=engine.total_pages,
+            timing=self._timing.fit(),
+            move_bytes_per_ms=report.move_bytes_per_ms,
+            dispatches=dict(report.dispatches),
+            draining=report.draining,
+            moves=report.moves,
+        )
+
+    async def stop(self) -> None:
+        """Says goodbye to the routers and ends everything, in the order in which others depend on it."""
+        self.stopping.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.services.finish()
+        await self.server.stop(STOP_GRACE_S)
+        await self.services.close()
+        await self.thread.stop()
+
+    async def leaks(self) -> list[str]:
+        """What is held although nothing runs: ask it when idle."""
+        return self.services.leaks() + await self.thread.call(self.engine.idle_leaks)
+
+
+async def serve(process: WorkerProcess) -> int:
+    """Starts a worker and runs it until SIGTERM or SIGINT; returns the exit code."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, process.stopping.set)
+    await process.start()
+    await process.stopping.wait()
+    await process.stop()
+    return 1 if process.failed else 0
