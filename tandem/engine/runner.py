@@ -37,7 +37,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """Computes every position of every row, writes its KV, samples where asked; one result per row."""
-        hidden = self._forward(batch)
+        hidden = self.forward(batch)
         ends = np.cumsum([row.count for row in batch.rows])
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         results = [Sampled(None)] * len(batch.rows)
@@ -54,8 +54,8 @@ class Runner:
                 results[index] = Sampled(results[index].token, results[index].logprob, found)
         return results
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        """`[tokens, hidden]` of all rows, one after another."""
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The forward pass alone: `[tokens, hidden]` of all rows, one after another."""
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
