@@ -9,8 +9,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from tandem.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -35,7 +38,18 @@ class _Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         path = getattr(init_settings, "init_kwargs", {}).get("config") or os.environ.get("TANDEM_CONFIG")
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=path)) if path else sources
+        return (*sources, _yaml(settings_cls, Path(path))) if path else sources
+
+
+def _yaml(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSettingsSource:
+    """The library takes a missing file for an empty one; here it is an error like any other wrong setting."""
+    if not path.is_file():
+        raise ConfigError(f"--config is {path}; there is no such file", "config")
+    try:
+        return YamlConfigSettingsSource(settings_cls, yaml_file=path)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config is {path}; it must be a YAML mapping of settings: {reason}", "config") from None
 
 
 class RouterConfig(_Settings):

@@ -1,0 +1,152 @@
+"""Layouts, and the chain of block hashes against vectors computed by another implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import cycle, islice, permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.kv import (
+    BLOCK_TOKENS,
+    DTYPE_BYTES,
+    HashRoot,
+    KvLayout,
+    LayerGroup,
+    Plane,
+    Span,
+    block_hashes,
+    iter_block_hashes,
+)
+
+# Computed with an implementation of RFC 7693 written for the purpose, not with hashlib: parameter block with digest
+# length, key length and personalisation; a key fills the first block.
+ROOT = "bb1e672aa1d1962dfe4ac361918088ac8f42d39d7a68b8bc1752031b4da377da"
+ROOT_WITH_ADAPTER_AND_SALT = "3ba7a7d5e4cba4e29c1b6bc6b7b3a8ea9ac255c0abb66630437844461e886c13"
+CHAIN_OF_0_TO_127 = ["a77785f414ac464dec5942ec0902f087", "ce17db63ccf1fed70771e56d48a8737c"]
+LARGEST_IDS_WITH_CONTENT = "ed7cd2822ff17f97e74a349c92c44ba7"
+# printf %s 'KvLayout(planes=(...' | b2sum -l 128
+LAYOUT_DIGEST = "7169d6a83287bbbcfc8025544441d402"
+
+K, V = Plane("k", 2, 64, "bfloat16"), Plane("v", 2, 64, "bfloat16")
+LAYOUT = KvLayout((K, V), (LayerGroup((0, 1, 2)), LayerGroup((3,), window=128)))
+patterns = st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=8)
+lengths = st.integers(0, 4 * BLOCK_TOKENS + 1)
+tokens = st.builds(lambda pattern, length: list(islice(cycle(pattern), length)), patterns, lengths)
+roots = st.binary(min_size=32, max_size=32)
+
+
+def root() -> bytes:
+    return HashRoot("tandem", "00ff", "bfloat16").digest()
+
+
+def test_the_root_matches_its_known_answers() -> None:
+    assert root().hex() == ROOT
+    assert HashRoot("tandem", "00ff", "bfloat16", "lora-é", "tenant").digest().hex() == ROOT_WITH_ADAPTER_AND_SALT
+
+
+def test_the_chain_matches_its_known_answers() -> None:
+    assert [h.hex() for h in block_hashes(root(), range(2 * BLOCK_TOKENS))] == CHAIN_OF_0_TO_127
+    largest = [(1 << 32) - 1] * BLOCK_TOKENS
+    assert block_hashes(root(), largest, [bytes(range(16))])[0].hex() == LARGEST_IDS_WITH_CONTENT
+
+
+def test_roots_do_not_collide_by_concatenation() -> None:
+    parts = ("ab", "a", "b", "", "abc")
+    digests = {fields: HashRoot(*fields).digest() for fields in set(permutations(parts))}
+    assert len(set(digests.values())) == len(digests) == 120
+    assert HashRoot("ab", "c", "").digest() != HashRoot("a", "bc", "").digest()
+    assert HashRoot("k", "m", "d", "x", "").digest() != HashRoot("k", "m", "d", "", "x").digest()
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(HashRoot)])
+def test_every_part_of_the_root_counts(field: str) -> None:
+    base = HashRoot("key", "model", "bfloat16", "adapter", "salt")
+    changed = dataclasses.replace(base, **{field: "other"})
+    assert not set(block_hashes(base.digest(), range(128))) & set(block_hashes(changed.digest(), range(128)))
+
+
+@given(roots, tokens)
+def test_only_full_blocks_have_a_hash(key: bytes, ids: list[int]) -> None:
+    hashes = block_hashes(key, ids)
+    assert len(hashes) == len(ids) // BLOCK_TOKENS
+    assert all(len(h) == 16 for h in hashes)
+    assert hashes == block_hashes(key, ids[: len(hashes) * BLOCK_TOKENS])
+
+
+@given(roots, tokens, st.integers(0, 4))
+def test_a_chain_may_be_cut_and_go_on(key: bytes, ids: list[int], cut: int) -> None:
+    whole = block_hashes(key, ids)
+    head = whole[:cut]
+    rest = block_hashes(key, ids[len(head) * BLOCK_TOKENS :], parent=head[-1] if head else b"")
+    assert head + rest == whole
+    assert list(islice(iter_block_hashes(key, ids), cut)) == head
+
+
+@given(tokens.filter(lambda ids: len(ids) >= BLOCK_TOKENS), st.data())
+def test_a_changed_token_changes_its_block_and_all_after_it(ids: list[int], data: st.DataObject) -> None:
+    full = len(ids) // BLOCK_TOKENS
+    position = data.draw(st.integers(0, full * BLOCK_TOKENS - 1))
+    changed = [*ids[:position], ids[position] ^ 1, *ids[position + 1 :]]
+    before, after = block_hashes(root(), ids), block_hashes(root(), changed)
+    same = [a == b for a, b in zip(before, after, strict=True)]
+    assert same == [index < position // BLOCK_TOKENS for index in range(full)]
+
+
+def test_equal_blocks_after_different_prefixes_differ() -> None:
+    same = list(range(BLOCK_TOKENS))
+    first, second = block_hashes(root(), same + same)
+    assert first != second
+
+
+def test_content_counts_in_its_block_and_after_it() -> None:
+    ids = range(3 * BLOCK_TOKENS)
+    plain = block_hashes(root(), ids, [b"", b"", b""])
+    image = block_hashes(root(), ids, [b"", b"x" * 16, b""])
+    assert plain == block_hashes(root(), ids)
+    assert [a == b for a, b in zip(plain, image, strict=True)] == [True, False, False]
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32])
+def test_an_id_that_is_no_unsigned_32_bit_number_is_refused(token: int) -> None:
+    with pytest.raises(Exception, match=r"argument|format|range"):
+        block_hashes(root(), [token] * BLOCK_TOKENS)
+
+
+def test_the_layout_digest_does_not_change() -> None:
+    assert LAYOUT.digest() == LAYOUT_DIGEST
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        KvLayout((V, K), LAYOUT.groups),
+        KvLayout((K,), LAYOUT.groups),
+        KvLayout((dataclasses.replace(K, dtype="float16"), V), LAYOUT.groups),
+        KvLayout((dataclasses.replace(K, heads=1, head_dim=128), V), LAYOUT.groups),
+        KvLayout((K, V), (LayerGroup((0, 1, 2)), LayerGroup((3,), window=64))),
+        KvLayout((K, V), (LayerGroup((0, 1, 2, 3)),)),
+    ],
+)
+def test_another_layout_has_another_digest(other: KvLayout) -> None:
+    assert other.digest() != LAYOUT.digest()
+
+
+def test_bytes_are_counted_over_planes_and_layers() -> None:
+    assert K.token_bytes == 2 * 64 * 2
+    assert LAYOUT.num_layers == 4
+    assert LAYOUT.token_bytes == 4 * 2 * 256
+    assert LAYOUT.span_bytes(10) == 10 * LAYOUT.token_bytes
+    assert {name: Plane("k", 1, 1, name).token_bytes for name in DTYPE_BYTES} == DTYPE_BYTES
+
+
+@pytest.mark.parametrize("layers", [((0, 1), (1,)), ((1, 2),), ((0,), (2,))])
+def test_groups_that_miss_or_repeat_a_layer_are_refused(layers: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"^layer groups must cover layers 0\.\.\d once each$"):
+        KvLayout((K, V), tuple(LayerGroup(group) for group in layers))
+
+
+def test_the_end_of_a_span_is_one_past_its_last_token() -> None:
+    assert Span(3, 4).end == 7
