@@ -24,7 +24,7 @@ from tandem.types import FinishReason
 
 
 class Engine:
-    """Sequences in, tokens out. Knows a sequence from `add` or `reserve` until it finishes, is released or cancelled."""
+    """Sequences in, tokens out. Knows a sequence from `add` or `reserve` until it ends, is released or cancelled."""
 
     def __init__(
         self, runner: RunnerLike, pool: PoolLike, config: EngineConfig, clock: Callable[[], float] = time.monotonic
@@ -49,10 +49,12 @@ class Engine:
         """Takes a sequence: into the queue, or, in state WAITING_KV, aside until `reserve` and `landed`.
 
         Sets `order`, and `arrival` where it is 0. Raises ContextTooLong when the pages could never hold it, ValueError
-        when it is empty or its id is taken.
+        when it is empty or finished, or its id is taken.
         """
         if seq.seq_id in self.seqs:
             raise ValueError(f"seq_id {seq.seq_id} is taken")
+        if seq.state is SeqState.FINISHED:
+            raise ValueError(f"sequence {seq.seq_id} is finished")
         if not seq.tokens:
             raise ValueError(f"sequence {seq.seq_id} has no tokens; at least 1 is needed")
         total = len(seq.tokens) if seq.prefill_only else seq.prompt_len + seq.sampling.max_tokens
@@ -136,7 +138,7 @@ class Engine:
         retracted), or when an older sequence waits for them: ask again after a step, give up with `landed(seq, 0)`, or
         cancel.
         """
-        if seq.seq_id not in self.seqs:
+        if seq.seq_id not in self.seqs and seq.state is not SeqState.FINISHED:
             seq.state = SeqState.WAITING_KV
             self.add(seq)
         if seq.state is not SeqState.WAITING_KV or seq.node is not None:

@@ -67,6 +67,8 @@ class Scheduler:
         """By admission number."""
         self.blocked: Seq | None = None
         """The aged sequence that could not have its pages in the last step: nobody younger may take them."""
+        self._claim: Seq | None = None
+        """The sequence that could not reserve pages for KV it waits for: the same holds for it, once it is aged."""
         self._memory = memory
         self._config = config
         self._queue: dict[str, Queued] = {}
@@ -82,6 +84,7 @@ class Scheduler:
 
     def enqueue(self, seq: Seq) -> None:
         """Lets a sequence wait, with the pages it has."""
+        self.remove(seq)
         seq.state = SeqState.WAITING
         item = Queued(seq, pack(seq.tokens), 0, -1)
         self._queue[seq.seq_id] = item
@@ -91,8 +94,8 @@ class Scheduler:
         """Forgets a sequence; its pages are the caller's to close."""
         if self._queue.pop(seq.seq_id, None) is None and seq.state is SeqState.RUNNING:
             self.running.remove(seq)
-        if self.blocked is seq:
-            self.blocked = None
+        self.blocked = None if self.blocked is seq else self.blocked
+        self._claim = None if self._claim is seq else self._claim
 
     def open_queued(self, seq: Seq) -> None:
         """Locks the cached prefix of a queued sequence; prefill-only and complete, it leaves the queue as HELD."""
@@ -103,10 +106,14 @@ class Scheduler:
 
     def open_reserved(self, seq: Seq) -> bool:
         """Pages for all tokens of a sequence that waits for KV, unless an older one waits for pages."""
-        if self.blocked is not None and self.blocked.order < seq.order:
-            return False
         spare = spare_pages(self.running, self._memory.page_size)
-        return self._memory.open(seq, pack(seq.tokens), len(seq.tokens), spare)
+        older = any(other is not None and other.order < seq.order for other in (self.blocked, self._claim))
+        if not older and self._memory.open(seq, pack(seq.tokens), len(seq.tokens), spare):
+            self._claim = None if self._claim is seq else self._claim
+            return True
+        if self._claim is None or seq.order < self._claim.order:
+            self._claim = seq
+        return False
 
     def queued_tokens(self) -> int:
         """Tokens still to be computed before everyone here has its first token."""
@@ -143,7 +150,6 @@ class Scheduler:
 
     def retract(self, victim: Seq, plan: Plan) -> None:
         """Takes a sequence's pages; it waits with its tokens, and later computes what the cache then lacks."""
-        self.remove(victim)
         self._memory.close(victim)
         victim.retractions += 1
         if len(victim.prompt_logprobs) < victim.prompt_len:
@@ -179,8 +185,15 @@ class Scheduler:
         def key(item: Queued) -> QueueKey:
             return queue_key(item.seq, item.ready, now, self._config.ageing_s)
 
-        gone = plan.retracted
-        return sorted((item for item in self._queue.values() if item.seq not in gone), key=key)
+        able = (item for item in self._queue.values() if item.seq not in plan.retracted and not self._yields(item.seq, now))
+        return sorted(able, key=key)
+
+    def _yields(self, seq: Seq, now: float) -> bool:
+        """Whether a sequence without pages has to leave them to an older one that waits for KV."""
+        claim = self._claim
+        if claim is None or seq.node is not None or seq.order < claim.order:
+            return False
+        return is_aged(claim, now, self._config.ageing_s)
 
     def _covered(self, seq: Seq) -> bool:
         return len(seq.pages) * self._memory.page_size >= len(seq.tokens)

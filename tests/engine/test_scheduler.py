@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import pytest
+
+from tandem.engine.engine import Engine
+from tandem.engine.policy import EngineConfig
+from tandem.engine.sequence import Seq, SeqState
+from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """An engine on fakes, with a clock in hand."""
+
+    def __init__(self, pages: int = 64, page_size: int = 4, **limits: float) -> None:
+        self.pool = FakePool(pages, page_size)
+        self.runner = FakeRunner(self.pool)
+        self.clock = Clock()
+        self.engine = Engine(self.runner, self.pool, EngineConfig(**limits), self.clock)  # type: ignore[arg-type]
+
+    def add(self, name: str, prompt: list[int], max_tokens: int = 4, **fields: object) -> Seq:
+        seq = make_seq(name, prompt, max_tokens, **fields)
+        self.engine.add(seq)
+        return seq
+
+    def step(self) -> list[tuple[str, int, int]]:
+        """One step; its rows."""
+        before = len(self.runner.batches)
+        self.engine.step()
+        self.engine.check_integrity()
+        return list(self.runner.batches[-1]) if len(self.runner.batches) > before else []
+
+    def drain(self, *seqs: Seq, steps: int = 500) -> None:
+        """Steps until all is done; then checks outputs and leaks."""
+        for _ in range(steps):
+            if not self.engine.has_work():
+                break
+            assert self.engine.step().advanced
+            self.engine.check_integrity()
+        assert self.engine.idle_leaks() == []
+        for seq in seqs:
+            assert seq.tokens[seq.prompt_len :] == naive_continuation(seq.tokens[: seq.prompt_len], seq.sampling)
+
+
+def warm(bench: Bench, prompt: list[int]) -> None:
+    bench.add("warm", prompt, max_tokens=1)
+    bench.drain()
+
+
+def test_decoding_comes_first_then_chunks_within_the_budget() -> None:
+    bench = Bench(max_batch_tokens=8, max_running=8)
+    first = bench.add("a", [1, 2, 3])
+    assert bench.step() == [("a", 0, 3)]
+    second = bench.add("b", list(range(20, 32)))
+    assert bench.step() == [("a", 3, 1), ("b", 0, 7)]
+    assert bench.step() == [("a", 4, 1), ("b", 7, 5)]
+    assert bench.step() == [("a", 5, 1), ("b", 12, 1)]
+    bench.drain(first, second)
+
+
+def test_a_chunk_of_one_token_is_among_the_first_rows() -> None:
+    bench = Bench(max_batch_tokens=4, max_running=8)
+    seqs = [bench.add("a", [1, 2, 3, 4, 5]), bench.add("b", [6, 7, 8])]
+    assert bench.step() == [("a", 0, 4)]
+    assert bench.step() == [("a", 4, 1), ("b", 0, 3)]
+    bench.drain(*seqs)
+
+
+def test_no_more_than_max_running() -> None:
+    bench = Bench(max_batch_tokens=64, max_running=2)
+    seqs = [bench.add(name, [index, 1, 2]) for index, name in enumerate("abc")]
+    assert {row[0] for row in bench.step()} == {"a", "b"}
+    bench.drain(*seqs)
+    assert max(len(rows) for rows in bench.runner.batches) == 2
+
+
+def test_the_warm_prompt_overtakes_the_cold_one() -> None:
+    bench = Bench(max_running=1)
+    warm(bench, [1, 2, 3, 4, 5, 6, 7, 8])
+    bench.add("cold", [9] * 8)
+    bench.add("warm2", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert bench.step() == [("warm2", 8, 1)]
+
+
+def test_nobody_waits_longer_than_the_ageing_behind_younger_ones() -> None:
+    bench = Bench(max_running=1, ageing_s=2.0)
+    warm(bench, [1, 2, 3, 4, 5, 6, 7, 8])
+    cold = bench.add("cold", [9] * 8)
+    began = bench.clock.now
+    for index in range(50):
+        bench.add(f"warm{index}", [1, 2, 3, 4, 5, 6, 7, 8, index], max_tokens=2)
+        bench.step()
+        if cold.state is SeqState.RUNNING:
+            break
+        bench.clock.now += 0.5
+    assert cold.state is SeqState.RUNNING
+    # It began at the first free place after its bound: each of the others holds the place for two steps.
+    assert 2.0 <= bench.clock.now - began <= 2.0 + 2 * 0.5
+
+
+def test_without_ageing_the_cold_one_would_still_wait() -> None:
+    bench = Bench(max_running=1, ageing_s=1000.0)
+    warm(bench, [1, 2, 3, 4, 5, 6, 7, 8])
+    cold = bench.add("cold", [9] * 8)
+    for index in range(20):
+        bench.add(f"warm{index}", [1, 2, 3, 4, 5, 6, 7, 8, index], max_tokens=2)
+        bench.step()
+        bench.clock.now += 0.5
+    assert cold.state is SeqState.WAITING
+
+
+def test_priority_goes_first() -> None:
+    bench = Bench(max_running=1)
+    bench.add("low", [1, 2])
+    bench.add("high", [3, 4], priority=1)
+    assert bench.step() == [("high", 0, 2)]
+
+
+def test_what_others_computed_meanwhile_counts_in_the_queue() -> None:
+    bench = Bench(max_running=1)
+    bench.add("a", [1, 2, 3, 4, 5], max_tokens=1)
+    bench.add("b", [7, 7, 7, 7, 7, 7], max_tokens=1)
+    bench.add("c", [1, 2, 3, 4, 6], max_tokens=1)
+    assert [bench.step()[0] for _ in range(3)] == [("a", 0, 5), ("c", 4, 1), ("b", 0, 6)]
+
+
+def test_an_aged_sequence_that_lacks_pages_keeps_younger_ones_from_taking_them() -> None:
+    bench = Bench(pages=8, page_size=4, ageing_s=1.0)
+    bench.add("runs", [1] * 12, max_tokens=4)
+    bench.step()
+    large = bench.add("large", [2] * 20, max_tokens=4)
+    bench.clock.now += 5.0
+    bench.step()
+    assert bench.engine.scheduler.blocked is large
+    small = bench.add("small", [3] * 3, max_tokens=1)
+    reserved = make_seq("reserved", [4] * 3, max_tokens=1)
+    assert bench.engine.reserve(reserved) is None
+    bench.step()
+    assert (small.state, large.state) == (SeqState.WAITING, SeqState.WAITING)
+    bench.engine.cancel("reserved")
+    bench.drain()
+
+
+def test_an_older_sequence_that_waits_for_kv_and_pages_goes_before_younger_local_ones() -> None:
+    bench = Bench(pages=8, page_size=4, ageing_s=1.0)
+    bench.add("runs", [1] * 12, max_tokens=8)
+    bench.step()
+    moved = make_seq("moved", [2] * 20, max_tokens=4)
+    assert bench.engine.reserve(moved) is None
+    small = bench.add("small", [3] * 3, max_tokens=1)
+    bench.clock.now += 5.0
+    bench.step()
+    assert small.state is SeqState.WAITING
+    bench.engine.landed(moved, 0)
+    bench.drain(moved, small)
+
+
+def test_retraction_takes_the_youngest_and_loses_no_token() -> None:
+    bench = Bench(pages=60, page_size=1)
+    seqs = [bench.add(name, [index, 5], max_tokens=30) for index, name in enumerate("abc")]
+    retracted: list[str] = []
+    while bench.engine.has_work():
+        retracted += [seq.seq_id for seq in bench.engine.step().retracted]
+        bench.engine.check_integrity()
+    assert retracted[:2] == ["c", "b"]
+    assert "a" not in retracted
+    bench.drain(*seqs)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_crowded_sequences_are_retracted_and_finish(page_size: int) -> None:
+    bench = Bench(pages=48 // page_size, page_size=page_size, max_batch_tokens=16)
+    seqs = [bench.add(f"s{index}", [index, 1, 2], max_tokens=30) for index in range(6)]
+    bench.drain(*seqs, steps=2000)
+    assert bench.engine.status().retractions == sum(seq.retractions for seq in seqs) > 0
+    assert seqs[0].retractions == 0
+
+
+def test_a_retracted_sequence_finds_its_own_pages_again() -> None:
+    bench = Bench(pages=40, page_size=1)
+    old, young = bench.add("old", [1, 2], max_tokens=30), bench.add("young", [3, 4], max_tokens=30)
+    for _ in range(30):
+        if young.retractions:
+            break
+        bench.step()
+    assert young.retractions == 1
+    kept = bench.engine.match_len(young.root, young.tokens)
+    assert kept > 0
+    bench.engine.cancel("old")
+    rows = bench.step()
+    assert rows[0][:2] == ("young", kept)
+    bench.drain(young)
+    assert old.tokens[2:] == naive_continuation(old.tokens[:2], old.sampling)[: old.output_len]
+
+
+def test_one_sequence_can_use_every_page() -> None:
+    bench = Bench(pages=5, page_size=4, max_batch_tokens=8)
+    seqs = [bench.add(name, [index] * 11, max_tokens=9) for index, name in enumerate("ab")]
+    bench.drain(*seqs)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_landed_sequence_that_waits_gives_way_to_the_last_that_runs(older: bool) -> None:
+    """Minimal pages: otherwise neither could ever go on."""
+    bench = Bench(pages=40, page_size=1, max_running=1)
+    moved = make_seq("moved", [3] * 8, max_tokens=4)
+    if older:
+        assert bench.engine.reserve(moved) == 0
+    runs = bench.add("runs", [1, 2], max_tokens=38, priority=1)
+    bench.step()
+    if not older:
+        assert bench.engine.reserve(moved) == 0
+    bench.engine.landed(moved, 0)
+    assert (moved.order < runs.order, len(moved.pages)) == (older, 8)
+    bench.drain(runs, moved)
+    assert (moved.retractions, runs.retractions) == (1, 0)
+
+
+def test_the_last_that_runs_pauses_while_all_else_is_being_handed_over() -> None:
+    bench = Bench(pages=40, page_size=1)
+    runs = bench.add("runs", [1, 2], max_tokens=38)
+    bench.step()
+    moved = make_seq("moved", [3] * 8, max_tokens=4)
+    assert bench.engine.reserve(moved) == 0
+    for _ in range(40):
+        output = bench.engine.step()
+    assert (output.batch_tokens, output.advanced, runs.computed) == (0, False, 32)
+    bench.engine.landed(moved, 0)
+    bench.drain(runs, moved)
+
+
+def test_half_opened_sequences_do_not_lock_each_other_out() -> None:
+    """Each holds a cached half of the pages and needs the other's."""
+    bench = Bench(pages=12, page_size=1)
+    for start in (10, 20):
+        warm(bench, list(range(start, start + 6)))
+    seqs = [bench.add(f"p{start}", list(range(start, start + 10)), prefill_only=True) for start in (10, 20)]
+    assert [bench.engine.open_cached(seq) for seq in seqs] == [6, 6]
+    bench.step()
+    assert [seq.state for seq in seqs] == [SeqState.HELD, SeqState.WAITING]
+    bench.engine.release(seqs[0])
+    bench.step()
+    bench.engine.release(seqs[1])
+    bench.drain()
