@@ -19,5 +19,5 @@ def run(config: DecodeConfig) -> int:
 
 
 async def _run(config: DecodeConfig) -> int:
-    backend = choose(config.transport)
-    return await serve(WorkerProcess(config, Role.DECODE, backend.name, build(config, backend)))
+    transports = choose(config.transport, config.host)
+    return await serve(WorkerProcess(config, Role.DECODE, transports.preferred.name, build(config, transports)))

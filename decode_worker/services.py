@@ -9,7 +9,8 @@ from decode_worker.moves import MoveLedger
 from decode_worker.prefill_client import PrefillClient
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
-from kvtransfer.base import MIB, Backend, Hooks, Identity
+from kvtransfer.backends import Chosen
+from kvtransfer.base import MIB, Hooks, Identity
 from kvtransfer.inbound import InboundSettings, PairClient
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
@@ -24,9 +25,9 @@ from tandem.worker.process import Parts, Report, RoleServices
 class DecodeServices:
     """`RoleServices` of a decode worker."""
 
-    def __init__(self, config: DecodeConfig, backend: Backend, parts: Parts) -> None:
+    def __init__(self, config: DecodeConfig, transports: Chosen, parts: Parts) -> None:
         self._config = config
-        self._backend = backend
+        self._backend = transports.preferred
         self._identity = Identity.of(parts.info)
         self._transfers = TransferThread()
         self._transfers.start()
@@ -52,7 +53,7 @@ class DecodeServices:
         self._handover = HandOverService(
             self._identity,
             self._source,
-            (backend,),
+            transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=Hooks(failed=hooks.failed),
@@ -106,6 +107,6 @@ class DecodeServices:
         return self.worker.leaks() + self._handover.leaks() + self._source.leaks()
 
 
-def build(config: DecodeConfig, backend: Backend) -> Callable[[Parts], RoleServices]:
+def build(config: DecodeConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:
     """For `WorkerProcess`."""
-    return lambda parts: DecodeServices(config, backend, parts)
+    return lambda parts: DecodeServices(config, transports, parts)

@@ -19,5 +19,5 @@ def run(config: PrefillConfig) -> int:
 
 
 async def _run(config: PrefillConfig) -> int:
-    backend = choose(config.transport)
-    return await serve(WorkerProcess(config, Role.PREFILL, backend.name, build(config, backend)))
+    transports = choose(config.transport, config.host)
+    return await serve(WorkerProcess(config, Role.PREFILL, transports.preferred.name, build(config, transports)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvtransfer.base import Backend, Hooks, Identity
+from kvtransfer.backends import Chosen
+from kvtransfer.base import Hooks, Identity
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
@@ -19,7 +20,7 @@ from tandem.worker.process import Parts, Report, RoleServices
 class PrefillServices:
     """`RoleServices` of a prefill worker."""
 
-    def __init__(self, config: PrefillConfig, backend: Backend, parts: Parts) -> None:
+    def __init__(self, config: PrefillConfig, transports: Chosen, parts: Parts) -> None:
         self._engine_source = EngineKvSource(
             parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=True
         )
@@ -29,7 +30,7 @@ class PrefillServices:
         self._handover = HandOverService(
             Identity.of(parts.info),
             source,
-            (backend,),
+            transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=Hooks(failed=lambda kind: parts.metrics.failures.labels(kind).inc()),
@@ -64,6 +65,6 @@ class PrefillServices:
         return self._handover.leaks() + self._engine_source.leaks()
 
 
-def build(config: PrefillConfig, backend: Backend) -> Callable[[Parts], RoleServices]:
+def build(config: PrefillConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:
     """For `WorkerProcess`."""
-    return lambda parts: PrefillServices(config, backend, parts)
+    return lambda parts: PrefillServices(config, transports, parts)

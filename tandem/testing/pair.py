@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from decode_worker.services import build as build_decode
+from kvtransfer.backends import Chosen
 from kvtransfer.backends.inproc import InprocBackend
 from kvtransfer.base import Backend
 from prefill_worker.services import build as build_prefill
@@ -134,14 +135,15 @@ async def pair(
     settings: of both roles (`WorkerConfig`); decode_settings: of the decode worker alone.
     """
     backend = backend or InprocBackend()
+    transports = Chosen(backend, (backend,), "as set")
     shared: dict[str, Any] = {"model": str(model), "kv_mib": 8, "threads": 1, **settings}
     prefill_config = PrefillConfig(**shared)
     decode_config = DecodeConfig(**{"local_prefill_tokens": 0, **shared, **(decode_settings or {})})
     senders = [
-        WorkerProcess(prefill_config, Role.PREFILL, backend.name, build_prefill(prefill_config, backend))
+        WorkerProcess(prefill_config, Role.PREFILL, backend.name, build_prefill(prefill_config, transports))
         for _ in range(prefill)
     ]
-    decode = WorkerProcess(decode_config, Role.DECODE, backend.name, build_decode(decode_config, backend))
+    decode = WorkerProcess(decode_config, Role.DECODE, backend.name, build_decode(decode_config, transports))
     started: list[WorkerProcess] = []
     made = Pair(decode, senders)
     try:
