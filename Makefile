@@ -87,10 +87,10 @@ test: $(DEV_READY)
 check: $(DEV_READY)
 	@status=0; step() { echo "== $$*"; "$$@" || status=1; }; \
 	export PATH="$(BIN):$$PATH"; \
-	step ruff format --check .; \
-	step ruff check .; \
+	step ruff format --check --output-format concise .; \
+	step ruff check --output-format concise .; \
 	step mypy; \
-	step lint-imports; \
+	step lint-imports --no-logo; \
 	step python -m pytest -q tests/rules; \
 	exit $$status
 
