@@ -28,6 +28,11 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: TandemE
     raise AssertionError("abort returned")
 
 
+def was_refused(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether the servicer itself ended the call; otherwise it may have done what was asked."""
+    return any(key == ERROR_KEY for key, _ in failure.trailing_metadata() or ())
+
+
 def error_of_rpc(failure: grpc.aio.AioRpcError) -> TandemError:
     """The TandemError a servicer aborted with; for a failure of gRPC's own, the one of its code.
 

@@ -1,0 +1,53 @@
+"""The cluster side of the router put together from its settings: index, fleet, dispatcher and control port."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import grpc.aio
+
+from router.dispatch import Dispatcher
+from router.fleet import Fleet
+from router.policies import POLICIES
+from router.prefix_index import PrefixIndex
+from router.registry import serve_registry
+from tandem.cluster import new_id
+from tandem.config import RouterConfig
+
+STOP_GRACE_S = 0.5
+
+
+class ControlPlane:
+    """`async with ControlPlane(config) as control:` follows workers and serves their registrations until it exits."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, time.monotonic)
+        self.fleet = Fleet(new_id(), self.index, config.workers, config.lease_s, time.monotonic)
+        self.dispatcher = Dispatcher(config, self.fleet, self.index, POLICIES[config.policy](), time.monotonic)
+        self.port = 0
+        """The control port taken."""
+        self._config = config
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Opens the control port and connects to the listed workers. Raises ConfigError when the port is not free."""
+        config = self._config
+        self._server, self.port = await serve_registry(self.fleet, config.control_host, config.control_port)
+        await self.fleet.start()
+
+    async def close(self) -> None:
+        """Ends every request, then every connection."""
+        await self.dispatcher.close()
+        await self.fleet.close()
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+
+    async def __aenter__(self) -> ControlPlane:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,379 @@
+"""Takes requests to the decode worker a plan names, and their tokens back to who asked. Each ends exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import grpc
+import grpc.aio
+
+from router.admission import Admission
+from router.dispatch_stream import WorkerStream
+from router.fleet import Fleet
+from router.fleet_link import Worker
+from router.open_request import OpenRequest
+from router.policies import Policy, RequestInfo
+from router.policies.cost import EXPECTED_OUTPUT
+from router.prefix_index import PrefixIndex
+from router.snapshot import Load
+from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
+from tandem.config import RouterConfig
+from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
+from tandem.kv import BlockHash, HashRoot, block_hashes
+from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
+from tandem.wire import codec
+from tandem.wire.failures import error_of_rpc, was_refused
+from tandem.wire.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SUBMIT_S = 10.0
+"""A decode worker admits or refuses well within this."""
+CANCEL_S = 5.0
+CANCEL_TRIES = 3
+CANCEL_RETRY_S = 0.2
+
+Elsewhere = (Overloaded, Unavailable, Fenced, WorkerLost)
+"""Refusals that another worker may not share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the decode worker answered when it took the request."""
+
+    cached_tokens: int
+    """Prompt tokens it really had cached."""
+    prefill: Incarnation | None
+    """The prefill worker it asked; None: it prefills itself."""
+
+
+class Accepted:
+    """A request that a decode worker has taken. As a context manager it cancels on exit what has not finished."""
+
+    def __init__(self, record: OpenRequest, plan: Plan, reply: Reply, dispatcher: Dispatcher) -> None:
+        self.plan = plan
+        self.reply = reply
+        self._record = record
+        self._dispatcher = dispatcher
+
+    @property
+    def deltas(self) -> AsyncIterator[Delta]:
+        """Deltas of all choices, in order within a choice, until each has had one with `finish` set. One reader."""
+        return self._record
+
+    async def cancel(self) -> None:
+        """Ends all open choices, here at once and then on the worker; idempotent."""
+        await self._dispatcher.cancel(self._record)
+
+    async def __aenter__(self) -> Accepted:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.cancel()
+
+
+def _refusal(errors: Sequence[TandemError]) -> TandemError:
+    """What a client is told when nobody took its request: to come back later."""
+    for error in errors:
+        if isinstance(error, Overloaded):
+            return error
+    return errors[-1] if isinstance(errors[-1], Unavailable) else Unavailable(str(errors[-1]))
+
+
+class Dispatcher:
+    """The cluster as one endpoint: plans, submits, streams, cancels. All methods run on the event loop."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, index: PrefixIndex, policy: Policy, clock: Callable[[], float]
+    ) -> None:
+        self.fleet = fleet
+        self._config = config
+        self._index = index
+        self._policy = policy
+        self._clock = clock
+        self._admission = Admission(config.max_inflight)
+        self._open: dict[str, OpenRequest] = {}
+        self._streams: dict[Incarnation, WorkerStream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ordinal = 0
+        self._model: ModelInfo | None = None
+        fleet.listener = self
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model served, under the name clients use; None until a decode worker is known."""
+        return self._model
+
+    @property
+    def inflight(self) -> int:
+        """Requests admitted and not yet ended."""
+        return self._admission.inflight
+
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        return any(not view.draining for view in self.fleet.snapshot().decode)
+
+    async def submit(self, request: GenerateRequest) -> Accepted:
+        """Returns when a decode worker has taken the request.
+
+        Raises BadRequest (and ContextTooLong), Overloaded or Unavailable; then no worker runs it.
+        """
+        reference = self._check(request)
+        self._admission.enter(request.request_id)
+        record = OpenRequest(request, self._config.stream_queue)
+        self._open[request.request_id] = record
+        try:
+            plan, reply = await self._place(record, self._hashes(request, reference))
+        except BaseException:
+            self._close(record)
+            raise
+        return Accepted(record, plan, reply, self)
+
+    def _check(self, request: GenerateRequest) -> WorkerInfo:
+        reference = self.fleet.reference
+        if reference is None:
+            raise Unavailable("no worker is connected; try again later")
+        vocabulary = reference.model.vocab_size
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < vocabulary:
+                raise BadRequest(f"prompt has token id {token}; it must be in [0, {vocabulary})", param="prompt")
+        return reference
+
+    def _hashes(self, request: GenerateRequest, reference: WorkerInfo) -> list[BlockHash]:
+        root = HashRoot(
+            cluster_key=self._config.cluster_key,
+            model_fingerprint=reference.model.fingerprint,
+            kv_dtype=reference.kv_dtype,
+            adapter=request.adapter,
+            salt=request.salt,
+        )
+        return block_hashes(root.digest(), request.prompt)
+
+    async def _place(self, record: OpenRequest, hashes: Sequence[BlockHash]) -> tuple[Plan, Reply]:
+        """Finds a decode worker that takes the request: the plan's, then others, each planned anew."""
+        request = record.request
+        self._ordinal += 1
+        info = RequestInfo(
+            request.request_id, len(request.prompt), request.sampling.max_tokens, request.choices, self._ordinal
+        )
+        refused: dict[Incarnation, TandemError] = {}
+        for _ in range(self._config.retries + 1):
+            fleet = self.fleet.snapshot().without(refused)
+            if refused and all(view.draining for view in fleet.decode):
+                break
+            plan = self._policy.plan(info, fleet, self._index.match(hashes), self._clock())
+            try:
+                return plan, await self._submit(record, plan, hashes)
+            except Elsewhere as error:
+                log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
+                refused[plan.decode] = error
+                record.next_attempt()
+        raise _refusal(list(refused.values()))
+
+    async def _submit(self, record: OpenRequest, plan: Plan, hashes: Sequence[BlockHash]) -> Reply:
+        """One submission. Raises what the worker refused with; Unavailable when it cannot be reached."""
+        worker, stream = self.fleet.worker(plan.decode), self._streams.get(plan.decode)
+        if worker is None or stream is None:
+            raise Unavailable(f"decode worker {plan.decode} is gone")
+        await stream.ready(SUBMIT_S)
+        record.decode = plan.decode
+        self._book(record, plan.candidates[0], hashes)
+        try:
+            reply = await self._call_submit(worker, self._submission(record, plan))
+        except BaseException:
+            self._release(record)
+            raise
+        record.answered = True
+        if plan.prefill is not None and reply.prefill != plan.prefill:
+            self.fleet.release(record.prefill_booking)
+        request_id = record.request.request_id
+        if self._open.get(request_id) is not record:
+            # It was ended here while the worker was taking it.
+            self._spawn(self._cancel_at(worker.incarnation, request_id, record.request.attempt))
+        elif record.finished:
+            self._close(record)
+        return reply
+
+    async def _call_submit(self, worker: Worker, message: decode_pb2.SubmitRequest) -> Reply:
+        stub = decode_pb2_grpc.DecodeStub(worker.channel)
+        request = message.request
+        try:
+            reply = await stub.Submit(message, timeout=SUBMIT_S)
+        except grpc.aio.AioRpcError as failure:
+            if not was_refused(failure):
+                self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            raise error_of_rpc(failure) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                # Closing a channel cancels its calls: the worker is gone, and nobody cancelled us.
+                raise Unavailable(f"decode worker {worker.incarnation} is gone") from None
+            self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            raise
+        return Reply(reply.cached_tokens, reply.prefill or None)
+
+    def _submission(self, record: OpenRequest, plan: Plan) -> decode_pb2.SubmitRequest:
+        booking = record.decode_booking
+        workers = [worker for name in plan.prefill_alternatives if (worker := self.fleet.worker(name)) is not None]
+        return decode_pb2.SubmitRequest(
+            router_id=self.fleet.router_id,
+            dispatch=0 if booking is None else booking.number,
+            incarnation=plan.decode,
+            request=codec.generate_request_to_wire(record.request),
+            prefill=[decode_pb2.PrefillTarget(incarnation=w.incarnation, address=w.info.address) for w in workers],
+            expected_cached=plan.expected_cached,
+            planned_local=plan.prefill is None,
+        )
+
+    # Load -----------------------------------------------------------------------------------------------------------
+
+    def _book(self, record: OpenRequest, chosen: Candidate, hashes: Sequence[BlockHash]) -> None:
+        request = record.request
+        computable = len(request.prompt) - 1
+        output = request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
+        here = computable - chosen.decode_cached if chosen.prefill is None else 0
+        load = Load(request.choices, here, len(request.prompt) + output)
+        record.decode_booking = self.fleet.book(chosen.decode, load, hashes)
+        if chosen.prefill is not None:
+            load = Load(1, computable - chosen.prefill_cached, computable)
+            record.prefill_booking = self.fleet.book(chosen.prefill, load, hashes)
+
+    def _release(self, record: OpenRequest) -> None:
+        self.fleet.release(record.decode_booking)
+        self.fleet.release(record.prefill_booking)
+        record.decode_booking = record.prefill_booking = None
+
+    # Ends -----------------------------------------------------------------------------------------------------------
+
+    def _close(self, record: OpenRequest) -> None:
+        """Forgets a request; what it was sent stays readable."""
+        self._release(record)
+        if self._open.get(record.request.request_id) is record:
+            del self._open[record.request.request_id]
+            self._admission.leave(record.request.request_id)
+
+    async def cancel(self, record: OpenRequest) -> None:
+        """Ends a request here at once, and returns when its worker has let go of it; nothing if it has ended."""
+        task = self._end(record, FinishReason.CANCELLED)
+        if task is not None:
+            # The worker must hear of it even if who waits here is cancelled too.
+            await asyncio.shield(task)
+
+    def _end(self, record: OpenRequest, reason: FinishReason, error: str = "") -> asyncio.Task[None] | None:
+        """Ends a request that its worker still runs; None if it has ended."""
+        if record.finished:
+            return None
+        record.end(reason, error)
+        self._close(record)
+        if record.decode is None:
+            return None
+        return self._spawn(self._cancel_at(record.decode, record.request.request_id, record.request.attempt))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _cancel_at(self, incarnation: Incarnation, request_id: str, attempt: int) -> None:
+        for _ in range(CANCEL_TRIES):
+            worker = self.fleet.worker(incarnation)
+            if worker is None:
+                return
+            message = decode_pb2.CancelRequest(request_id=request_id, attempt=attempt)
+            try:
+                await decode_pb2_grpc.DecodeStub(worker.channel).Cancel(message, timeout=CANCEL_S)
+            except grpc.aio.AioRpcError as failure:
+                log.info("cancelling %s at %s failed: %s", request_id, incarnation, failure.code().name)
+                await asyncio.sleep(CANCEL_RETRY_S)
+            else:
+                return
+        log.warning("request %s could not be cancelled at %s; it ends by itself there", request_id, incarnation)
+
+    # What streams tell ----------------------------------------------------------------------------------------------
+
+    def receive(self, incarnation: Incarnation, deltas: Iterable[common_pb2.Delta]) -> None:
+        """New tokens of any requests of a worker; what belongs to none is dropped."""
+        for message in deltas:
+            record = self._open.get(message.request_id)
+            if record is None or record.decode != incarnation:
+                continue
+            try:
+                problem = record.push(codec.delta_from_wire(message))
+            except ValueError as error:
+                problem = f"the worker sent a malformed message: {error}"
+            if problem:
+                log.warning("request %s is cut: %s", message.request_id, problem)
+                self._end(record, FinishReason.ERROR, problem)
+            elif record.finished and record.answered:
+                self._close(record)
+            elif record.prefill_booking is not None and message.tokens:
+                self.fleet.release(record.prefill_booking)
+                record.prefill_booking = None
+
+    def resume_points(self, incarnation: Incarnation) -> list[decode_pb2.ResumePoint]:
+        """Where the requests that this worker has taken should go on. Not yet answered ones fail by their own call."""
+        return [
+            decode_pb2.ResumePoint(
+                request_id=request_id, attempt=record.request.attempt, choice=choice, next_index=next_index
+            )
+            for request_id, record in self._open.items()
+            if record.decode == incarnation and record.answered
+            for choice, next_index in record.resume_points()
+        ]
+
+    def stream_lost(self, incarnation: Incarnation, reason: str) -> None:
+        """What the worker runs for this router cannot go on."""
+        for record in [r for r in self._open.values() if r.decode == incarnation and r.answered]:
+            self._end(record, FinishReason.ERROR, f"the decode worker's token stream was lost: {reason}")
+
+    # What the fleet tells -------------------------------------------------------------------------------------------
+
+    def worker_up(self, worker: Worker) -> None:
+        """Opens the token stream of a new decode worker."""
+        if worker.info.role is Role.DECODE:
+            if self._model is None:
+                model, config = worker.info.model, self._config
+                self._model = replace(
+                    model, name=config.served_model_name or model.name, path=config.model or model.path
+                )
+            self._streams[worker.incarnation] = WorkerStream(worker, self.fleet.router_id, self.fleet.lease_s, self)
+
+    def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
+        """Ends what a dead worker ran. What it had not answered yet goes elsewhere when its call fails."""
+        stream = self._streams.pop(incarnation, None)
+        if stream is not None:
+            stream.close()
+        for record in [r for r in self._open.values() if r.decode == incarnation and r.answered]:
+            record.end(FinishReason.ERROR, f"the decode worker was lost: {reason}")
+            self._close(record)
+
+    # End of all -----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Ends every request with an error and tells the workers."""
+        for record in list(self._open.values()):
+            self._end(record, FinishReason.ERROR, "the router is shutting down")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in self._streams.values():
+            stream.close()
+
+    def leaks(self) -> list[str]:
+        """What is still held; empty when idle."""
+        held = [f"request {request_id} is open" for request_id in self._open]
+        held += [f"{count} {what}" for what, count in self._counters().items() if count]
+        return held
+
+    def _counters(self) -> dict[str, int]:
+        return {
+            "requests in flight": self._admission.inflight,
+            "bookings": self.fleet.bookings(),
+            "predictions": self._index.predictions,
+            "calls under way": len(self._tasks),
+        }

@@ -1,0 +1,119 @@
+"""One admitted request on the router: what has arrived of each choice, and the bounded queue to its reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from router.load import Booking
+from tandem.cluster import Incarnation
+from tandem.types import Delta, FinishReason, GenerateRequest
+
+
+@dataclass(slots=True)
+class _Choice:
+    next_index: int = 0
+    finished: bool = False
+
+
+class OpenRequest(AsyncIterator[Delta]):
+    """Iterated by its one reader: deltas of all choices, until each choice has had one with `finish` set.
+
+    max_buffered: tokens that may wait for the reader.
+    """
+
+    def __init__(self, request: GenerateRequest, max_buffered: int) -> None:
+        self.request = request
+        """The current attempt; deltas of older ones are fenced."""
+        self.decode: Incarnation | None = None
+        """The decode worker asked to take it."""
+        self.answered = False
+        """Whether that worker has taken it."""
+        self.decode_booking: Booking | None = None
+        self.prefill_booking: Booking | None = None
+        self._max_buffered = max_buffered
+        self._choices = [_Choice() for _ in range(request.choices)]
+        self._buffer: deque[Delta] = deque()
+        self._buffered = 0
+        self._arrived = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finished for choice in self._choices)
+
+    def resume_points(self) -> list[tuple[int, int]]:
+        """(choice, next output index) of every choice that has not ended."""
+        return [(i, choice.next_index) for i, choice in enumerate(self._choices) if not choice.finished]
+
+    def next_attempt(self) -> None:
+        """Starts over elsewhere. Only before the request was answered: nothing has been read yet."""
+        self.request = self.request.again()
+        self.decode = None
+        self._choices = [_Choice() for _ in self._choices]
+        self._buffer.clear()
+        self._buffered = 0
+
+    def push(self, delta: Delta) -> str:
+        """Takes what is new of a delta. Returns why the request cannot go on, or an empty string."""
+        if delta.attempt != self.request.attempt or not 0 <= delta.choice < len(self._choices):
+            return ""
+        choice = self._choices[delta.choice]
+        if choice.finished:
+            return ""
+        if delta.first_index > choice.next_index:
+            return f"tokens {choice.next_index} to {delta.first_index - 1} were lost on the way"
+        delta = _without_first(delta, choice.next_index - delta.first_index)
+        if not (delta.tokens or delta.finish or delta.prompt_logprobs):
+            return ""
+        if self._buffered and self._buffered + _weight(delta) > self._max_buffered:
+            return f"the client reads too slowly: more than {self._max_buffered} tokens wait for it"
+        choice.next_index += len(delta.tokens)
+        choice.finished = delta.finish is not None
+        self._put(delta)
+        return ""
+
+    def end(self, reason: FinishReason, error: str = "") -> None:
+        """Ends every choice that has not ended."""
+        for number, choice in enumerate(self._choices):
+            if not choice.finished:
+                choice.finished = True
+                request = self.request
+                self._put(
+                    Delta(request.request_id, request.attempt, number, choice.next_index, finish=reason, error=error)
+                )
+
+    def _put(self, delta: Delta) -> None:
+        self._buffer.append(delta)
+        self._buffered += _weight(delta)
+        self._arrived.set()
+
+    async def __anext__(self) -> Delta:
+        while not self._buffer:
+            if self.finished:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        delta = self._buffer.popleft()
+        self._buffered -= _weight(delta)
+        return delta
+
+
+def _weight(delta: Delta) -> int:
+    return len(delta.tokens) or 1
+
+
+def _without_first(delta: Delta, repeated: int) -> Delta:
+    """The delta less its first `repeated` tokens, which came before."""
+    if not repeated:
+        return delta
+    repeated = min(repeated, len(delta.tokens))
+    return replace(
+        delta,
+        first_index=delta.first_index + repeated,
+        tokens=delta.tokens[repeated:],
+        logprobs=delta.logprobs[repeated:],
+        prompt_logprobs=(),
+    )

@@ -1,0 +1,161 @@
+"""The default policy: the pair with the least estimated cost in milliseconds.
+
+    queue(P) + prefill(uncached tokens on P) + move(bytes not on D) + admission wait(D) + slowdown added to D's batch
+
+beside the decode-only alternative, where D's own queue and prefill take P's place and prefilling slows D's batch down.
+All terms are milliseconds of this request or of requests it delays, so they can be added. Coefficients are what workers
+measured; where one has not measured yet, the mean of those that have stands in, else the defaults below. Joint cost
+routing after Mooncake (Qin et al. 2024) and Dynamo, with measured times in place of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from router.policies.base import KEPT, Matches, Policy, RequestInfo, eligible, eligible_decode, tie_break
+from router.snapshot import FleetSnapshot, WorkerView
+from tandem.cluster import Candidate, Incarnation, Plan, StepTiming
+
+DEFAULT_TIMING = StepTiming(base_ms=5.0, per_token_ms=0.1)
+"""Until any worker has measured its steps: a small model on a few CPU cores."""
+DEFAULT_MOVE_BYTES_PER_MS = 200_000.0
+"""Until any hand-over was measured: 200 MB/s, a slow TCP link."""
+HAND_OVER_MS = 3.0
+"""A hand-over's fixed price: two control messages, a grant, the landing copy and its digest."""
+EXPECTED_OUTPUT = 128
+"""Output tokens assumed of a request that allows more: most answers end before their limit."""
+RESOLUTION_MS = 1e-3
+"""Costs closer than this are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Helper:
+    """A prefill worker with the two terms that no decode worker changes."""
+
+    view: WorkerView
+    cached: int
+    queue_ms: float
+    prefill_ms: float
+
+    @property
+    def cost(self) -> float:
+        return self.queue_ms + self.prefill_ms
+
+
+class CostPolicy(Policy):
+    """Least estimated cost. Equal costs are ordered by a hash of the request, so that routers do not herd."""
+
+    name = "cost"
+
+    def plan(self, request: RequestInfo, fleet: FleetSnapshot, matches: Matches, now: float) -> Plan:
+        """See the module; `now` is not needed, because a snapshot's load is already up to date."""
+        decode = eligible_decode(fleet)
+        model = _Coefficients(fleet)
+        helpers = [_helper(request, view, matches, model) for view in eligible(fleet.prefill)]
+        # The pair's terms add up, so the same prefill workers are best for every decode worker.
+        helpers.sort(key=lambda h: (_rounded(h.cost), tie_break(request.request_id, h.view.incarnation)))
+        pairs = [
+            Candidate(
+                decode=view.incarnation,
+                prefill=None if helper is None else helper.view.incarnation,
+                decode_cached=request.cached_tokens(matches, view),
+                prefill_cached=0 if helper is None else helper.cached,
+                costs=_costs(request, view, helper, matches, model),
+            )
+            for view in decode
+            for helper in (None, *helpers[:KEPT])
+        ]
+        pairs.sort(key=lambda pair: _order(request, pair))
+        return Plan(_keep(pairs), self.name)
+
+
+def _keep(pairs: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The pairs of the best few decode workers, all of them: each needs its own prefill alternatives."""
+    best: dict[Incarnation, None] = dict.fromkeys(pair.decode for pair in pairs)
+    kept = set(list(best)[:KEPT])
+    return tuple(pair for pair in pairs if pair.decode in kept)
+
+
+def _order(request: RequestInfo, pair: Candidate) -> tuple[float, bool, int, int]:
+    return (
+        _rounded(pair.cost),
+        pair.prefill is not None,
+        tie_break(request.request_id, pair.decode),
+        tie_break(request.request_id, pair.prefill or ""),
+    )
+
+
+def _rounded(cost: float) -> float:
+    return round(cost / RESOLUTION_MS)
+
+
+class _Coefficients:
+    """Measured coefficients of every worker, and what stands in for those not measured."""
+
+    def __init__(self, fleet: FleetSnapshot) -> None:
+        views = (*fleet.prefill, *fleet.decode)
+        measured = [view.status.timing for view in views if view.status.timing is not None]
+        self._timing = DEFAULT_TIMING
+        if measured:
+            self._timing = StepTiming(_mean(t.base_ms for t in measured), _mean(t.per_token_ms for t in measured))
+        rates = [view.status.move_bytes_per_ms for view in views if view.status.move_bytes_per_ms > 0]
+        self._rate = _mean(rates) if rates else DEFAULT_MOVE_BYTES_PER_MS
+
+    def timing(self, view: WorkerView) -> StepTiming:
+        return view.status.timing or self._timing
+
+    def prefill_ms(self, view: WorkerView, tokens: int) -> float:
+        """Time to compute `tokens` prompt tokens in full steps."""
+        timing = self.timing(view)
+        return math.ceil(tokens / view.info.max_batch_tokens) * timing.base_ms + tokens * timing.per_token_ms
+
+    def move_ms(self, view: WorkerView, tokens: int) -> float:
+        if tokens <= 0:
+            return 0.0
+        rate = view.status.move_bytes_per_ms if view.status.move_bytes_per_ms > 0 else self._rate
+        return HAND_OVER_MS + view.info.layout.span_bytes(tokens) / rate
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _helper(request: RequestInfo, view: WorkerView, matches: Matches, model: _Coefficients) -> _Helper:
+    cached = request.cached_tokens(matches, view)
+    return _Helper(
+        view=view,
+        cached=cached,
+        queue_ms=model.prefill_ms(view, view.queued_tokens),
+        prefill_ms=model.prefill_ms(view, request.computable - cached),
+    )
+
+
+def _costs(
+    request: RequestInfo, view: WorkerView, helper: _Helper | None, matches: Matches, model: _Coefficients
+) -> dict[str, float]:
+    missing = request.computable - request.cached_tokens(matches, view)
+    output = request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
+    computed_here = missing if helper is None else 0
+    return {
+        "queue": model.prefill_ms(view, view.queued_tokens) if helper is None else helper.queue_ms,
+        "prefill": model.prefill_ms(view, missing) if helper is None else helper.prefill_ms,
+        "move": 0.0 if helper is None else model.move_ms(view, missing),
+        "admission": _admission_ms(request, view, model),
+        # Every sequence there waits for each token computed beside it.
+        "slowdown": view.sequences * model.timing(view).per_token_ms * (computed_here + output),
+    }
+
+
+def _admission_ms(request: RequestInfo, view: WorkerView, model: _Coefficients) -> float:
+    """Wait for KV space: the sequences there end, and free theirs, over about EXPECTED_OUTPUT steps."""
+    needed = request.prompt_tokens + request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
+    short = needed - view.free_tokens
+    if short <= 0:
+        return 0.0
+    used = max(view.info.capacity_tokens - view.free_tokens, 1)
+    timing = model.timing(view)
+    step_ms = timing.base_ms + max(view.sequences, 1) * timing.per_token_ms
+    return EXPECTED_OUTPUT * step_ms * short / used
