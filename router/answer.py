@@ -1,4 +1,4 @@
-"""One HTTP request at work in the cluster: submits it, follows every choice to its end, and cancels what nobody needs."""
+"""One HTTP request at work in the cluster: submits it, follows each choice to its end, cancels what nobody needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from router.backend import Accepted, Dispatcher
 from router.job import Job
+from router.metrics import RequestTimer
 from router.stream import ChoiceStream, Piece
 from tandem.errors import TandemError, WorkerLost
-from router.metrics import RequestTimer
 from tandem.text.detokenizer import CONTEXT_TOKENS
-from tandem.text.prompt import PromptTokenizer
+from tandem.text.prompt import Prompt, PromptTokenizer
 from tandem.types import FinishReason
 
 CANCEL_GRACE_S = 1.0
@@ -43,7 +43,9 @@ class Answer:
             for _ in range(request.choices):
                 index = len(self.choices)
                 eos = job.model.eos_token_ids
-                self.choices.append(ChoiceStream(index, text.tokenizer, job.options, request.prompt[-CONTEXT_TOKENS:], eos))
+                self.choices.append(
+                    ChoiceStream(index, text.tokenizer, job.options, request.prompt[-CONTEXT_TOKENS:], eos)
+                )
 
     @classmethod
     async def start(cls, job: Job, dispatcher: Dispatcher, text: PromptTokenizer, timer: RequestTimer) -> Answer:
@@ -69,9 +71,9 @@ class Answer:
         """
         offset = 0
         follows = []
-        for accepted, request in zip(self._accepted, self.job.requests, strict=True):
+        for accepted, request, prompt in zip(self._accepted, self.job.requests, self.job.prompts, strict=True):
             mine = self.choices[offset : offset + request.choices]
-            follows.append(self._follow(accepted, mine, give))
+            follows.append(self._follow(accepted, mine, prompt, give))
             offset += request.choices
         if len(follows) == 1:
             await follows[0]
@@ -94,7 +96,7 @@ class Answer:
         prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
         return TotalUsage(prompt_tokens, sum(len(choice.tokens) for choice in self.choices), cached)
 
-    async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], give: Give) -> None:
+    async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], prompt: Prompt, give: Give) -> None:
         deltas = accepted.deltas
         open_choices = len(choices)
         try:
@@ -122,11 +124,9 @@ class Answer:
             await _close(accepted)
         if open_choices:
             raise WorkerLost(f"the stream ended with {open_choices} choices unfinished")
-        self._remember(choices)
-
-    def _remember(self, choices: list[ChoiceStream]) -> None:
-        """Keeps finished answers' own ids, for when they come back as turns of a conversation."""
-        del choices
+        for choice in choices:
+            if (answer := choice.whole_answer()) is not None:
+                self._text.remember(prompt, answer, "".join(choice.text))
 
 
 async def _close(accepted: Accepted) -> None:

@@ -40,5 +40,5 @@ class Dispatcher(Protocol):
         ...
 
     async def submit(self, request: GenerateRequest) -> Accepted:
-        """Returns when a decode worker has taken the request. Raises TandemError (Overloaded, Unavailable, ContextTooLong)."""
+        """Returns when a decode worker has taken it. Raises TandemError (Overloaded, Unavailable, ContextTooLong)."""
         ...

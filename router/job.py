@@ -1,4 +1,4 @@
-"""From a validated body to work for the cluster: prompts tokenised, lengths checked against the context, defaults filled."""
+"""From a validated body to work for the cluster: prompts tokenised, lengths checked, defaults filled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Job:
     """One HTTP request: what to ask of the cluster, one `GenerateRequest` a prompt, and what to make of it."""
 
     job_id: str
-    """Id of the whole, which the client sees; the requests have their own."""
+    """What the client sees; also the first request's id."""
     model: ModelInfo
     served_name: str
     """The model's name in answers."""
@@ -95,7 +95,7 @@ def _job(
         sampling = _sampling(body, model, _room(len(prompt.ids), limit, model), logprobs)
         requests.append(
             GenerateRequest(
-                request_id=new_id(),
+                request_id=new_id() if requests else to.job_id,
                 model=model.name,
                 prompt=prompt.ids,
                 sampling=sampling,

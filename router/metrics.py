@@ -33,8 +33,8 @@ class RouterMetrics:
         self.prompt_tokens = counter(obs.PROMPT_TOKENS_TOTAL, "prompt tokens of finished requests")
         self.cached_tokens = counter(obs.CACHED_TOKENS_TOTAL, "of those, tokens whose KV was not computed again")
         self.completion_tokens = counter(obs.COMPLETION_TOKENS_TOTAL, "output tokens received")
-        self.spliced_tokens = counter(obs.SPLICED_TOKENS_TOTAL, "chat prompt tokens taken from remembered turns")
-        self.encoded_tokens = counter(obs.ENCODED_TOKENS_TOTAL, "chat prompt tokens that were tokenised")
+        self.spliced_tokens = counter(obs.SPLICED_TOKENS_TOTAL, "prompt tokens taken from remembered turns")
+        self.encoded_tokens = counter(obs.ENCODED_TOKENS_TOTAL, "prompt tokens that were tokenised or given")
 
     def add_collector(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Adds families that `collect` makes at each scrape: what the fleet reports, for instance."""

@@ -220,7 +220,7 @@ def _part_text(part: Any, where: str) -> str:
 
 
 def chat_turns(messages: list[Message], knows_developer: bool) -> list[dict[str, str]]:
-    """The messages as a chat template takes them. A template without a `developer` role gets those turns as `system`."""
+    """The messages as a chat template takes them; one without a `developer` role gets those turns as `system`."""
     turns = []
     for index, message in enumerate(messages):
         role = message.role

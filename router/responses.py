@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from router.answer import FINISH_REASONS, TotalUsage
 from router.job import Job
-from router.stream import PlacedLogprob, Piece
+from router.stream import Piece, PlacedLogprob
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import TokenLogprob
 
@@ -106,7 +106,7 @@ class _Base:
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def prompt_logprobs(self, entries: tuple[TokenLogprob | None, ...]) -> list[Json | None]:
-        """vLLM's `prompt_logprobs`: for each prompt token but the first, its own and its likeliest rivals' by id."""
+        """In vLLM's form: for each prompt token but the first, its own and its likeliest rivals' by id."""
         return [None if entry is None else self._ranked(entry) for entry in entries]
 
     def _ranked(self, entry: TokenLogprob) -> Json:
@@ -147,7 +147,7 @@ class ChatFormat(_Base):
             else:
                 out = self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
         if piece.prompt_logprobs:
-            extra = {"prompt_logprobs": self.prompt_logprobs(piece.prompt_logprobs)}
+            extra: Json = {"prompt_logprobs": self.prompt_logprobs(piece.prompt_logprobs)}
             out = self._chunk(piece.choice, {}, None, None, extra) + out
         if piece.finish is not None:
             extra = {"stop_reason": piece.stop} if piece.stop is not None else {}
@@ -207,7 +207,9 @@ class CompletionFormat(_Base):
         self._head = self.before_choice()
         self._text_head = [self._head + b'{"index":%d,"text":' % index for index in range(self.choices)]
         self._text_tail = b',"logprobs":null,"finish_reason":null}' + self.after_choice()
-        self._echo = [text for text, request in zip(job.echo, job.requests, strict=True) for _ in range(request.choices)]
+        self._echo = [
+            text for text, request in zip(job.echo, job.requests, strict=True) for _ in range(request.choices)
+        ]
 
     def opening(self) -> list[bytes]:
         """The prompts, when they are to be echoed."""

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.body import wait_disconnect
 
+
 class SlowClient(Exception):
     """The client reads slower than tokens come, and its buffer is full."""
 

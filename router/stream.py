@@ -1,4 +1,4 @@
-"""A choice's token deltas become pieces of text: detokenised, cut at stop strings, with the log-probabilities that belong to them."""
+"""A choice's token deltas become pieces of text: detokenised, cut at stop strings, with their log-probabilities."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Piece:
 class ChoiceStream:
     """State of one choice on its way to the client. It ends exactly once; later deltas only bring the usage."""
 
-    def __init__(self, choice: int, tokenizer: Tokenizer, options: OutputOptions, context: TokenIds, eos: TokenIds) -> None:
+    def __init__(
+        self, choice: int, tokenizer: Tokenizer, options: OutputOptions, context: TokenIds, eos: TokenIds
+    ) -> None:
         """context: the prompt's last tokens. eos: the model's own end-of-sequence ids, which never become text."""
         self.choice = choice
         self.tokens: list[int] = []
@@ -84,6 +86,14 @@ class ChoiceStream:
         if not text and not prompt_logprobs:
             return None
         return self._piece(text, prompt_logprobs=prompt_logprobs)
+
+    def whole_answer(self) -> list[int] | None:
+        """The ids of the answer's text, without the token that ended it; None when a stop string cut into them."""
+        if self._stops.hit is not None or self.finish is None:
+            return None
+        if self.stop_token is not None and self.tokens and self.tokens[-1] == self.stop_token:
+            return self.tokens[:-1]
+        return self.tokens
 
     def _token(self, delta: Delta, index: int) -> str:
         token = delta.tokens[index]

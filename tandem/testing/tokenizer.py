@@ -1,4 +1,4 @@
-"""Tiny tokenisers for tests: byte-level BPE and a sentencepiece-like one with byte fallback, both with a chat template."""
+"""Tiny tokenisers for tests, byte-level BPE and a sentencepiece-like one with byte fallback, and a chat template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 USER, ASSISTANT, SYSTEM, END, BOS = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|bos|>"
+UNKNOWN = "<unk>"
 SPECIAL = (BOS, END, SYSTEM, USER, ASSISTANT)
 
 CHAT_TEMPLATE = (
@@ -40,12 +41,12 @@ def byte_level_tokenizer(vocab_size: int = 400) -> Any:
 
 def byte_fallback_tokenizer(vocab_size: int = 500) -> Any:
     """A transformers tokeniser in the manner of Llama 2: U+2581 for spaces, `<0x..>` tokens for unknown characters."""
-    backend = Backend(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend = Backend(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    specials = ["<unk>", *SPECIAL]
+    specials = [UNKNOWN, *SPECIAL]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials + fallback, show_progress=False)
     ascii_only = [text.encode("ascii", "ignore").decode().replace(" ", "\u2581") for text in CORPUS]

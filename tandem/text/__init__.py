@@ -1,1 +1,1 @@
-"""Text on one side, token ids on the other: tokeniser, chat template, incremental detokeniser, stop strings, splicing."""
+"""Text on one side, token ids on the other: tokeniser, templates, detokeniser, stop strings, splicing."""

@@ -50,7 +50,7 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For every other decoder (sentencepiece's, above all): decodes a window of the last tokens with and without the new ones.
+    """For every other decoder, sentencepiece's above all: decodes the last tokens with and without the new ones.
 
     A run of byte tokens is held back until it ends, because decoders judge it as a whole: one bad byte turns
     the whole run into U+FFFD.

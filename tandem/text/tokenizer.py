@@ -142,7 +142,7 @@ def byte_level_bytes(spelling: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: visible Latin-1 characters stand for themselves, the rest for U+0100 on."""
+    """GPT-2's printable stand-ins for the 256 bytes: visible Latin-1 for itself, the rest from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}

@@ -29,7 +29,8 @@ async def test_chat_answers_in_one_piece(client: httpx.AsyncClient, world: Any) 
     response = await client.post("/v1/chat/completions", json=CHAT)
     assert response.status_code == 200
     body = response.json()
-    assert body["object"] == "chat.completion" and body["model"] == "tiny"
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "tiny"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
     assert body["choices"][0]["finish_reason"] == "stop"
     prompt = world.tokenizer.encode("<|bos|><|user|>Hi<|end|><|assistant|>")
@@ -51,12 +52,15 @@ async def test_chat_streams_role_text_finish_usage_done(client: httpx.AsyncClien
     got = events(await client.post("/v1/chat/completions", json=asked))
     assert got.pop() == "[DONE]"
     usage = got.pop()
-    assert usage["choices"] == [] and usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage["choices"] == []
+    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert all(each["usage"] is None for each in got)
     assert got[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert got[-1]["choices"][0]["delta"] == {} and got[-1]["choices"][0]["finish_reason"] == "stop"
+    assert got[-1]["choices"][0]["delta"] == {}
+    assert got[-1]["choices"][0]["finish_reason"] == "stop"
     texts = [each["choices"][0]["delta"]["content"] for each in got[1:-1]]
-    assert "".join(texts) == ANSWER and len(texts) > 3
+    assert "".join(texts) == ANSWER
+    assert len(texts) > 3
     assert {each["id"] for each in got} == {usage["id"]}
 
 

@@ -14,7 +14,15 @@ from tandem.text.tokenizer import Tokenizer
 BYTE_LEVEL = Tokenizer(byte_level_tokenizer())
 BYTE_FALLBACK = Tokenizer(byte_fallback_tokenizer())
 TOKENIZERS = {"byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK}
-TEXTS = ["Hello, world!", " leading", "中文 🙂 — naïve", "a\n\n  b", "🙂🙃👩‍👩‍👧", "\ufffd real replacement", "tab\tnul"]
+TEXTS = [
+    "Hello, world!",
+    " leading",
+    "中文 🙂 — naïve",
+    "a\n\n  b",
+    "🙂🙃👩‍👩‍👧",
+    "\ufffd real replacement",
+    "tab\tnul",
+]
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], context: tuple[int, ...] = ()) -> list[str]:
@@ -66,7 +74,8 @@ def test_an_incomplete_character_at_the_end_becomes_a_replacement() -> None:
     ids = BYTE_LEVEL.encode("🙂")
     assert len(ids) > 1
     got = pieces(BYTE_LEVEL, ids[:1])
-    assert got[0] == "" and "".join(got) == BYTE_LEVEL.decode(ids[:1])
+    assert got[0] == ""
+    assert "".join(got) == BYTE_LEVEL.decode(ids[:1])
 
 
 def naive_stop(text: str, stops: list[str]) -> tuple[str, str | None]:

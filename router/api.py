@@ -1,0 +1,232 @@
+"""The routes, and the path of one request from body to answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.answer import Answer
+from router.backend import Dispatcher
+from router.body import ClientGone, read_body, while_connected
+from router.job import Endpoint, Job, chat_job, completion_job
+from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
+from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, chat_turns, parse, plain_text
+from router.problems import envelope, public
+from router.responses import DONE, ChatFormat, CompletionFormat, Format, Json, event, to_json
+from router.sse import EventBuffer, EventStream, SlowClient
+from router.stream import Piece
+from tandem.config import RouterConfig
+from tandem.errors import BadRequest, Internal, Overloaded, TandemError, Unavailable, UnknownModel
+from tandem.text.prompt import PromptTokenizer
+from tandem.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class TextSource(Protocol):
+    """Where the tokeniser of a model comes from."""
+
+    async def get(self, model: ModelInfo) -> PromptTokenizer:
+        """The model's tokeniser, loaded when first asked for. Raises TandemError when that fails."""
+        ...
+
+
+class Api:
+    """The routes. Holds what they share; keeps no state of its own."""
+
+    def __init__(self, config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._texts = texts
+        self._metrics = metrics
+        self._max_body = int(config.max_body_mib * (1 << 20))
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`"""
+
+        async def job(raw: bytes) -> Job:
+            body = parse(ChatBody, raw)
+            return await chat_job(body, await self._endpoint(request, body.model))
+
+        return await self._generate(request, "chat", job, ChatFormat)
+
+    async def completion(self, request: Request) -> Response:
+        """`POST /v1/completions`"""
+
+        async def job(raw: bytes) -> Job:
+            body = parse(CompletionBody, raw)
+            return await completion_job(body, await self._endpoint(request, body.model))
+
+        return await self._generate(request, "completion", job, CompletionFormat)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`"""
+        model = self._dispatcher.model
+        return _json({"object": "list", "data": [self._card(model)] if model else []})
+
+    async def model_card(self, request: Request) -> Response:
+        """`GET /v1/models/{name}`"""
+        return _json(self._card(self._known(request.path_params["name"])))
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: ids of a text, or of messages under the chat template."""
+        body = parse(TokenizeBody, await read_body(request, self._max_body))
+        to = await self._endpoint(request, body.model)
+        tokenizer = to.text.tokenizer
+        if (body.prompt is None) == (body.messages is None):
+            raise BadRequest("exactly one of prompt and messages is needed", "prompt")
+        if body.messages is not None:
+            turns = chat_turns(body.messages, tokenizer.knows_developer)
+            rendered = tokenizer.render(turns, body.add_generation_prompt is not False)
+            ids = await tokenizer.encode_async(rendered, bool(body.add_special_tokens))
+        else:
+            text = plain_text(body.prompt or "", "prompt")
+            ids = await tokenizer.encode_async(text, body.add_special_tokens is not False)
+        answer: Json = {"count": len(ids), "max_model_len": to.model.max_context, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [tokenizer.token(token) for token in ids]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`: text of ids."""
+        body = parse(DetokenizeBody, await read_body(request, self._max_body))
+        to = await self._endpoint(request, body.model)
+        worst = max(body.tokens, default=0)
+        if worst >= to.model.vocab_size:
+            raise BadRequest(f"tokens has the id {worst}; ids are 0 to {to.model.vocab_size - 1}", "tokens")
+        return _json({"prompt": to.text.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: the process lives."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """`GET /ready`: a request could be served now."""
+        if self._dispatcher.ready():
+            return _json({"status": "ready"})
+        return _json({"status": "not ready", "reason": "no decode worker can take a request"}, 503)
+
+    async def metrics_page(self, request: Request) -> Response:
+        """`GET /metrics`"""
+        return Response(self._metrics.page(), media_type=CONTENT_TYPE)
+
+    async def _generate(
+        self,
+        request: Request,
+        endpoint: str,
+        job_from: Callable[[bytes], Awaitable[Job]],
+        form: Callable[..., Format],
+    ) -> Response:
+        timer = self._metrics.start(endpoint)
+        try:
+            raw = await read_body(request, self._max_body)
+            answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
+            if answer.job.options.stream:
+                return EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue)
+            whole = await while_connected(request.receive, _collect(answer, out))
+        except BaseException as error:
+            _account(timer, error)
+            raise
+        usage = answer.usage()
+        timer.prompt(usage.prompt_tokens, usage.cached_tokens)
+        timer.end("ok")
+        return _json(whole)
+
+    async def _start(
+        self, raw: bytes, job_from: Callable[[bytes], Awaitable[Job]], form: Callable[..., Format], timer: RequestTimer
+    ) -> tuple[Answer, Format]:
+        job = await job_from(raw)
+        text = await self._texts.get(job.model)
+        self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))
+        self._metrics.encoded_tokens.inc(sum(len(prompt.ids) - prompt.reused for prompt in job.prompts))
+        answer = await Answer.start(job, self._dispatcher, text, timer)
+        timer.accepted()
+        return answer, form(job, text.tokenizer)
+
+    async def _endpoint(self, request: Request, name: str | None) -> Endpoint:
+        model = self._known(name)
+        return Endpoint(request.state.request_id, model, self._served_name(model), await self._texts.get(model))
+
+    def _known(self, name: str | None) -> ModelInfo:
+        model = self._dispatcher.model
+        if model is None:
+            raise Unavailable("no decode worker has registered yet")
+        served = self._served_name(model)
+        if name is not None and name != served:
+            raise UnknownModel(f"the model {name[:200]!r} is not served here; {served!r} is", "model")
+        return model
+
+    def _served_name(self, model: ModelInfo) -> str:
+        return self._config.served_model_name or model.name
+
+    def _card(self, model: ModelInfo) -> Json:
+        return {
+            "id": self._served_name(model),
+            "object": "model",
+            "created": 0,
+            "owned_by": "tandem",
+            "max_model_len": model.max_context,
+        }
+
+
+class Streaming:
+    """One streamed answer. Its end is always told: `[DONE]` after success, an error event otherwise."""
+
+    def __init__(self, answer: Answer, out: Format, timer: RequestTimer) -> None:
+        self._answer = answer
+        self._out = out
+        self._timer = timer
+
+    async def produce(self, buffer: EventBuffer) -> None:
+        """Puts all events of the answer. Raises SlowClient and cancellation only; the work has ended then too."""
+        try:
+            for chunk in self._out.opening():
+                buffer.put(chunk)
+            await self._answer.run(lambda piece: buffer.put(self._out.chunk(piece)))
+            usage = self._answer.usage()
+            if self._answer.job.options.include_usage:
+                buffer.put(self._out.usage_chunk(usage))
+            buffer.put(DONE)
+        except Exception as error:
+            _account(self._timer, error)
+            if isinstance(error, SlowClient):
+                log.warning("cut a client that reads slower than its tokens come")
+                raise
+            if not isinstance(error, TandemError):
+                log.exception("a stream met a defect")
+            buffer.put(event(envelope(public(error))))
+        except BaseException as error:
+            _account(self._timer, error)
+            raise
+        else:
+            self._timer.prompt(usage.prompt_tokens, usage.cached_tokens)
+            self._timer.end("ok")
+
+
+async def _collect(answer: Answer, out: Format) -> Json:
+    pieces: list[list[Piece]] = [[] for _ in answer.choices]
+    await answer.run(lambda piece: pieces[piece.choice].append(piece))
+    return out.whole(pieces, answer.usage())
+
+
+def _account(timer: RequestTimer, error: BaseException) -> None:
+    """Counts the end of a request that did not succeed."""
+    match error:
+        case SlowClient():
+            timer.end("slow_client", "slow_client")
+        case BadRequest() | Overloaded():
+            timer.end("refused", error.code or error.type)
+        case TandemError():
+            timer.end("failed", error.code or error.type)
+        case Exception() if not isinstance(error, ClientGone):
+            timer.end("failed", Internal.type)
+        case _:
+            timer.end("cancelled")
+
+
+def _json(value: Json, status: int = 200) -> Response:
+    return Response(to_json(value), status, media_type="application/json")
