@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -53,15 +53,16 @@ class KvPool:
         """
         flat, slots = self._flat(out, span), self._slots(pages, span)
         for target, tensor, layers in self._parts(flat, span.count):
-            source = tensor.index_select(1, slots).view(torch.uint8).flatten(1)
-            target[layers] = source.to("cpu")
+            target[layers] = tensor.view(torch.uint8).flatten(2).index_select(1, slots).cpu()
 
     def scatter(self, pages: Sequence[int], span: Span, data: Buffer) -> None:
         """The inverse of `gather`: copies canonical bytes into the sequence's own pages. Raises the same errors."""
         flat, slots = self._flat(data, span), self._slots(pages, span)
         for source, tensor, layers in self._parts(flat, span.count):
-            raw = source[layers].to(self.device).view(tensor.dtype)
-            tensor.index_copy_(1, slots, raw.view(tensor.shape[0], span.count, *tensor.shape[2:]))
+            raw = source[layers].to(self.device)
+            if raw.storage_offset() % tensor.element_size():
+                raw = raw.clone()  # a plane of wider elements may start anywhere behind one of narrower ones
+            tensor.index_copy_(1, slots, raw.view(tensor.dtype).unflatten(2, tensor.shape[2:]))
 
     def copy_tokens(self, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of a page to the start of another, in all planes and layers."""
@@ -72,16 +73,16 @@ class KvPool:
             for tensor in groups:
                 tensor[:, target : target + count] = tensor[:, source : source + count]
 
-    def _parts(self, flat: torch.Tensor, count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(the plane's bytes `[layer, bytes]`, the group's tensor, the group's layers) for each plane and group."""
-        parts, offset = [], 0
+    def _parts(self, flat: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice | list[int]]]:
+        """Per plane and group: the plane's bytes `[layer, token, byte]`, the group's tensor, the group's layers."""
+        layers, offset = self.layout.num_layers, 0
         for plane, groups in zip(self.layout.planes, self._tensors, strict=True):
-            size = self.layout.num_layers * count * plane.token_bytes
-            block = flat[offset : offset + size].view(self.layout.num_layers, -1)
+            size = layers * count * plane.token_bytes
+            block = flat[offset : offset + size].view(layers, count, plane.token_bytes)
             offset += size
             for group, tensor in zip(self.layout.groups, groups, strict=True):
-                parts.append((block, tensor, torch.tensor(group.layers)))
-        return parts
+                whole = group.layers == tuple(range(layers))
+                yield block, tensor, slice(None) if whole else list(group.layers)
 
     def _flat(self, buffer: Buffer, span: Span) -> torch.Tensor:
         array = np.frombuffer(buffer, dtype=np.uint8)

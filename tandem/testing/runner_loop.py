@@ -32,7 +32,7 @@ class RunnerLoop:
         return Seq(name, list(prompt), len(prompt), sampling, b"", frozenset(), choice=choice, pages=pages)
 
     def step(self, seqs: Sequence[Seq], chunk: int) -> list[Sampled]:
-        """Computes up to `chunk` tokens of each sequence in one batch, decoding ones first, and takes in the results."""
+        """Computes up to `chunk` tokens of each sequence in one batch, decoding ones first, and takes in what comes."""
         rows = []
         for seq in sorted(seqs, key=lambda seq: seq.pending > 1):
             count = min(seq.pending, chunk)
