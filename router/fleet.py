@@ -13,7 +13,7 @@ from router.fleet_link import Link, Worker
 from router.load import Booking
 from router.prefix_index import PrefixIndex
 from router.snapshot import FleetSnapshot, Load, WorkerView
-from tandem.cluster import Incarnation, Role, WorkerInfo, WorkerUpdate
+from tandem.cluster import Incarnation, MoveStat, Role, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
 from tandem.kv import BlockHash
 
@@ -56,6 +56,7 @@ class Fleet:
         self._workers: dict[Incarnation, Worker] = {}
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._past_moves: dict[tuple[str, str, str], MoveStat] = {}
 
     async def start(self) -> None:
         """Starts following the listed addresses."""
@@ -87,6 +88,13 @@ class Fleet:
     def prefill_workers(self) -> list[tuple[Incarnation, str]]:
         """Incarnation and address of every usable prefill worker, for decode workers to connect to."""
         return [(view.incarnation, view.info.address) for view in self._views(Role.PREFILL)]
+
+    def moves(self) -> list[MoveStat]:
+        """KV moved, by pair and transport, over all decode workers ever seen: a counter does not end with its worker."""
+        latest = dict(self._past_moves)
+        for worker in self._workers.values():
+            latest.update(_by_pair(worker))
+        return list(latest.values())
 
     # Load -----------------------------------------------------------------------------------------------------------
 
@@ -205,6 +213,11 @@ class Fleet:
         worker.usable = False
         self._index.drop(worker.incarnation)
         worker.ledger.close()
+        self._past_moves.update(_by_pair(worker))
         del self._workers[worker.incarnation]
         if self.listener is not None:
             self.listener.worker_gone(worker.incarnation, reason)
+
+
+def _by_pair(worker: Worker) -> dict[tuple[str, str, str], MoveStat]:
+    return {(move.sender, move.receiver, move.transport): move for move in worker.status.moves}

@@ -1,1 +1,6 @@
 """The demo model: its corpus, tokenizer, training script, evaluation, and the trained model folder itself."""
+
+from pathlib import Path
+
+MODEL_PATH = Path(__file__).parent / "model"
+"""The trained model."""

@@ -1,0 +1,42 @@
+"""The tokeniser of the model that the cluster serves, loaded once, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tandem.errors import TandemError, Unavailable
+from tandem.text.prompt import PromptTokenizer
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class ModelTexts:
+    """A `TextSource`. path: folder or hub id to load from; None takes what the workers report."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._loading: asyncio.Task[PromptTokenizer] | None = None
+
+    async def get(self, model: ModelInfo) -> PromptTokenizer:
+        """The tokeniser; the first caller loads it and all wait. Raises Unavailable when it cannot be loaded."""
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load(self._path or model.path))
+        task = self._loading
+        try:
+            return await asyncio.shield(task)
+        except TandemError:
+            # The next request tries again: a shared folder may appear later.
+            if self._loading is task:
+                self._loading = None
+            raise
+
+    async def _load(self, path: str) -> PromptTokenizer:
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer.load, path)
+        except TandemError as error:
+            log.error("the tokeniser cannot be loaded: %s", error)
+            raise Unavailable(f"the tokeniser cannot be loaded: {error}") from error
+        return PromptTokenizer(tokenizer)
