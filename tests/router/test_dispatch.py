@@ -1,0 +1,349 @@
+"""The dispatcher and the fleet against scripted workers on real gRPC servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from router.control import ControlPlane
+from router.dispatch import Accepted, Dispatcher
+from tandem.cluster import CacheEvent, EventKind, Role, new_id
+from tandem.config import RouterConfig
+from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable
+from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.testing.workers import MODEL, FakeWorker, answer
+from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
+
+
+async def eventually(condition: Callable[[], object], what: str = "") -> None:
+    """Polls a condition of the router's, which has no event to wait for."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Cluster:
+    def __init__(self, control: ControlPlane, decode: list[FakeWorker], prefill: list[FakeWorker]) -> None:
+        self.control = control
+        self.decode = decode
+        self.prefill = prefill
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.control.dispatcher
+
+    async def submit(self, request: GenerateRequest) -> tuple[Accepted, FakeWorker]:
+        accepted = await self.dispatcher.submit(request)
+        return accepted, next(w for w in self.decode if w.info.incarnation == accepted.plan.decode)
+
+    def decoders_known(self) -> int:
+        return len(self.control.fleet.snapshot().decode)
+
+
+@asynccontextmanager
+async def cluster(decode: int = 1, prefill: int = 0, **settings: Any) -> AsyncIterator[Cluster]:
+    async with AsyncExitStack() as stack:
+        decoders = [await stack.enter_async_context(FakeWorker(Role.DECODE)) for _ in range(decode)]
+        prefillers = [await stack.enter_async_context(FakeWorker(Role.PREFILL)) for _ in range(prefill)]
+        addresses = tuple(worker.info.address for worker in (*decoders, *prefillers))
+        settings = {"control_port": 0, "lease_s": 5.0, "workers": addresses, **settings}
+        control = await stack.enter_async_context(ControlPlane(RouterConfig(**settings)))
+        made = Cluster(control, decoders, prefillers)
+        await eventually(lambda: made.decoders_known() == decode and len(control.fleet.prefill_workers()) == prefill)
+        yield made
+        await eventually(lambda: made.dispatcher.leaks() == [])
+        control.index.check_integrity()
+
+
+def request(prompt_tokens: int = 5, **fields: Any) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 16))
+    return GenerateRequest(new_id(), "fake", tuple(range(1, prompt_tokens + 1)), sampling, **fields)
+
+
+async def read(accepted: Accepted) -> list[Delta]:
+    async with asyncio.timeout(10):
+        return [delta async for delta in accepted.deltas]
+
+
+STOP: dict[str, Any] = {"finish": FinishReason.STOP}
+
+
+async def test_a_request_goes_to_the_decode_worker_and_its_tokens_come_back() -> None:
+    async with cluster() as made:
+        assert made.dispatcher.model == MODEL
+        assert made.dispatcher.ready()
+        asked = request()
+        accepted, worker = await made.submit(asked)
+        (message,) = worker.submissions
+        assert (message.incarnation, message.dispatch, message.planned_local) == (worker.info.incarnation, 1, True)
+        assert message.router_id == made.control.fleet.router_id
+        assert tuple(message.request.prompt) == asked.prompt
+        worker.send(answer(message, [7, 8]))
+        worker.send(answer(message, [9], 2, **STOP))
+        deltas = await read(accepted)
+        assert [token for delta in deltas for token in delta.tokens] == [7, 8, 9]
+        assert deltas[-1].finish is FinishReason.STOP
+        await accepted.cancel()
+        assert worker.cancelled == []
+
+
+async def test_all_choices_end_before_the_iteration_does() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request(choices=3))
+        (message,) = worker.submissions
+        worker.send(*(answer(message, [choice], choice=choice, **STOP) for choice in (2, 0, 1)))
+        assert [(d.choice, d.tokens) for d in await read(accepted)] == [(2, (2,)), (0, (0,)), (1, (1,))]
+
+
+async def test_repeated_tokens_and_old_attempts_are_dropped() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request())
+        (message,) = worker.submissions
+        worker.send(answer(message, [1, 2]))
+        worker.send(answer(message, [1, 2]), answer(message, [2, 3], 1))
+        old = answer(message, [99], 3)
+        worker.send(Delta(old.request_id, old.attempt + 1, 0, 3, (99,)))
+        worker.send(answer(message, [4], 3, **STOP), answer(message, [5], 4, **STOP))
+        deltas = await read(accepted)
+        assert [(d.first_index, d.tokens) for d in deltas] == [(0, (1, 2)), (2, (3,)), (3, (4,))]
+
+
+async def test_lost_tokens_end_the_request_with_an_error() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request())
+        (message,) = worker.submissions
+        worker.send(answer(message, [1]), answer(message, [3], 2))
+        deltas = await read(accepted)
+        assert deltas[-1].finish is FinishReason.ERROR
+        assert "tokens 1 to 1 were lost" in deltas[-1].error
+        await worker.until(lambda: worker.cancelled)
+
+
+async def test_cancel_ends_the_request_here_and_there_and_is_idempotent() -> None:
+    async with cluster() as made:
+        asked = request(choices=2)
+        accepted, worker = await made.submit(asked)
+        worker.send(answer(worker.submissions[0], [1], **STOP))
+        await anext(aiter(accepted.deltas))
+        await asyncio.gather(accepted.cancel(), accepted.cancel())
+        await accepted.cancel()
+        assert worker.cancelled == [(asked.request_id, 0)]
+        assert [(d.choice, d.finish) for d in await read(accepted)] == [(1, FinishReason.CANCELLED)]
+
+
+async def test_leaving_the_context_cancels() -> None:
+    async with cluster() as made:
+        asked = request()
+        async with await made.dispatcher.submit(asked):
+            pass
+        assert made.decode[0].cancelled == [(asked.request_id, 0)]
+
+
+async def test_a_submission_given_up_is_cancelled_at_the_worker() -> None:
+    async with cluster() as made:
+        worker = made.decode[0]
+        worker.hold = asyncio.Event()
+        asked = request()
+        task = asyncio.create_task(made.dispatcher.submit(asked))
+        await worker.until(lambda: worker.submissions)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await worker.until(lambda: worker.cancelled == [(asked.request_id, 0)])
+
+
+async def test_a_slow_reader_is_cut_alone() -> None:
+    async with cluster(stream_queue=8) as made:
+        slow, worker = await made.submit(request())
+        quick, _ = await made.submit(request())
+        first, second = worker.submissions
+        reading = asyncio.create_task(read(quick))
+        for index in range(20):
+            worker.send(answer(first, [index], index), answer(second, [index], index))
+        worker.send(answer(second, [20], 20, **STOP))
+        assert len(await reading) == 21
+        deltas = await read(slow)
+        assert len(deltas) == 9
+        assert deltas[-1].finish is FinishReason.ERROR
+        assert "reads too slowly: more than 8 tokens" in deltas[-1].error
+        await worker.until(lambda: worker.cancelled == [(first.request.request_id, 0)])
+
+
+@pytest.mark.parametrize("refusal", [Overloaded("full"), Unavailable("this worker is draining")])
+async def test_a_refused_request_goes_to_another_worker(refusal: Exception) -> None:
+    async with cluster(decode=2) as made:
+        made.decode[0].refusal = made.decode[1].refusal = refusal  # type: ignore[assignment]
+        task = asyncio.create_task(made.dispatcher.submit(request()))
+        with pytest.raises(type(refusal), match=str(refusal)):
+            await task
+        assert [len(worker.submissions) for worker in made.decode] == [1, 1]
+        attempts = {worker.submissions[0].request.attempt for worker in made.decode}
+        assert attempts == {0, 1}
+        made.decode[0].refusal = None
+        accepted, worker = await made.submit(request())
+        assert worker is made.decode[0]
+        worker.send(answer(worker.submissions[-1], [1], **STOP))
+        assert (await read(accepted))[-1].finish is FinishReason.STOP
+        assert made.decode[0].cancelled == made.decode[1].cancelled == []
+
+
+async def test_retries_are_bounded() -> None:
+    async with cluster(decode=3, retries=1) as made:
+        for worker in made.decode:
+            worker.refusal = Overloaded("full")
+        with pytest.raises(Overloaded):
+            await made.dispatcher.submit(request())
+        assert sum(len(worker.submissions) for worker in made.decode) == 2
+
+
+async def test_a_bad_request_is_not_tried_elsewhere() -> None:
+    async with cluster(decode=2) as made:
+        for worker in made.decode:
+            worker.refusal = ContextTooLong("9 tokens; at most 8 fit", param="messages")
+        with pytest.raises(ContextTooLong, match="at most 8 fit") as caught:
+            await made.dispatcher.submit(request())
+        assert caught.value.param == "messages"
+        assert sum(len(worker.submissions) for worker in made.decode) == 1
+        with pytest.raises(BadRequest, match=r"prompt has token id 1000; it must be in \[0, 1000\)"):
+            await made.dispatcher.submit(GenerateRequest(new_id(), "fake", (1, 1000), SamplingParams()))
+
+
+async def test_more_than_the_bound_is_refused() -> None:
+    async with cluster(max_inflight=1) as made:
+        async with await made.dispatcher.submit(request()):
+            with pytest.raises(Overloaded, match="1 requests are in flight and at most 1"):
+                await made.dispatcher.submit(request())
+        async with await made.dispatcher.submit(request()):
+            assert made.dispatcher.inflight == 1
+
+
+async def test_a_dead_worker_ends_its_requests_with_an_error_and_the_others_go_on() -> None:
+    async with cluster(decode=2) as made:
+        running = [await made.submit(request(choices=2)) for _ in range(8)]
+        dead, alive = made.decode
+        assert dead.submissions
+        assert alive.submissions
+        for worker in made.decode:
+            worker.send(*(answer(message, [1]) for message in worker.submissions))
+        await dead.stop()
+        for accepted, worker in running:
+            if worker is dead:
+                ends = [d for d in await read(accepted) if d.finish is not None]
+                assert [(d.choice, d.finish) for d in ends] == [(0, FinishReason.ERROR), (1, FinishReason.ERROR)]
+                assert "the decode worker was lost" in ends[0].error
+            else:
+                await accepted.cancel()
+        accepted, worker = await made.submit(request())
+        assert worker is alive
+        await accepted.cancel()
+
+
+async def test_a_worker_that_dies_before_it_answered_costs_only_a_retry() -> None:
+    async with cluster(decode=2) as made:
+        for worker in made.decode:
+            worker.hold = asyncio.Event()
+        task = asyncio.create_task(made.dispatcher.submit(request()))
+        await eventually(lambda: any(worker.submissions for worker in made.decode))
+        dead, alive = sorted(made.decode, key=lambda worker: not worker.submissions)
+        assert alive.hold is not None
+        alive.hold.set()
+        # Tokens of the first attempt, not yet given to anyone, are not mixed with those of the second.
+        dead.send(answer(dead.submissions[0], [9]))
+        await dead.stop()
+        accepted = await task
+        assert accepted.plan.decode == alive.info.incarnation
+        assert alive.submissions[0].request.attempt == 1
+        alive.send(answer(alive.submissions[0], [5], **STOP))
+        assert [d.tokens for d in await read(accepted)] == [(5,)]
+
+
+async def test_a_broken_stream_is_resumed_by_index() -> None:
+    async with cluster() as made:
+        asked = request(choices=2)
+        accepted, worker = await made.submit(asked)
+        (message,) = worker.submissions
+        worker.send(answer(message, [1, 2]), answer(message, [6], choice=1, **STOP))
+        deltas = aiter(accepted.deltas)
+        assert [(await anext(deltas)).tokens for _ in range(2)] == [(1, 2), (6,)]
+        worker.break_streams()
+        await worker.until(lambda: len(worker.resumes) == 2)
+        (point,) = worker.resumes[1]
+        assert (point.request_id, point.attempt, point.choice, point.next_index) == (asked.request_id, 0, 0, 2)
+        worker.send(answer(message, [2, 3], 1, **STOP))
+        assert (await anext(deltas)).tokens == (3,)
+
+
+async def test_a_worker_restarted_at_its_address_is_another_worker() -> None:
+    async with cluster() as made:
+        first = made.decode[0]
+        accepted, _ = await made.submit(request())
+        await first.stop()
+        async with FakeWorker(Role.DECODE, port=first.port) as second:
+            assert (await read(accepted))[-1].finish is FinishReason.ERROR
+            await eventually(lambda: made.control.fleet.worker(second.info.incarnation) is not None)
+            await eventually(lambda: made.decoders_known() == 1)
+            async with await made.dispatcher.submit(request()) as again:
+                assert again.plan.decode == second.info.incarnation
+
+
+async def test_without_workers_the_answer_is_unavailable() -> None:
+    async with cluster(decode=0) as made:
+        assert made.dispatcher.model is None
+        assert not made.dispatcher.ready()
+        with pytest.raises(Unavailable, match="no worker is connected"):
+            await made.dispatcher.submit(request())
+
+
+async def test_draining_workers_get_nothing_new() -> None:
+    async with cluster(decode=2) as made:
+        made.decode[0].report(draining=True)
+        await eventually(lambda: any(view.draining for view in made.control.fleet.snapshot().decode))
+        for _ in range(4):
+            async with await made.dispatcher.submit(request()) as accepted:
+                assert accepted.plan.decode == made.decode[1].info.incarnation
+        made.decode[1].report(draining=True)
+        await eventually(lambda: not made.dispatcher.ready())
+        with pytest.raises(Unavailable, match="every decode worker is draining"):
+            await made.dispatcher.submit(request())
+
+
+async def test_a_cached_conversation_returns_to_its_decode_worker() -> None:
+    async with cluster(decode=3, prefill=2) as made:
+        asked = request(10 * BLOCK_TOKENS)
+        root = HashRoot("tandem", MODEL.fingerprint, "float32")
+        hashes = tuple(block_hashes(root.digest(), asked.prompt))
+        made.decode[1].publish(CacheEvent(EventKind.STORED, hashes))
+        await eventually(lambda: made.control.index.match(hashes))
+        async with await made.dispatcher.submit(asked) as accepted:
+            assert accepted.plan.decode == made.decode[1].info.incarnation
+            assert accepted.plan.prefill is None
+            message = made.decode[1].submissions[0]
+            assert message.planned_local
+            assert message.expected_cached == 10 * BLOCK_TOKENS - 1
+            assert {t.incarnation for t in message.prefill} == {w.info.incarnation for w in made.prefill}
+        # Another tenant's salt has other hashes: nothing is cached for it.
+        salted = GenerateRequest(new_id(), "fake", asked.prompt, asked.sampling, salt="other")
+        async with await made.dispatcher.submit(salted) as accepted:
+            assert accepted.plan.expected_cached == 0
+
+
+async def test_a_long_new_prompt_goes_to_a_prefill_worker_when_decode_is_busy() -> None:
+    async with cluster(decode=1, prefill=2, policy="cost") as made:
+        made.decode[0].report(running=20, free_pages=256, total_pages=256)
+        await eventually(lambda: made.control.fleet.snapshot().decode[0].status.running == 20)
+        async with await made.dispatcher.submit(request(900)) as accepted:
+            target = made.decode[0].submissions[0].prefill[0]
+            assert target.incarnation == accepted.plan.prefill == accepted.reply.prefill
+            assert target.address in {worker.info.address for worker in made.prefill}
+
+
+async def test_closing_the_router_ends_requests_with_an_error() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request())
+        await made.dispatcher.close()
+        assert (await read(accepted))[-1].error == "the router is shutting down"
+        assert worker.cancelled
