@@ -86,12 +86,12 @@ class Answer:
             raise _first(errors) from None
 
     def usage(self) -> TotalUsage:
-        """Counts up to now. Cached tokens are what the workers reported, and before that what the plan expects."""
+        """Counts up to now. Cached tokens are what the worker reported at the end, and until then when it accepted."""
         cached = 0
         offset = 0
         for accepted, request in zip(self._accepted, self.job.requests, strict=True):
             reported = [c.usage.cached_tokens for c in self.choices[offset : offset + request.choices] if c.usage]
-            cached += max(reported) if reported else min(accepted.plan.expected_cached, len(request.prompt))
+            cached += max(reported) if reported else accepted.reply.cached_tokens
             offset += request.choices
         prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
         return TotalUsage(prompt_tokens, sum(len(choice.tokens) for choice in self.choices), cached)

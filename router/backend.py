@@ -9,6 +9,15 @@ from tandem.cluster import Plan
 from tandem.types import Delta, GenerateRequest, ModelInfo
 
 
+class Reply(Protocol):
+    """A decode worker's answer to a submission."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens it had cached."""
+        ...
+
+
 class Accepted(Protocol):
     """A request that a decode worker has taken."""
 
@@ -20,6 +29,11 @@ class Accepted(Protocol):
     @property
     def plan(self) -> Plan:
         """Where it was sent, and why."""
+        ...
+
+    @property
+    def reply(self) -> Reply:
+        """What the decode worker said when it took the request."""
         ...
 
     async def cancel(self) -> None:

@@ -88,7 +88,7 @@ def _job(
     limit: int | None,
     logprobs: int | None,
 ) -> Job:
-    requests = []
+    requests: list[GenerateRequest] = []
     model = to.model
     for prompt in tokenised:
         _check_ids(prompt.ids, model, "prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from tandem.cluster import Candidate, Plan, new_id
 from tandem.errors import TandemError
@@ -11,6 +12,13 @@ from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo, TokenL
 
 Script = Callable[[GenerateRequest, int], Sequence[int]]
 """(request, choice) -> the tokens that the model would sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeReply:
+    """See `router.backend.Reply`."""
+
+    cached_tokens: int
 
 
 class FakeAccepted:
@@ -23,6 +31,7 @@ class FakeAccepted:
         self.cancelled = asyncio.Event()
         self.closed = False
         self.plan = Plan((Candidate(new_id(), None, 0, 0, {}),), "fake")
+        self.reply = FakeReply(owner.cached_tokens)
         self.deltas: AsyncIterator[Delta] = self._play()
 
     async def cancel(self) -> None:
