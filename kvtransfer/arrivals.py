@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from enum import Enum
 
 import numpy as np
 
-from kvtransfer.base import Buffer, Landing, TransportError
+from kvtransfer.base import Buffer, Landing
 from kvtransfer.manifest import Manifest, digest, parse
+
+log = logging.getLogger(__name__)
 
 
 class Fault(Enum):
@@ -43,91 +46,77 @@ class Arrival:
 
     ticket_id: str
     sequence: int
-    data: Buffer | None
-    fault: Fault | None = None
+    outcome: Buffer | Fault
 
 
 class Arrivals:
-    """Watched by the transfer thread while grants are out.
+    """Polled by the transfer thread while grants are out, i.e. `outstanding` is not 0.
 
-    `deliver(arrival)` and `broken(reason)` are called on the transfer thread. A manifest of a ticket that is not known
-    (any more) is counted in `late` and dropped: notifications may overtake one another and the ticket's end.
+    `deliver(arrival)` and `broken(reason)` are called on that thread. A manifest of a ticket that is not known (any
+    more) is counted in `late` and dropped: notifications may be overtaken by their ticket's end.
     """
 
-    def __init__(self, landing: Landing, deliver: Callable[[Arrival], None], broken: Callable[[str], None]) -> None:
-        self._landing = landing
-        self._deliver = deliver
-        self._broken = broken
+    def __init__(self, landing: Landing, deliver: Callable[[Arrival], object], broken: Callable[[str], object]) -> None:
+        self._landing, self._deliver, self._broken = landing, deliver, broken
         self._lock = threading.Lock()
-        self._open: dict[str, dict[int, Expected | None]] = {}
-        self._out = 0
-        self.late = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a grant is out."""
-        return self._out > 0
+        self._grants: dict[str, dict[int, Expected | None]] = {}
+        self.outstanding = self.late = 0
+        landing.guard(self.allows)
 
     def expect(self, grant: Expected) -> None:
-        """Puts a grant in force; call it before the peer can know of the grant. Raises ValueError for a second one."""
+        """Puts a grant in force; call it before the peer can know of it. Raises ValueError for a second one."""
         with self._lock:
-            grants = self._open.setdefault(grant.ticket_id, {})
+            grants = self._grants.setdefault(grant.ticket_id, {})
             if grant.sequence in grants:
                 raise ValueError(f"grant {grant.sequence} of ticket {grant.ticket_id} was given before")
             grants[grant.sequence] = grant
-            self._out += 1
-        self._landing.allow(grant.offset, grant.length)
+            self.outstanding += 1
 
     def forget(self, ticket_id: str) -> None:
-        """Ends a ticket's grants; call it only when the peer can not write for the ticket any more."""
+        """Ends a ticket's grants; call it only when the peer cannot write for the ticket any more."""
         with self._lock:
-            grants = self._open.pop(ticket_id, {})
-            self._out -= sum(grant is not None for grant in grants.values())
+            grants = self._grants.pop(ticket_id, {})
+            self.outstanding -= sum(grant is not None for grant in grants.values())
 
-    def outstanding(self) -> int:
-        """Grants in force."""
-        return self._out
+    def allows(self, offset: int, length: int) -> bool:
+        """Whether a grant for exactly this range is in force."""
+        with self._lock:
+            grants = [grant for ticket in self._grants.values() for grant in ticket.values() if grant is not None]
+        return any((grant.offset, grant.length) == (offset, length) for grant in grants)
 
     def poll(self) -> bool:
-        """Takes what has landed; whether there was anything."""
+        """Takes what has landed; whether there was anything. A landing or a manifest that is bad breaks the pair."""
         try:
-            manifests = self._landing.poll()
-        except TransportError as error:
+            manifests = [parse(raw) for raw in self._landing.poll()]
+            for manifest in manifests:
+                self._take(manifest)
+        except Exception as error:  # noqa: BLE001 - one bad pair must not end the thread of all
+            log.warning("a landing is given up: %s", error)
             self._broken(str(error))
             return False
-        for raw in manifests:
-            try:
-                manifest = parse(raw)
-            except ValueError as error:
-                self._broken(str(error))
-                return False
-            self._take(manifest)
         return bool(manifests)
 
     def _take(self, manifest: Manifest) -> None:
         with self._lock:
-            grants = self._open.get(manifest.ticket_id)
+            grants = self._grants.get(manifest.ticket_id)
             if grants is None:
                 self.late += 1
                 return
-            known = manifest.sequence in grants
-            grant = grants.get(manifest.sequence)
-            if grant is not None:
+            used = manifest.sequence in grants
+            if (grant := grants.get(manifest.sequence)) is not None:
                 grants[manifest.sequence] = None
-                self._out -= 1
-        if grant is None:
-            fault, data = (Fault.DUPLICATE if known else Fault.FOREIGN), None
+                self.outstanding -= 1
+        if grant is not None:
+            outcome = self._verify(manifest, grant)
         else:
-            fault, data = self._verify(manifest, grant)
-        self._deliver(Arrival(manifest.ticket_id, manifest.sequence, data, fault))
+            outcome = Fault.DUPLICATE if used else Fault.FOREIGN
+        self._deliver(Arrival(manifest.ticket_id, manifest.sequence, outcome))
 
-    def _verify(self, manifest: Manifest, grant: Expected) -> tuple[Fault | None, Buffer | None]:
+    def _verify(self, manifest: Manifest, grant: Expected) -> Buffer | Fault:
         """The copy is checked, not the slab: the peer can still write the slab, but never the copy."""
         said = (manifest.attempt, manifest.start, manifest.count, manifest.length)
         if said != (grant.attempt, grant.start, grant.count, grant.length):
-            return Fault.FOREIGN, None
+            return Fault.FOREIGN
         copy = np.empty(grant.length, dtype=np.uint8)
         copy[:] = self._landing.memory[grant.offset : grant.offset + grant.length]
-        if digest(copy) != manifest.digest:
-            return Fault.DIGEST, None
-        return None, copy
+        return copy if digest(copy) == manifest.digest else Fault.DIGEST

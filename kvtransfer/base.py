@@ -1,8 +1,8 @@
 """The interfaces of the hand-over, and the small nouns both ends share.
 
-The receiver's end is a `Landing`, the sender's a `Link`; a `Backend` makes both. Bytes go one way only: a link writes into
-the slab of the landing it was connected to, and nowhere else. `KvSource` is what a sender sends from, `SpanSink` what a
-receiver lands into.
+The receiver's end is a `Landing`, the sender's a `Link`; a `Backend` makes both. Bytes go one way only: a link writes
+into the slab of the landing it was connected to, and nowhere else. A sender sends from a `KvSource`, a receiver lands
+into a `SpanSink`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Buffer = npt.NDArray[np.uint8]
 MIB = 1 << 20
 
 WARM_BYTES = MIB
-"""Bytes of the warm-up write (less where the slab or the staging is smaller): large enough to take the bulk path."""
+"""Bytes of the warm-up write, less where slab or staging is smaller: large enough to take the bulk path."""
 
 WARM_TICKET = "0" * 32
 """The ticket id of the warm-up write."""
@@ -37,17 +37,15 @@ class TransportError(Exception):
 class Landing(Protocol):
     """The receiver's end of one pair: a slab that exactly one peer incarnation can write."""
 
-    @property
-    def memory(self) -> Buffer:
-        """The slab."""
-        ...
+    memory: Buffer
+    """The slab."""
 
     def metadata(self) -> bytes:
         """What the peer's `Link.connect` needs."""
         ...
 
-    def allow(self, offset: int, length: int) -> None:
-        """Announces that the peer may write this range once. Transports that can refuse other writes do. Any thread."""
+    def guard(self, allows: Callable[[int, int], bool]) -> None:
+        """Transports that can refuse single writes ask `allows(offset, length)` before each, on any thread."""
         ...
 
     def poll(self) -> list[bytes]:
@@ -55,7 +53,7 @@ class Landing(Protocol):
         ...
 
     def close(self) -> None:
-        """Makes it impossible for the peer ever to write here again. May block; once it returned the memory is safe."""
+        """Makes it impossible for the peer ever to write here again. May block; afterwards the memory is safe."""
         ...
 
 
@@ -67,7 +65,7 @@ class Link(Protocol):
         ...
 
     def post(self, view: Buffer, offset: int, manifest: bytes) -> Any:
-        """Starts to write `view` (a part of the staging) at the slab's `offset`; the manifest arrives after the bytes."""
+        """Starts to write `view`, a part of the staging, at the slab's `offset`; the manifest arrives after it."""
         ...
 
     def poll(self, handle: Any) -> bool:
@@ -80,7 +78,7 @@ class Link(Protocol):
 
 
 class Backend(Protocol):
-    """A transport. Both makers may block for a second: call them off the event loop."""
+    """A transport. Both makers may block for a second: call them off the event loop. Both raise TransportError."""
 
     @property
     def name(self) -> str:
@@ -88,19 +86,22 @@ class Backend(Protocol):
         ...
 
     def landing(self, me: Incarnation, peer: Incarnation, slab_bytes: int) -> Landing:
-        """A landing for one peer incarnation. Raises TransportError."""
+        """A landing for one peer incarnation."""
         ...
 
     def link(self, me: Incarnation, peer: Incarnation, staging: Buffer) -> Link:
-        """A link, not yet connected, that sends from `staging`. Raises TransportError."""
+        """A link, not yet connected, that sends from `staging`."""
         ...
+
+
+OnProgress = Callable[[int], None]
 
 
 class KvSource(Protocol):
     """Where a sender's KV comes from: an engine. All methods are called on the event loop."""
 
     async def open(
-        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: OnProgress
     ) -> int:
         """Accepts a prompt and returns how many of its tokens are cached; these can be exported at once.
 
@@ -146,7 +147,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """How a fetch ended. Tokens `[first wanted, landed_until)` have landed, whatever the error says."""
+    """How a fetch ended. Tokens from the first one wanted to `landed_until` have landed, whatever the error says."""
 
     landed_until: int
     sender_cached: int = 0
@@ -167,7 +168,7 @@ class Hooks:
     """Measurements, called on the event loop."""
 
     moved: Callable[[Incarnation, str, int, float], None] = _ignore
-    """(peer, transport, bytes, seconds) of each span sent (time of the write) and of each fetch (its whole time)."""
+    """(peer, transport, bytes, seconds): at the sender each write, at the receiver each fetch with its whole time."""
     failed: Callable[[str], None] = _ignore
     """The kind of a failure."""
     open_tickets: Callable[[int], None] = _ignore

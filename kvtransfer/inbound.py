@@ -7,23 +7,28 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import grpc.aio
 
-from kvtransfer.arrivals import Arrival, Arrivals, Expected
+from kvtransfer.arrivals import Arrival, Arrivals, Expected, Fault
 from kvtransfer.base import MIB, WARM_BYTES, WARM_TICKET, Backend, FetchResult, Hooks, Identity, Landing, SpanSink
-from kvtransfer.layout import SLAB_SPANS, ahead, span_limit
+from kvtransfer.layout import ahead, span_limit
 from kvtransfer.leases import LeaseTable
 from kvtransfer.receiving import InboundTicket
-from kvtransfer.slab import Ranges, SlabBudget
+from kvtransfer.slab import Range, Ranges, SlabBudget
 from kvtransfer.transfer_thread import TransferThread, in_thread
 from tandem.cluster import Incarnation, Ticket
 from tandem.errors import BY_GRPC_CODE, Fenced, TandemError, Unavailable
+from tandem.kv import Span
 from tandem.types import TokenIds
 from tandem.wire.v1 import handover_pb2 as pb
 from tandem.wire.v1 import handover_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
+
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToSender, pb.ToReceiver]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +49,19 @@ class InboundSettings:
 
 @dataclass(slots=True)
 class _Fetch:
-    """A ticket and those who wait on it. `arrivals` ends with None when the ticket fails."""
+    """A ticket and what its fetch hears of: `sink.reserve()` is done, a span has arrived, or None: it has failed."""
 
     state: InboundTicket
-    arrivals: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)
-    failed: asyncio.Event = field(default_factory=asyncio.Event)
+    events: asyncio.Queue[Arrival | asyncio.Future[int | None] | None] = field(default_factory=asyncio.Queue)
     quiesce_by: float = 0.0
 
 
 class PairClient:
     """Fetches KV from one sender incarnation. `connect` once, `fetch` any number at once, `close` once.
 
-    When the stream breaks, or the peer is silent for a lease, or does not quiesce in time, the pair closes itself: all
-    fetches end with an error at once, and the landing is destroyed before its memory is used again. Make a new one then.
+    When the stream breaks, or the peer is silent for a lease or does not quiesce in time, the pair closes itself: all
+    fetches end with an error at once, and the landing is destroyed before its memory is used again. Then make a new
+    one. Close pairs before the transfer thread.
     """
 
     def __init__(
@@ -71,12 +76,11 @@ class PairClient:
         hooks: Hooks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._me, self._address, self._peer = me, address, peer
-        self._backend, self._thread, self._budget, self._settings = backend, thread, budget, settings
-        self._hooks, self._clock = hooks or Hooks(), clock
+        self.peer, self._me, self._address, self._backend = peer, me, address, backend
+        self._thread, self._budget, self._settings = thread, budget, settings
+        self._hooks, self._clock, self._lease = hooks or Hooks(), clock, LeaseTable(clock)
         self._span_tokens = span_limit(me.layout, settings.span_tokens, settings.slab_bytes)
         self._slab = Ranges(settings.slab_bytes)
-        self._lease = LeaseTable(clock)
         self._fetches: dict[str, _Fetch] = {}
         self._outbox: asyncio.Queue[pb.ToSender] = asyncio.Queue()  # bounded by tickets and by the slab's ranges
         self._tasks: list[asyncio.Task[None]] = []
@@ -86,30 +90,16 @@ class PairClient:
         self._channel: grpc.aio.Channel | None = None
         self._slab_key: int | None = None
         self._shutting: asyncio.Task[None] | None = None
-        self._reason = "not connected"
-
-    @property
-    def peer(self) -> Incarnation:
-        """The sender's incarnation."""
-        return self._peer
-
-    @property
-    def connected(self) -> bool:
-        """Whether fetches can be made."""
-        return not self._reason
+        self.reason = "not connected"
+        """Why no fetch can be made; empty while the pair is connected."""
 
     @property
     def closed(self) -> bool:
         """Whether the pair is over for good."""
         return self._shutting is not None
 
-    @property
-    def reason(self) -> str:
-        """Why it is not connected."""
-        return self._reason
-
     async def connect(self) -> None:
-        """Handshake and warm-up. Raises Fenced (another incarnation, layout or model), Overloaded (slab cap), Unavailable."""
+        """Handshake and warm-up. Raises Fenced (incarnation, layout or model differs), Overloaded, Unavailable."""
         self._slab_key = self._budget.take(self._settings.slab_bytes)
         try:
             async with asyncio.timeout(self._settings.handshake_deadline_s):
@@ -117,48 +107,43 @@ class PairClient:
         except asyncio.CancelledError:
             self._shut("cancelled while connecting")
             raise
-        except TandemError as error:
-            await self._give_up(str(error))
-            raise
-        except grpc.aio.AioRpcError as error:
-            await self._give_up(error.details() or error.code().name)
-            kind = BY_GRPC_CODE.get(error.code().name, Unavailable)
-            raise kind(f"hand-over from {self._address}: {self._reason}") from error
-        except TimeoutError:
-            await self._give_up(f"no handshake within handshake_deadline_s = {self._settings.handshake_deadline_s:g}")
-            raise Unavailable(f"hand-over from {self._address}: {self._reason}") from None
-        except Exception as error:
-            await self._give_up(f"{type(error).__name__}: {error}")
-            raise Unavailable(f"hand-over from {self._address}: {self._reason}") from error
+        except Exception as cause:
+            error = self._explain(cause)
+            self._shut(str(error))
+            await self.close()
+            raise error from cause
 
     async def fetch(
         self, ticket: Ticket, tokens: TokenIds, salt: str, adapter: str, priority: int, sink: SpanSink, start: int = 0
     ) -> FetchResult:
-        """Asks for the KV of `tokens` and lands it in `sink`; never raises but CancelledError.
+        """Asks for the KV of `tokens` and lands it in `sink`; raises nothing but CancelledError.
 
         start: the first token known to be wanted when asking; `sink.reserve()` has the last word. Cancelling returns at
         once; the ticket's ranges come back in the background, when the sender has quiesced.
         """
         if refusal := self._refusal(ticket, tokens):
             return FetchResult(landed_until=start, error=refusal)
-        now = self._clock()
+        name, queue_s = ticket.ticket_id, ticket.queue_deadline_s
         state = InboundTicket(
-            ticket.ticket_id, ticket.attempt, len(tokens), ticket.queue_deadline_s, ticket.transfer_deadline_s, now, start
+            name, ticket.attempt, len(tokens), queue_s, ticket.transfer_deadline_s, self._clock(), first=start
         )
-        fetch = _Fetch(state)
-        self._fetches[ticket.ticket_id] = fetch
+        fetch = self._fetches[name] = _Fetch(state)
         self._hooks.open_tickets(1)
         self._send(
             open=pb.Open(
-                ticket_id=ticket.ticket_id, request_id=ticket.request_id, attempt=ticket.attempt, tokens=tokens,
-                start=start, salt=salt, adapter=adapter, priority=priority, queue_deadline_s=ticket.queue_deadline_s,
+                ticket_id=name, request_id=ticket.request_id, attempt=ticket.attempt, tokens=tokens, start=start,
+                salt=salt, adapter=adapter, priority=priority, queue_deadline_s=queue_s,
             )
         )  # fmt: skip
         try:
             await self._drive(fetch, sink)
         finally:
             self._end(fetch)
-        return self._result(state)
+        size = self._me.layout.span_bytes(state.landed_tokens)
+        seconds = self._clock() - state.granted_at if state.granted_at is not None else 0.0
+        if size:
+            self._hooks.moved(self.peer, self._backend.name, size, seconds)
+        return FetchResult(state.landed_until, state.cached, size, seconds, state.error)
 
     async def close(self) -> None:
         """Ends the pair and waits until the landing is destroyed."""
@@ -169,14 +154,12 @@ class PairClient:
     def leaks(self) -> list[str]:
         """What is still in use, one line each; empty when the pair is idle or its landing is destroyed."""
         found = [f"ticket {name} is not quiesced" for name in self._fetches]
-        if self.closed:
-            if self._slab_key is not None:
-                found.append("the landing is not closed")
-            return found
         if self._slab.used_bytes:
             found.append(f"{self._slab.used_bytes} bytes of the slab are in use")
-        if self._arrivals is not None and self._arrivals.outstanding():
-            found.append(f"{self._arrivals.outstanding()} grants are in force")
+        if self._arrivals is not None and self._arrivals.outstanding:
+            found.append(f"{self._arrivals.outstanding} grants are in force")
+        if self.closed and self._slab_key is not None:
+            found.append("the landing is not closed")
         return found
 
     def check_integrity(self) -> None:
@@ -186,63 +169,69 @@ class PairClient:
         for fetch in self._fetches.values():
             fetch.state.check_integrity()
             held += sum(taken.size for taken in [*fetch.state.out.values(), *fetch.state.copied.values()])
-        assert self.closed or not self.connected or held == self._slab.used_bytes, "a range belongs to no ticket"
+        assert held == self._slab.used_bytes, "a range belongs to no ticket"
 
     # --- handshake
 
     async def _handshake(self) -> None:
-        loop = asyncio.get_running_loop()
-        size = self._settings.slab_bytes
+        me, size, loop = self._me, self._settings.slab_bytes, asyncio.get_running_loop()
         self._landing = await in_thread(
-            lambda: self._backend.landing(self._me.incarnation, self._peer, size), lambda landing: landing.close()
+            lambda: self._backend.landing(me.incarnation, self.peer, size), lambda landing: landing.close()
         )
-
-        def arrived(arrival: Arrival) -> None:
-            loop.call_soon_threadsafe(self._on_arrival, arrival)
-
-        def broken(reason: str) -> None:
-            loop.call_soon_threadsafe(self._shut, reason)
-
-        self._arrivals = Arrivals(self._landing, arrived, broken)
+        soon = loop.call_soon_threadsafe
+        self._arrivals = Arrivals(self._landing, partial(soon, self._on_arrival), partial(soon, self._shut))
         await self._thread.attach(self._arrivals)
         self._channel = grpc.aio.insecure_channel(self._address)
         call = rpc.HandOverStub(self._channel).Pair()
-        await call.write(pb.ToSender(hello=self._hello(self._landing.metadata())))
-        welcome = await call.read()
-        if welcome is grpc.aio.EOF or welcome.WhichOneof("body") != "welcome":
-            raise Unavailable(f"the sender closed the stream: {await call.details() or 'no reason given'}")
-        if welcome.welcome.sender != self._peer:
-            raise Fenced(f"the sender is {welcome.welcome.sender}; {self._peer} is expected")
-        if limit := welcome.welcome.max_span_bytes:
-            self._span_tokens = span_limit(self._me.layout, self._span_tokens, size, limit)
-        await self._warm_up(min(size, WARM_BYTES, limit or WARM_BYTES))
-        self._send(warmed=pb.Warmed())
-        self._lease.grant(self._peer, self._settings.lease_s)
-        self._reason = ""
+        hello = pb.Hello(
+            receiver=me.incarnation, sender=self.peer, layout_digest=me.layout.digest(),
+            model_fingerprint=me.fingerprint, slab_bytes=size, lease_s=self._settings.lease_s,
+            endpoints=[pb.Endpoint(transport=self._backend.name, metadata=self._landing.metadata())],
+        )  # fmt: skip
+        await call.write(pb.ToSender(hello=hello))
+        message = await call.read()
+        if not isinstance(message, pb.ToReceiver) or message.WhichOneof("body") != "welcome":
+            raise Unavailable(f"{self._address} did not answer with welcome")
+        if (sender := message.welcome.sender) != self.peer:
+            raise Fenced(f"the sender is {sender}; {self.peer} is expected")
+        limit = message.welcome.max_span_bytes
+        self._span_tokens = span_limit(me.layout, self._settings.span_tokens, size, limit)
+        await self._warm_up(call, min(size, WARM_BYTES, limit))
+        if self.closed:
+            raise Unavailable(self.reason)
+        self._lease.grant(self.peer, self._settings.lease_s)
+        self.reason = ""
         self._tasks = [asyncio.create_task(work) for work in (self._read(call), self._write(call), self._tick())]
 
-    def _hello(self, metadata: bytes) -> pb.Hello:
-        return pb.Hello(
-            receiver=self._me.incarnation, sender=self._peer, layout_digest=self._me.layout.digest(),
-            model_fingerprint=self._me.fingerprint, slab_bytes=self._settings.slab_bytes, lease_s=self._settings.lease_s,
-            endpoints=[pb.Endpoint(transport=self._backend.name, metadata=metadata)],
-        )  # fmt: skip
-
-    async def _warm_up(self, length: int) -> None:
-        """Waits for the sender's first write, at offset 0: connections are made and paths chosen before they count."""
+    async def _warm_up(self, call: _Call, length: int) -> None:
+        """Grants the start of the slab and waits for the write: connections are made before they count."""
         assert self._arrivals is not None
         self._warm = asyncio.get_running_loop().create_future()
         self._arrivals.expect(Expected(WARM_TICKET, 0, 0, 0, 0, 0, length))
         self._thread.wake()
+        await call.write(pb.ToSender(grants=pb.Grants(grants=[pb.Grant(ticket_id=WARM_TICKET, length=length)])))
         await self._warm
         self._arrivals.forget(WARM_TICKET)
+        await call.write(pb.ToSender(warmed=pb.Warmed()))
+
+    def _explain(self, cause: Exception) -> TandemError:
+        if isinstance(cause, TandemError):
+            return cause
+        kind: type[TandemError] = Unavailable
+        text = f"{type(cause).__name__}: {cause}"
+        if isinstance(cause, grpc.aio.AioRpcError):
+            kind = BY_GRPC_CODE.get(cause.code().name, Unavailable)
+            text = cause.details() or cause.code().name
+        elif isinstance(cause, TimeoutError):
+            text = f"no handshake within handshake_deadline_s = {self._settings.handshake_deadline_s:g}"
+        return kind(f"hand-over from {self._address}: {text}")
 
     # --- one fetch
 
     def _refusal(self, ticket: Ticket, tokens: TokenIds) -> str:
-        if self._reason:
-            return self._reason
-        if (ticket.sender, ticket.receiver) != (self._peer, self._me.incarnation):
+        if self.reason:
+            return self.reason
+        if (ticket.sender, ticket.receiver) != (self.peer, self._me.incarnation):
             return f"ticket {ticket.ticket_id} names another pair of incarnations"
         if ticket.layout_digest != self._me.layout.digest():
             return f"ticket {ticket.ticket_id} names another KV layout"
@@ -252,186 +241,144 @@ class PairClient:
 
     async def _drive(self, fetch: _Fetch, sink: SpanSink) -> None:
         state = fetch.state
-        first = await self._reserve(fetch, sink)
-        if first is None or state.error:
-            return
-        state.plan(first, self._span_tokens)
-        self._pump()
-        while not state.complete and not state.error:
-            arrival = await fetch.arrivals.get()
-            if arrival is None or arrival.data is None or state.error:
-                return
-            try:
-                await sink.land(state.spans[arrival.sequence], arrival.data)
-            except Exception as error:  # noqa: BLE001 - the sink's defect ends this ticket only
-                log.exception("sink of ticket %s", state.ticket_id)
-                return self._fail(fetch, "sink", f"landing failed: {error}")
-            if arrival.sequence in state.copied:  # else the pair was closed meanwhile
-                self._slab.release(state.landing_done(arrival.sequence))
-                self._pump()
-
-    async def _reserve(self, fetch: _Fetch, sink: SpanSink) -> int | None:
-        """`sink.reserve()`, unless the ticket fails first."""
         reserving = asyncio.ensure_future(sink.reserve())
-        failing = asyncio.ensure_future(fetch.failed.wait())
+        reserving.add_done_callback(fetch.events.put_nowait)
         try:
-            await asyncio.wait({reserving, failing}, return_when=asyncio.FIRST_COMPLETED)
-            if not reserving.done():
-                return None
-            return reserving.result()
-        except Exception as error:  # noqa: BLE001 - the sink's defect ends this ticket only
-            log.exception("sink of ticket %s", fetch.state.ticket_id)
-            self._fail(fetch, "sink", f"reserving failed: {error}")
-            return None
+            while not state.complete:
+                event = await fetch.events.get()
+                if state.error or event is None:
+                    return
+                if not isinstance(event, Arrival):
+                    if (first := event.result()) is None:
+                        return
+                    state.plan(first, self._span_tokens)
+                elif not isinstance(event.outcome, Fault) and state.spans is not None:
+                    await sink.land(state.spans[event.sequence], event.outcome)
+                    if event.sequence in state.copied:  # else the pair was closed meanwhile
+                        self._slab.release(state.land(event.sequence))
+                self._pump()
+        except Exception as error:
+            log.exception("the sink of ticket %s", state.ticket_id)
+            self._fail(fetch, "sink", f"landing failed: {error}")
         finally:
             reserving.cancel()
-            failing.cancel()
 
     def _pump(self) -> None:
         """Grants what the slab has room for, to the oldest tickets first."""
-        if self._reason or self._arrivals is None:
+        if self.reason:
             return
-        layout, now, grants = self._me.layout, self._clock(), list[pb.Grant]()
-        waiting = [fetch.state for fetch in self._fetches.values() if fetch.state.next_sequence < len(fetch.state.spans)]
-        spans = self._slab.size // layout.span_bytes(self._span_tokens)
-        limit = ahead(max(SLAB_SPANS, spans), len(waiting))
-        for state in waiting:
+        tickets = [fetch.state for fetch in self._fetches.values() if not fetch.state.ended]
+        limit = ahead(self._slab.size // self._me.layout.span_bytes(self._span_tokens), len(tickets))
+        grants: list[pb.Grant] = []
+        for state in tickets:
             while (span := state.next_span(limit)) is not None:
-                length = layout.span_bytes(span.count)
-                taken = self._slab.allocate(length)
-                if taken is None:
+                if (taken := self._slab.allocate(self._me.layout.span_bytes(span.count))) is None:
                     break
-                sequence = state.granted(taken, now)
-                self._arrivals.expect(
-                    Expected(state.ticket_id, state.attempt, sequence, span.start, span.count, taken.offset, length)
-                )
-                grants.append(
-                    pb.Grant(
-                        ticket_id=state.ticket_id, sequence=sequence, start=span.start, count=span.count,
-                        offset=taken.offset, length=length,
-                    )
-                )  # fmt: skip
+                grants.append(self._grant(state, span, taken))
         if grants:
             self._send(grants=pb.Grants(grants=grants))
             self._thread.wake()
 
-    def _fail(self, fetch: _Fetch, kind: str, error: str) -> None:
-        if fetch.state.error or fetch.state.ended:
-            return
-        fetch.state.fail(kind, error)
-        self._wake_failed(fetch)
+    def _grant(self, state: InboundTicket, span: Span, taken: Range) -> pb.Grant:
+        assert self._arrivals is not None
+        name, sequence = state.ticket_id, state.grant(taken, self._clock())
+        length = self._me.layout.span_bytes(span.count)
+        self._arrivals.expect(
+            Expected(name, state.attempt, sequence, span.start, span.count, taken.offset, length)
+        )  # fmt: skip
+        return pb.Grant(
+            ticket_id=name, sequence=sequence, start=span.start, count=span.count, offset=taken.offset, length=length
+        )
 
-    def _wake_failed(self, fetch: _Fetch) -> None:
-        self._hooks.failed(fetch.state.kind)
-        fetch.failed.set()
-        fetch.arrivals.put_nowait(None)
+    def _fail(self, fetch: _Fetch, kind: str, error: str) -> None:
+        if fetch.state.fail(kind, error):
+            self._hooks.failed(kind)
+            fetch.events.put_nowait(None)
 
     def _end(self, fetch: _Fetch) -> None:
         """The fetch has its result. Its ranges are free once the sender has quiesced, or with the landing."""
         state = fetch.state
         state.ended = True
-        if self._reason or state.over:
+        if self.closed or state.sent is not None:
             self._drop(fetch)
         else:
             fetch.quiesce_by = self._clock() + self._settings.quiesce_s
             if state.needs_cancel:
                 self._send(cancel=pb.Cancel(ticket_id=state.ticket_id))
-        self._pump()
 
     def _drop(self, fetch: _Fetch) -> None:
-        state = fetch.state
-        for taken in state.drain():
+        """Nobody writes for this ticket any more."""
+        for taken in fetch.state.drain():
             self._slab.release(taken)
         if self._arrivals is not None:
-            self._arrivals.forget(state.ticket_id)
-        if self._fetches.pop(state.ticket_id, None) is not None:
+            self._arrivals.forget(fetch.state.ticket_id)
+        if self._fetches.pop(fetch.state.ticket_id, None) is not None:
             self._hooks.open_tickets(-1)
-
-    def _result(self, state: InboundTicket) -> FetchResult:
-        size = self._me.layout.span_bytes(state.landed_tokens)
-        seconds = self._clock() - state.granted_at if state.granted_at is not None else 0.0
-        if size:
-            self._hooks.moved(self._peer, self._backend.name, size, seconds)
-        return FetchResult(state.landed_until, state.cached, size, seconds, state.error)
+        self._pump()
 
     # --- what comes in
 
     def _on_arrival(self, arrival: Arrival) -> None:
+        bad = f"span {arrival.sequence} is bad: {arrival.outcome.value}" if isinstance(arrival.outcome, Fault) else ""
         if arrival.ticket_id == WARM_TICKET:
-            if self._warm is not None and not self._warm.done():
-                if arrival.fault is None:
-                    self._warm.set_result(None)
-                else:
-                    self._warm.set_exception(Unavailable(f"the warm-up write was wrong: {arrival.fault.value}"))
+            if bad:
+                self._shut(bad)
+            elif self._warm is not None and not self._warm.done():
+                self._warm.set_result(None)
             return
         fetch = self._fetches.get(arrival.ticket_id)
         if fetch is None or fetch.state.ended:
             return
-        if arrival.fault is not None:
-            self._fail(fetch, arrival.fault.value, f"span {arrival.sequence} is bad: {arrival.fault.value}")
+        if isinstance(arrival.outcome, Fault):
+            self._fail(fetch, arrival.outcome.value, bad)
         else:
             fetch.state.arrived(arrival.sequence, self._clock())
-            fetch.arrivals.put_nowait(arrival)
+            fetch.events.put_nowait(arrival)
 
     def _on_message(self, message: pb.ToReceiver) -> None:
         kind = message.WhichOneof("body")
-        if kind == "opened":
-            if (fetch := self._fetches.get(message.opened.ticket_id)) is not None:
-                fetch.state.cached = message.opened.cached_tokens
-                fetch.state.progressed(message.opened.cached_tokens, self._clock())
-                self._pump()
-        elif kind == "progress":
-            if (fetch := self._fetches.get(message.progress.ticket_id)) is not None:
-                fetch.state.progressed(message.progress.computed, self._clock())
-                self._pump()
-        elif kind == "quiesced":
-            if (fetch := self._fetches.get(message.quiesced.ticket_id)) is not None:
-                self._on_quiesced(fetch, message.quiesced)
-        elif kind != "ping":
+        if kind == "opened" and (fetch := self._fetches.get(message.opened.ticket_id)) is not None:
+            fetch.state.cached = message.opened.cached_tokens
+            fetch.state.progressed(message.opened.cached_tokens, self._clock())
+        elif kind == "progress" and (fetch := self._fetches.get(message.progress.ticket_id)) is not None:
+            fetch.state.progressed(message.progress.computed, self._clock())
+        elif kind == "quiesced" and (fetch := self._fetches.get(message.quiesced.ticket_id)) is not None:
+            if fetch.state.quiesced(message.quiesced.spans_sent, message.quiesced.error):
+                self._hooks.failed(fetch.state.kind)
+                fetch.events.put_nowait(None)
+            if fetch.state.ended:
+                self._drop(fetch)
+        elif kind in (None, "welcome"):
             self._shut(f"the sender sent {kind or 'an unknown message'} out of turn")
-
-    def _on_quiesced(self, fetch: _Fetch, message: pb.Quiesced) -> None:
-        state = fetch.state
-        had_error = bool(state.error)
-        for taken in state.quiesced(message.spans_sent, message.error):
-            self._slab.release(taken)
-        if state.error and not had_error:
-            self._wake_failed(fetch)
-        if state.ended:
-            self._drop(fetch)
-            self._pump()
+        self._pump()
 
     # --- the stream
 
-    async def _read(self, call: grpc.aio.StreamStreamCall[pb.ToSender, pb.ToReceiver]) -> None:
+    async def _read(self, call: _Call) -> None:
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                if not self._lease.renew(self._peer):
+            while isinstance(message := await call.read(), pb.ToReceiver):
+                if not self._lease.renew(self.peer):
                     return self._shut("the sender was silent for longer than lease_s")
                 self._on_message(message)
             self._shut("the sender ended the stream")
         except grpc.aio.AioRpcError as error:
             self._shut(f"the stream broke: {error.details() or error.code().name}")
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[pb.ToSender, pb.ToReceiver]) -> None:
+    async def _write(self, call: _Call) -> None:
         try:
             while True:
                 await call.write(await self._outbox.get())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self._shut(f"the stream broke: {error}")
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reader says why the stream ended
         finally:
             call.cancel()
 
     async def _tick(self) -> None:
         """Pings, and gives up what is silent or late."""
         lease = self._settings.lease_s
-        next_ping = self._clock() + lease / 3
-        while True:
-            await asyncio.sleep(min(lease / 6, 0.1))
-            now = self._clock()
-            if self._lease.expired():
-                return self._shut(f"the sender was silent for lease_s = {lease:g}")
-            if now >= next_ping:
+        next_ping = self._clock()
+        while not self._lease.ran_out(self.peer):
+            if (now := self._clock()) >= next_ping:
                 next_ping = now + lease / 3
                 self._send(ping=pb.Ping())
             for fetch in list(self._fetches.values()):
@@ -440,22 +387,19 @@ class PairClient:
                     return self._shut(f"a ticket did not quiesce within quiesce_s = {self._settings.quiesce_s:g}")
                 if late := fetch.state.expired(now):
                     self._fail(fetch, *late)
+            await asyncio.sleep(min(lease / 6, 0.1))
+        return self._shut(f"the sender was silent for lease_s = {lease:g}")
 
     def _send(self, **body: object) -> None:
         self._outbox.put_nowait(pb.ToSender(**body))  # type: ignore[arg-type]
 
     # --- the end
 
-    async def _give_up(self, reason: str) -> None:
-        self._shut(reason)
-        if self._shutting is not None:
-            await asyncio.shield(self._shutting)
-
     def _shut(self, reason: str) -> None:
         """Closes the pair once: fetches end now, the landing off the loop."""
-        if self._shutting is not None:
+        if self.closed:
             return
-        self._reason = reason
+        self.reason = reason
         self._shutting = asyncio.get_running_loop().create_task(self._destroy())
         if self._warm is not None and not self._warm.done():
             self._warm.set_exception(Unavailable(reason))

@@ -19,7 +19,7 @@ AHEAD_SPANS = 4
 
 
 def cut(start: int, end: int, span_tokens: int) -> Iterator[Span]:
-    """Spans that cover `[start, end)`, cut at multiples of `span_tokens`: two cuts of one prompt share their borders."""
+    """Spans that cover `[start, end)`, cut at multiples of `span_tokens`: all cuts of a prompt share their borders."""
     if span_tokens < 1 or start < 0:
         raise ValueError(f"cannot cut from {start} by {span_tokens} tokens")
     while start < end:
@@ -38,13 +38,15 @@ def span_limit(layout: KvLayout, span_tokens: int, slab_bytes: int, max_bytes: i
         limit = min(limit, max_bytes)
     tokens = min(span_tokens, limit // layout.token_bytes)
     if tokens < 1:
-        raise ConfigError(f"a token's KV is {layout.token_bytes} bytes; slab and staging leave {limit} bytes for a span")
+        raise ConfigError(
+            f"a token's KV is {layout.token_bytes} bytes; slab and staging leave {limit} bytes for a span"
+        )
     return tokens
 
 
 def ahead(slab_spans: int, tickets: int) -> int:
-    """Spans that a ticket may hold grants for beyond what is computed: together at most half of the slab where possible.
+    """Spans that a ticket may hold grants for beyond what is computed: all together half of the slab where possible.
 
-    A grant for a span that is not computed yet is slab space that nobody uses, so it must not starve other tickets.
+    A grant for a span that is not computed yet is slab space that nobody uses; it must not starve other tickets.
     """
     return max(1, min(AHEAD_SPANS, slab_spans // 2 // max(1, tickets)))

@@ -16,14 +16,11 @@ class Lease:
 
 
 class LeaseTable:
-    """Leases by name. The clock is monotonic seconds."""
+    """Leases by name. The clock is monotonic seconds. A lease that ran out never comes back to life."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._leases: dict[str, Lease] = {}
-
-    def __len__(self) -> int:
-        return len(self._leases)
 
     def grant(self, name: str, seconds: float) -> None:
         """Starts a lease, or replaces it. Raises ValueError unless `seconds` is positive and finite."""
@@ -31,20 +28,18 @@ class LeaseTable:
             raise ValueError(f"lease_s is {seconds}; it must be positive and finite")
         self._leases[name] = Lease(seconds, self._clock() + seconds)
 
-    def renew(self, name: str) -> bool:
-        """Extends a lease by its own length; False if it is unknown or has run out: a lease never comes back to life."""
+    def ran_out(self, name: str) -> bool:
+        """Whether nobody holds this lease any more; also true of one that was never granted."""
         lease = self._leases.get(name)
-        now = self._clock()
-        if lease is None or lease.until <= now:
+        return lease is None or lease.until <= self._clock()
+
+    def renew(self, name: str) -> bool:
+        """Extends a lease by its own length from now; False if it ran out."""
+        if self.ran_out(name):
             return False
-        self._leases[name] = Lease(lease.seconds, now + lease.seconds)
+        self.grant(name, self._leases[name].seconds)
         return True
 
     def drop(self, name: str) -> None:
         """Ends a lease, if there is one."""
         self._leases.pop(name, None)
-
-    def expired(self) -> list[str]:
-        """Names of leases that ran out and were not dropped yet."""
-        now = self._clock()
-        return [name for name, lease in self._leases.items() if lease.until <= now]

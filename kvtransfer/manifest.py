@@ -10,6 +10,8 @@ import xxhash
 from kvtransfer.base import Buffer
 
 VERSION = 1
+NO_DIGEST = bytes(16)
+"""Stands in a manifest until the transfer thread has computed the digest."""
 _FORMAT = struct.Struct("<H16sIIQIQ16s")
 
 
@@ -42,12 +44,12 @@ def parse(data: bytes) -> Manifest:
     """Reads what `pack` wrote; raises ValueError, and nothing else, for anything different."""
     if len(data) != _FORMAT.size:
         raise ValueError(f"manifest has {len(data)} bytes; {_FORMAT.size} are expected")
-    version, ticket, *numbers, digest = _FORMAT.unpack(data)
+    version, ticket, attempt, sequence, start, count, length, hashed = _FORMAT.unpack(data)
     if version != VERSION:
         raise ValueError(f"manifest version is {version}; {VERSION} is expected")
-    return Manifest(ticket.hex(), *numbers, digest)
+    return Manifest(ticket.hex(), attempt, sequence, start, count, length, hashed)
 
 
 def digest(data: Buffer) -> bytes:
     """xxh3-128: finds accidents, not attackers, at memory speed. Releases the interpreter lock for large buffers."""
-    return xxhash.xxh3_128_digest(data)
+    return xxhash.xxh3_128_digest(data.data)

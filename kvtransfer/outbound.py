@@ -7,19 +7,28 @@ import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
-from kvtransfer.base import WARM_BYTES, WARM_TICKET, Hooks, Identity, KvSource, Link, TransportError
-from kvtransfer.manifest import Manifest
+from kvtransfer.base import WARM_TICKET, Buffer, Hooks, Identity, KvSource, Link, TransportError
+from kvtransfer.manifest import NO_DIGEST, Manifest
 from kvtransfer.sending import Credit, OutboundTicket
 from kvtransfer.slab import Staging
 from kvtransfer.transfer_thread import TransferThread, in_thread
 from tandem.cluster import Incarnation
-from tandem.errors import TandemError
+from tandem.errors import BadRequest, TandemError
 from tandem.kv import Span
 from tandem.wire.v1 import handover_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_NO_DIGEST = bytes(16)
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """What all pairs of a sender share."""
+
+    me: Identity
+    source: KvSource
+    staging: Staging
+    thread: TransferThread
+    hooks: Hooks
 
 
 @dataclass(slots=True)
@@ -27,6 +36,7 @@ class _Sending:
     """A ticket, the tasks that write for it, and the event by which its own task hears of changes."""
 
     state: OutboundTicket
+    queue_until: float
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     writes: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -34,24 +44,13 @@ class _Sending:
 class OutboundPair:
     """One receiver incarnation. `outbox` holds what the stream must send; None ends the stream.
 
-    Closing voids all tickets: no write starts any more, the link is given up, and each ticket's source is closed.
+    Closing voids all tickets: no write starts any more, the link is given up, and each ticket's source is closed. None
+    of its tasks is ever cancelled: what they posted must be terminal before they end.
     """
 
-    def __init__(
-        self,
-        me: Identity,
-        peer: Incarnation,
-        transport: str,
-        link: Link,
-        slab_bytes: int,
-        staging: Staging,
-        thread: TransferThread,
-        source: KvSource,
-        hooks: Hooks,
-    ) -> None:
-        self._me, self.peer, self._transport = me, peer, transport
-        self._link, self._slab_bytes, self._staging = link, slab_bytes, staging
-        self._thread, self._source, self._hooks = thread, source, hooks
+    def __init__(self, sender: Sender, peer: Incarnation, transport: str, link: Link, slab_bytes: int) -> None:
+        self._sender, self.peer, self.transport = sender, peer, transport
+        self._link, self._slab_bytes = link, slab_bytes
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, _Sending] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -62,13 +61,11 @@ class OutboundPair:
         """Why it was closed."""
         self.warmed = asyncio.Event()
 
-    def warm_up(self) -> None:
-        """Starts to write to the beginning of the slab, which nobody uses yet; the receiver answers with Warmed."""
-        self._spawn(self._warm_up())
-
     def on_message(self, message: pb.ToSender) -> None:
         """One message of the receiver."""
         kind = message.WhichOneof("body")
+        if self._closing is not None or kind == "ping":
+            return
         if kind == "open":
             self._open(message.open)
         elif kind == "grants":
@@ -80,7 +77,7 @@ class OutboundPair:
                 sending.changed.set()
         elif kind == "warmed":
             self.warmed.set()
-        elif kind != "ping":
+        else:
             self.shut(f"the receiver sent {kind or 'an unknown message'} out of turn")
 
     def shut(self, reason: str) -> None:
@@ -90,13 +87,9 @@ class OutboundPair:
             self._closing = self._loop.create_task(self._close())
 
     async def wait_closed(self) -> None:
-        """Waits until no write is under way, the link is gone and every source ticket is closed. Call `shut` first."""
+        """After `shut`: waits until no write is under way, the link is gone and every source ticket is closed."""
         if self._closing is not None:
             await asyncio.shield(self._closing)
-
-    def ping(self) -> None:
-        """Renews the lease at the receiver."""
-        self.outbox.put_nowait(pb.ToReceiver(ping=pb.Ping()))
 
     def leaks(self) -> list[str]:
         """Tickets that have not quiesced, one line each."""
@@ -107,24 +100,11 @@ class OutboundPair:
         for sending in self._tickets.values():
             sending.state.check_integrity()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Runs a task that is never cancelled: what it posted must be terminal before it ends."""
+    def _spawn(self, work: Coroutine[None, None, None], among: set[asyncio.Task[None]] | None = None) -> None:
+        tasks = self._tasks if among is None else among
         task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _warm_up(self) -> None:
-        length = min(self._slab_bytes, WARM_BYTES, self._staging.size)
-        taken = await self._staging.obtain(length)
-        try:
-            if self._closing is None:
-                view = self._staging.view(taken, length)
-                await self._thread.write(self._link, view, 0, Manifest(WARM_TICKET, 0, 0, 0, 0, length, _NO_DIGEST))
-        except TransportError as error:
-            self.shut(f"warm-up: {error}")
-            await self._link_gone.wait()
-        finally:
-            self._staging.release(taken)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     # --- messages
 
@@ -132,52 +112,65 @@ class OutboundPair:
         ticket = message.ticket_id
         if ticket in self._tickets:
             log.warning("receiver %s opened ticket %s twice; the second is ignored", self.peer, ticket)
-            self._hooks.failed("duplicate_ticket")
+            self._sender.hooks.failed("duplicate_ticket")
             return
-        sending = _Sending(OutboundTicket(ticket, message.attempt, len(message.tokens)))
-        self._tickets[ticket] = sending
-        self._hooks.open_tickets(1)
-        if not _is_ticket(ticket) or not message.tokens or self._closing is not None:
-            sending.state.fail("ticket_id must be 32 hexadecimal digits" if message.tokens else "tokens is empty")
-        self._spawn(self._run(sending, message))
+        state = OutboundTicket(ticket, message.attempt, len(message.tokens))
+        self._tickets[ticket] = _Sending(state, self._loop.time() + message.queue_deadline_s)
+        self._sender.hooks.open_tickets(1)
+        self._spawn(self._run(self._tickets[ticket], message))
 
     def _grant(self, grant: pb.Grant) -> None:
+        if grant.ticket_id == WARM_TICKET and not self.warmed.is_set():
+            return self._spawn(self._warm_up(grant))
         sending = self._tickets.get(grant.ticket_id)
         if sending is None:
-            return  # it crossed our Quiesced
+            return None  # it crossed our Quiesced
         credit = Credit(grant.sequence, Span(grant.start, grant.count), grant.offset, grant.length)
         try:
-            sending.state.grant(credit, self._me.layout, self._slab_bytes, self._staging.size)
+            sending.state.grant(credit, self._sender.me.layout, self._slab_bytes, self._sender.staging.size)
         except ValueError as error:
-            self._hooks.failed("bad_grant")
+            self._sender.hooks.failed("bad_grant")
             sending.state.fail(str(error))
-        sending.changed.set()
+        return sending.changed.set()
+
+    async def _warm_up(self, grant: pb.Grant) -> None:
+        """Writes what the staging holds of the grant; the receiver answers with Warmed."""
+        length = min(grant.length, self._sender.staging.size)
+        taken = await self._sender.staging.obtain(length)
+        try:
+            view = self._sender.staging.view(taken, length)
+            manifest = Manifest(WARM_TICKET, 0, 0, 0, 0, length, NO_DIGEST)
+            await self._sender.thread.write(self._link, view, grant.offset, manifest)
+        except (TransportError, TandemError) as error:
+            self.shut(f"warm-up: {error}")
+            await self._link_gone.wait()
+        finally:
+            self._sender.staging.release(taken)
 
     # --- one ticket
 
     async def _run(self, sending: _Sending, message: pb.Open) -> None:
+        """From Open to Quiesced, whatever happens in between."""
         state = sending.state
-        opened = False
         try:
-            if not state.stopping:
-                opened = True
+            _check(message)
+            try:
                 await self._serve(sending, message)
+            finally:
+                while sending.writes:
+                    await asyncio.wait(sending.writes)
+                await self._sender.source.close(state.ticket_id)
         except TandemError as error:
             state.fail(str(error))
         except Exception:
             log.exception("ticket %s", state.ticket_id)
             state.fail("internal error of the sender")
-        finally:
-            while sending.writes:
-                await asyncio.wait(sending.writes)
-            if opened:
-                await self._close_source(state.ticket_id)
-            if state.error:
-                self._hooks.failed("sender")
-            del self._tickets[state.ticket_id]
-            self._hooks.open_tickets(-1)
-            quiesced = pb.Quiesced(ticket_id=state.ticket_id, spans_sent=len(state.sent), error=state.error)
-            self.outbox.put_nowait(pb.ToReceiver(quiesced=quiesced))
+        if state.error:
+            self._sender.hooks.failed("sender")
+        del self._tickets[state.ticket_id]
+        self._sender.hooks.open_tickets(-1)
+        quiesced = pb.Quiesced(ticket_id=state.ticket_id, spans_sent=len(state.sent), error=state.error)
+        self.outbox.put_nowait(pb.ToReceiver(quiesced=quiesced))
 
     async def _serve(self, sending: _Sending, message: pb.Open) -> None:
         """Opens the source and starts writes until the ticket is over."""
@@ -186,78 +179,57 @@ class OutboundPair:
         def on_progress(computed: int) -> None:
             self._loop.call_soon_threadsafe(self._progress, sending, computed)
 
+        tokens = tuple(message.tokens)
         opening = asyncio.ensure_future(
-            self._source.open(
-                ticket, tuple(message.tokens), message.salt, message.adapter, message.priority, on_progress
-            )
+            self._sender.source.open(ticket, tokens, message.salt, message.adapter, message.priority, on_progress)
         )
-        while not opening.done() and not state.stopping:
-            await self._changed(sending, opening)
+        opening.add_done_callback(lambda _: sending.changed.set())
+        while not opening.done() and not state.over:
+            await self._changed(sending)
         if not opening.done():
             opening.cancel()
-            await asyncio.wait({opening})
-        if opening.cancelled():
+            await asyncio.gather(opening, return_exceptions=True)
             return
         cached = opening.result()
         self.outbox.put_nowait(pb.ToReceiver(opened=pb.Opened(ticket_id=ticket, cached_tokens=cached)))
         state.progressed(cached)
-        deadline = self._loop.time() + message.queue_deadline_s
-        while True:
+        while not state.over:
             for credit in state.take_sendable():
-                task = self._loop.create_task(self._push(sending, credit))
-                sending.writes.add(task)
-                task.add_done_callback(sending.writes.discard)
-            if state.over:
-                return
-            try:
-                async with asyncio.timeout_at(None if state.started else deadline):
-                    await self._changed(sending)
-            except TimeoutError:
-                state.fail(f"not started within queue_deadline_s = {message.queue_deadline_s:g}")
+                self._spawn(self._push(sending, credit), sending.writes)
+            await self._changed(sending)
 
-    async def _changed(self, sending: _Sending, *others: asyncio.Future[int]) -> None:
-        """Waits for a change of the ticket, or for one of `others`."""
-        if others:
-            waiting = asyncio.ensure_future(sending.changed.wait())
-            await asyncio.wait({waiting, *others}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-        else:
-            await sending.changed.wait()
+    async def _changed(self, sending: _Sending) -> None:
+        """Waits for a change of the ticket, before it has started no longer than its queue deadline."""
+        try:
+            async with asyncio.timeout_at(None if sending.state.started else sending.queue_until):
+                await sending.changed.wait()
+        except TimeoutError:
+            sending.state.fail("not started within queue_deadline_s")
         sending.changed.clear()
 
     def _progress(self, sending: _Sending, computed: int) -> None:
-        if sending.state.progressed(computed) and sending.state.ticket_id in self._tickets:
-            progress = pb.Progress(ticket_id=sending.state.ticket_id, computed=sending.state.computed)
+        state = sending.state
+        if state.progressed(computed) and state.ticket_id in self._tickets:
+            progress = pb.Progress(ticket_id=state.ticket_id, computed=state.computed)
             self.outbox.put_nowait(pb.ToReceiver(progress=progress))
             sending.changed.set()
 
     async def _push(self, sending: _Sending, credit: Credit) -> None:
         """Gathers and writes one span. The ticket cannot quiesce before this returned."""
-        state, complete = sending.state, False
-        taken = await self._staging.obtain(credit.length)
+        state, staging, complete = sending.state, self._sender.staging, False
+        taken = await staging.obtain(credit.length)
         try:
-            if state.stopping:
-                return
-            view = self._staging.view(taken, credit.length)
-            await self._source.export(state.ticket_id, credit.span, view)
-            if state.stopping:
-                return
-            span = credit.span
-            manifest = Manifest(
-                state.ticket_id, state.attempt, credit.sequence, span.start, span.count, credit.length, _NO_DIGEST
-            )
-            self._hooks.pending_sends(1)
-            try:
-                seconds = await self._thread.write(self._link, view, credit.offset, manifest)
-            finally:
-                self._hooks.pending_sends(-1)
-            complete = True
-            self._hooks.moved(self.peer, self._transport, credit.length, seconds)
+            view = staging.view(taken, credit.length)
+            if not state.stopping:
+                await self._sender.source.export(state.ticket_id, credit.span, view)
+            if not state.stopping:
+                await self._write(state, credit, view)
+                complete = True
         except TransportError as error:
-            self._hooks.failed("transport")
             state.fail(str(error))
+            self._sender.hooks.failed("transport")
+            # Other writes of the link may still be under way: no ticket may quiesce before the link is gone.
             self.shut(str(error))
-            # Other writes of the link may still be under way; this ticket may quiesce only once the link is gone.
             await self._link_gone.wait()
         except TandemError as error:
             state.fail(str(error))
@@ -265,21 +237,27 @@ class OutboundPair:
             log.exception("span %d of ticket %s", credit.sequence, state.ticket_id)
             state.fail("internal error of the sender")
         finally:
-            self._staging.release(taken)
+            staging.release(taken)
             state.finished(credit.sequence, complete)
             sending.changed.set()
 
-    async def _close_source(self, ticket: str) -> None:
+    async def _write(self, state: OutboundTicket, credit: Credit, view: Buffer) -> None:
+        span, sender = credit.span, self._sender
+        manifest = Manifest(
+            state.ticket_id, state.attempt, credit.sequence, span.start, span.count, credit.length, NO_DIGEST
+        )
+        sender.hooks.pending_sends(1)
         try:
-            await self._source.close(ticket)
-        except Exception:
-            log.exception("closing ticket %s at the source", ticket)
+            seconds = await sender.thread.write(self._link, view, credit.offset, manifest)
+        finally:
+            sender.hooks.pending_sends(-1)
+        sender.hooks.moved(self.peer, self.transport, credit.length, seconds)
 
     async def _close(self) -> None:
         for sending in self._tickets.values():
             sending.state.fail(f"the pair was closed: {self.reason}")
             sending.changed.set()
-        await self._thread.abandon(self._link)
+        await self._sender.thread.abandon(self._link)
         await in_thread(self._link.close)
         self._link_gone.set()
         while self._tasks:
@@ -287,5 +265,10 @@ class OutboundPair:
         self.outbox.put_nowait(None)
 
 
-def _is_ticket(name: str) -> bool:
-    return len(name) == 32 and all(digit in "0123456789abcdef" for digit in name) and name != WARM_TICKET
+def _check(message: pb.Open) -> None:
+    """Raises BadRequest naming the field."""
+    name = message.ticket_id
+    if len(name) != 32 or name == WARM_TICKET or any(digit not in "0123456789abcdef" for digit in name):
+        raise BadRequest(f"ticket_id is {name!r}; it must be 32 hexadecimal digits")
+    if not message.tokens:
+        raise BadRequest("tokens is empty; at least 1 token is needed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from kvtransfer.layout import cut
@@ -14,8 +13,8 @@ from tandem.kv import Span
 class InboundTicket:
     """One fetch, from Open to Quiesced. Sequence n is the n-th of the planned spans.
 
-    Every planned span is in exactly one state: not granted, granted (`out`), arrived (`copied`) or landed. A range of the
-    slab belongs to the ticket from its grant until the span has landed, or until the peer has quiesced.
+    Every planned span is in exactly one state: not granted, granted (`out`), arrived (`copied`) or landed. A range of
+    the slab belongs to the ticket from its grant until the span has landed, or until the peer has quiesced.
     """
 
     ticket_id: str
@@ -26,10 +25,11 @@ class InboundTicket:
     transfer_s: float
     opened_at: float
     first: int = 0
-    """First token wanted, once planned."""
-    spans: tuple[Span, ...] = ()
-    span_tokens: int = 1
-    next_sequence: int = 0
+    """First token wanted."""
+    spans: tuple[Span, ...] | None = None
+    """None until it is known which are wanted."""
+    granted: int = 0
+    """Spans granted so far: the next sequence number."""
     out: dict[int, Range] = field(default_factory=dict)
     copied: dict[int, Range] = field(default_factory=dict)
     landed: set[int] = field(default_factory=set)
@@ -37,7 +37,7 @@ class InboundTicket:
     cached: int = 0
     started: bool = False
     """The sender reported progress, or a span arrived."""
-    moving_since: float = 0.0
+    progress_at: float = 0.0
     """Last progress while grants were out."""
     granted_at: float | None = None
     sent: int | None = None
@@ -49,60 +49,58 @@ class InboundTicket:
 
     def plan(self, first: int, span_tokens: int) -> None:
         """Decides the spans, now that the first token wanted is known. Raises ValueError for a second plan."""
-        if self.spans or not 0 <= first <= self.end:
+        if self.spans is not None or not 0 <= first <= self.end:
             raise ValueError(f"cannot plan from token {first} of {self.end}")
-        self.first, self.span_tokens = first, span_tokens
-        self.spans = tuple(cut(first, self.end, span_tokens))
+        self.first, self.spans = first, tuple(cut(first, self.end, span_tokens))
 
     def next_span(self, ahead: int) -> Span | None:
-        """The next span to grant, unless it is more than `ahead` spans beyond what the sender has computed."""
-        if self.ended or self.error or self.sent is not None or self.next_sequence == len(self.spans):
+        """The next span to grant, unless `ahead` granted spans already wait for the sender to compute them."""
+        if self.spans is None or self.granted == len(self.spans) or self.ended or self.error or self.sent is not None:
             return None
-        span = self.spans[self.next_sequence]
-        return span if span.start < max(self.computed, self.first) + ahead * self.span_tokens else None
+        waiting = sum(self.spans[sequence].end > self.computed for sequence in self.out)
+        return self.spans[self.granted] if waiting < ahead or self.spans[self.granted].end <= self.computed else None
 
-    def granted(self, taken: Range, now: float) -> int:
+    def grant(self, taken: Range, now: float) -> int:
         """The next span was granted with this range; returns its sequence number."""
-        sequence = self.next_sequence
         if not self.out:
-            self.moving_since = now
+            self.progress_at = now
         if self.granted_at is None:
             self.granted_at = now
-        self.out[sequence] = taken
-        self.next_sequence += 1
-        return sequence
+        self.out[self.granted] = taken
+        self.granted += 1
+        return self.granted - 1
 
     def progressed(self, computed: int, now: float) -> None:
         """The sender computed up to here."""
         self.started = self.started or computed > 0
         self.computed = max(self.computed, computed)
-        self.moving_since = now
+        self.progress_at = now
 
     def arrived(self, sequence: int, now: float) -> None:
         """The span's bytes were copied and verified."""
         self.copied[sequence] = self.out.pop(sequence)
-        self.started, self.moving_since = True, now
+        self.started, self.progress_at = True, now
 
-    def landing_done(self, sequence: int) -> Range:
+    def land(self, sequence: int) -> Range:
         """The sink has the span; returns the range, which is free again."""
         taken = self.copied.pop(sequence)
         self.landed.add(sequence)
         return taken
 
-    def fail(self, kind: str, error: str) -> None:
-        """Ends the fetch with an error; the first one counts."""
-        if not self.error:
-            self.kind, self.error = kind, error
+    def fail(self, kind: str, error: str) -> bool:
+        """Ends the fetch with an error; whether it is the first one, the one that counts."""
+        if self.error or self.ended:
+            return False
+        self.kind, self.error = kind, error
+        return True
 
-    def quiesced(self, sent: int, error: str) -> list[Range]:
-        """The sender is done for good; returns the ranges that this frees now: all that the fetch does not wait for."""
+    def quiesced(self, sent: int, error: str) -> bool:
+        """The sender is done for good; whether that fails the fetch."""
         self.sent = sent
-        if not self.ended:
-            if error:
-                self.fail("sender", error)
-            elif sent < len(self.spans) or not self.spans:
-                self.fail("sender", f"the sender ended after {sent} of {len(self.spans)} spans")
-        return self.drain() if self.ended else []
+        wanted = len(self.spans or ())
+        if error or self.spans is None or sent < wanted:
+            return self.fail("sender", error or f"the sender ended after {sent} of {wanted} spans")
+        return False
 
     def drain(self) -> list[Range]:
         """Takes all ranges from a ticket that nobody writes for any more."""
@@ -113,47 +111,35 @@ class InboundTicket:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned span has landed."""
-        return len(self.landed) == len(self.spans)
+        """Whether every span wanted has landed."""
+        return self.spans is not None and len(self.landed) == len(self.spans)
 
     @property
     def needs_cancel(self) -> bool:
-        """Whether the sender must be told to stop: it ends by itself only after the last span."""
-        return self.sent is None and (not self.complete or not self.spans)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of the ticket is left."""
-        return self.ended and self.sent is not None
+        """Whether the sender must be told to stop: by itself it ends only after the prompt's last span."""
+        return self.sent is None and not (self.spans and self.complete)
 
     @property
     def landed_until(self) -> int:
-        """Tokens up to which everything wanted has landed."""
-        for sequence, span in enumerate(self.spans):
-            if sequence not in self.landed:
-                return span.start
-        return self.end if self.spans else self.first
+        """Token up to which everything wanted has landed."""
+        gap = next((span.start for number, span in enumerate(self.spans or ()) if number not in self.landed), None)
+        return gap if gap is not None else self.end if self.spans else self.first
 
     @property
     def landed_tokens(self) -> int:
         """Tokens of the spans that have landed."""
-        return sum(self.spans[sequence].count for sequence in self.landed)
+        return sum(span.count for number, span in enumerate(self.spans or ()) if number in self.landed)
 
     def expired(self, now: float) -> tuple[str, str] | None:
-        """The deadline that passed, as (kind, error). Queueing and moving have one each; waiting for slab space has none."""
-        if self.error or self.ended:
-            return None
-        if not self.started:
-            if now - self.opened_at > self.queue_s:
-                return "queue_deadline", f"the sender did not start within queue_deadline_s = {self.queue_s:g}"
-        elif self.out and now - self.moving_since > self.transfer_s:
+        """The deadline that passed, as (kind, error). Queueing and moving have one each; waiting for space has none."""
+        if not self.started and now - self.opened_at > self.queue_s:
+            return "queue_deadline", f"the sender did not start within queue_deadline_s = {self.queue_s:g}"
+        if self.started and self.out and now - self.progress_at > self.transfer_s:
             return "transfer_deadline", f"no progress for transfer_deadline_s = {self.transfer_s:g}"
         return None
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a span is in no or in two states."""
-        states = [*self.out, *self.copied, *self.landed]
-        if not (self.ended and self.sent is not None):
-            assert sorted(states) == list(range(self.next_sequence)), f"spans in states: {states}"
-        assert self.next_sequence <= len(self.spans)
-        assert len(set(states)) == len(states)
+        states = sorted([*self.out, *self.copied, *self.landed])
+        assert self.granted <= len(self.spans or ())
+        assert states == list(range(self.granted)) or (self.ended and self.sent is not None), f"spans: {states}"

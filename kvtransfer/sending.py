@@ -21,8 +21,8 @@ class Credit:
 class OutboundTicket:
     """One prompt being sent, from Open to Quiesced.
 
-    Every credit is in exactly one state: waiting, writing (gathered, posted or under way), sent, or dropped. Quiesced may
-    be said only when none is writing.
+    Every credit is in exactly one state: waiting, writing (gathered, posted or under way), sent, or dropped. Quiesced
+    may be said only when none is writing.
     """
 
     ticket_id: str
@@ -49,7 +49,9 @@ class OutboundTicket:
         if span.start < 0 or span.count < 1 or span.end > self.end:
             raise ValueError(f"grant covers tokens {span.start}..{span.end}; the prompt has {self.end}")
         if credit.length != layout.span_bytes(span.count):
-            raise ValueError(f"grant has {credit.length} bytes; its {span.count} tokens have {layout.span_bytes(span.count)}")
+            raise ValueError(
+                f"grant has {credit.length} bytes; its {span.count} tokens have {layout.span_bytes(span.count)}"
+            )
         if credit.length > max_bytes:
             raise ValueError(f"grant has {credit.length} bytes; at most {max_bytes} can be staged")
         if credit.offset + credit.length > slab_bytes:

@@ -18,7 +18,7 @@ ALIGN = 64
 
 
 def allocate_memory(size: int) -> Buffer:
-    """Zeroed anonymous memory whose pages have been touched: a first write into untouched pages is many times slower."""
+    """Zeroed anonymous memory whose pages have been touched: a first write into untouched ones is many times slower."""
     memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
     memory[:] = 0
     return memory
@@ -143,8 +143,8 @@ class Staging:
 class SlabBudget:
     """The cap over all landing slabs of a worker.
 
-    A slab whose peer was given up stays charged, as quarantined, until its landing is closed: only then can nobody write
-    it any more.
+    A slab whose peer was given up stays charged, as quarantined, until its landing is closed: only then can nobody
+    write it any more.
     """
 
     def __init__(self, max_bytes: int) -> None:

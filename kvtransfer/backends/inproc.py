@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import deque
+from collections.abc import Callable
 
 from kvtransfer.base import Buffer, Landing, Link, TransportError
 from kvtransfer.slab import allocate_memory
@@ -18,31 +18,28 @@ class InprocLanding:
         self.memory = allocate_memory(slab_bytes)
         self.token = secrets.token_bytes(16)
         self._lock = threading.Lock()
-        self._manifests: deque[bytes] = deque()
+        self._manifests: list[bytes] = []
         self._closed = False
 
     def metadata(self) -> bytes:
-        """The token under which the fabric knows this landing."""
+        """The token under which the backend knows this landing."""
         return self.token
 
-    def allow(self, offset: int, length: int) -> None:
-        """Nothing to do: this transport trusts its writer."""
+    def guard(self, allows: Callable[[int, int], bool]) -> None:
+        """Nothing to do: this transport trusts its writer, as NIXL must."""
 
     def write(self, view: Buffer, offset: int, manifest: bytes) -> None:
         """The peer's write. Raises TransportError when the landing is closed or the range lies outside."""
         with self._lock:
-            if self._closed:
-                raise TransportError("the landing is closed")
-            if not 0 <= offset <= self.memory.nbytes - view.nbytes:
-                raise TransportError(f"write of {view.nbytes} bytes at {offset} lies outside the slab")
+            if self._closed or not 0 <= offset <= self.memory.nbytes - view.nbytes:
+                raise TransportError(f"cannot write {view.nbytes} bytes at {offset}: landing closed or range outside")
             self.memory[offset : offset + view.nbytes] = view
             self._manifests.append(manifest)
 
     def poll(self) -> list[bytes]:
         """Manifests since the last call."""
         with self._lock:
-            arrived = list(self._manifests)
-            self._manifests.clear()
+            arrived, self._manifests = self._manifests, []
         return arrived
 
     def close(self) -> None:
@@ -52,7 +49,7 @@ class InprocLanding:
 
 
 class InprocLink:
-    """Copies into a landing of the same fabric."""
+    """Copies into a landing of the same backend object."""
 
     def __init__(self, landings: dict[bytes, InprocLanding]) -> None:
         self._landings = landings
@@ -80,7 +77,7 @@ class InprocLink:
 
 
 class InprocBackend:
-    """The fabric that both ends share: give the same object to both."""
+    """Give the same object to both ends."""
 
     name = "inproc"
 
@@ -88,7 +85,7 @@ class InprocBackend:
         self._landings: dict[bytes, InprocLanding] = {}
 
     def landing(self, me: Incarnation, peer: Incarnation, slab_bytes: int) -> Landing:
-        """A landing that links of this fabric can find."""
+        """A landing that links of this object can find."""
         landing = InprocLanding(slab_bytes)
         self._landings[landing.token] = landing
         return landing

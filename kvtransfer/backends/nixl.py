@@ -1,7 +1,7 @@
 """NIXL: RDMA where the hosts have it, shared memory or TCP where they have not.
 
-One agent for each pair on each side. On the receiver this is what the safety of the slab rests on: neither deregistering
-nor removing the peer stops writes that were posted, destroying the agent does (measured). On the sender it bounds what a
+One agent for each pair on each side. On the receiver the safety of the slab rests on it: neither deregistering nor
+removing the peer stops writes that were posted, destroying the agent does (measured). On the sender it bounds what a
 broken peer can touch. No progress thread (it burns a core when idle); the transfer thread's polling makes progress.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import logging
 import secrets
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from kvtransfer.base import Buffer, Landing, Link, TransportError
@@ -86,7 +87,7 @@ class NixlLanding:
         header = _HEADER.pack(self.memory.ctypes.data, self.memory.nbytes)
         return header + bytes(self._agent.agent.get_agent_metadata())
 
-    def allow(self, offset: int, length: int) -> None:
+    def guard(self, allows: Callable[[int, int], bool]) -> None:
         """NIXL cannot refuse single writes; the slab as a whole is what the peer may write."""
 
     def poll(self) -> list[bytes]:

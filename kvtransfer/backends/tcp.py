@@ -1,21 +1,21 @@
-"""Plain TCP, for hosts without NIXL: one connection for each pair, opened by the sender.
+"""Plain TCP, for hosts without NIXL: one connection for each pair, opened by the sender, a small thread at each end.
 
-The landing knows the grants in force and takes no other frame, so a peer can never write outside them. A frame is a header
-(offset, length, manifest length), the manifest and the bytes, which are received straight into the slab; the landing
-acknowledges each with one byte, because a sender may only say that it is done when the receiver has everything. All
-sockets are non-blocking and are served by the transfer thread.
+A frame is a header (offset, length, manifest length), the manifest and the bytes, which are received straight into the
+slab. The landing takes no frame without a grant in force, so a peer can never write outside them, and acknowledges each
+with one byte: a sender may say that it is done only when the receiver has everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import queue
 import secrets
 import socket
 import struct
 import threading
-import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from kvtransfer.base import Buffer, Landing, Link, TransportError
 from kvtransfer.slab import allocate_memory
@@ -24,252 +24,166 @@ from tandem.cluster import Incarnation
 _TOKEN_BYTES = 32
 _FRAME = struct.Struct("<QQH")
 _ACK = b"\x06"
-_BYTES_A_POLL = 8 << 20
-_MAX_STRANGERS = 8
-_STRANGER_S = 5.0
+_STRANGER_S = 1.0
 _CONNECT_S = 10.0
 _SOCKET_BUFFER = 4 << 20
 
 
-def _tune(connection: socket.socket) -> None:
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _send_some(connection: socket.socket, data: memoryview) -> int:
-    """Bytes taken by the socket, 0 when it is full. Raises TransportError when the connection is gone."""
-    try:
-        return connection.send(data)
-    except (BlockingIOError, InterruptedError):
-        return 0
-    except OSError as error:
-        raise TransportError(f"TCP: {error}") from error
-
-
-def _receive_some(connection: socket.socket, into: memoryview) -> int:
-    """Bytes received, 0 when there are none yet. Raises TransportError when the connection is gone."""
-    try:
+def _receive(connection: socket.socket, into: memoryview) -> None:
+    """Fills `into`. Raises OSError."""
+    while len(into):
         count = connection.recv_into(into)
-    except (BlockingIOError, InterruptedError):
-        return 0
-    except OSError as error:
-        raise TransportError(f"TCP: {error}") from error
-    if count == 0:
-        raise TransportError("TCP: the peer closed the connection")
-    return count
+        if count == 0:
+            raise ConnectionError("the peer closed the connection")
+        into = into[count:]
 
 
-@dataclass(slots=True)
-class _Stranger:
-    """A connection that has not shown the token yet."""
-
-    connection: socket.socket
-    until: float
-    said: bytearray = field(default_factory=bytearray)
+def _hang_up(connection: socket.socket | None) -> None:
+    """Wakes the thread that waits for this socket."""
+    if connection is not None:
+        with contextlib.suppress(OSError):  # not connected any more
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
 
 
 class TcpLanding:
-    """A slab, a listening socket, and one connection that showed the token."""
+    """A slab, a port, and the one connection that shows the token."""
 
     def __init__(self, host: str, slab_bytes: int) -> None:
         self.memory = allocate_memory(slab_bytes)
-        self._view = memoryview(self.memory).cast("B")
-        self._token = secrets.token_bytes(_TOKEN_BYTES)
-        self._host = host
+        self._token, self._host = secrets.token_bytes(_TOKEN_BYTES), host
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._listener: socket.socket | None = socket.create_server((host, 0), family=family, backlog=4)
+            self._socket = socket.create_server((host, 0), family=family, backlog=4)
         except OSError as error:
             raise TransportError(f"TCP: cannot listen on {host}: {error}") from error
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
-        self._listener.setblocking(False)
-        self._port = self._listener.getsockname()[1]
-        self._strangers: list[_Stranger] = []
-        self._connection: socket.socket | None = None
-        self._lock = threading.Lock()
-        self._allowed: set[tuple[int, int]] = set()
-        self._head = bytearray()
-        self._need = _FRAME.size
-        self._frame: tuple[int, int] | None = None
-        self._manifest = b""
-        self._got = 0
-        self._acks = 0
-        self._closed = False
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+        self._port = self._socket.getsockname()[1]
+        self._allows: Callable[[int, int], bool] = lambda offset, length: False
+        self._arrived: deque[bytes] = deque()
+        self._error, self._closed, self._lock = "", False, threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="tcp-landing", daemon=True)
+        self._thread.start()
 
     def metadata(self) -> bytes:
         """Port, token, host."""
         return struct.pack("<H", self._port) + self._token + self._host.encode()
 
-    def allow(self, offset: int, length: int) -> None:
-        """One frame with exactly this range may come."""
-        with self._lock:
-            self._allowed.add((offset, length))
+    def guard(self, allows: Callable[[int, int], bool]) -> None:
+        """Only frames that `allows(offset, length)` are taken."""
+        self._allows = allows
 
     def poll(self) -> list[bytes]:
-        """Takes what the sockets have, at most `_BYTES_A_POLL`."""
-        if self._closed:
-            return []
-        if self._connection is None:
-            self._greet()
-            if self._connection is None:
-                return []
-        arrived: list[bytes] = []
-        budget = _BYTES_A_POLL
-        while budget > 0 and (count := self._receive(arrived)):
-            budget -= count
-        self._acknowledge()
-        return arrived
+        """Manifests of complete frames."""
+        if self._error:
+            raise TransportError(self._error)
+        return [self._arrived.popleft() for _ in range(len(self._arrived))]
 
     def close(self) -> None:
-        """Closes all sockets: whatever the peer sends now goes nowhere."""
-        self._closed = True
-        for sock in (self._listener, self._connection, *(stranger.connection for stranger in self._strangers)):
-            if sock is not None:
-                sock.close()
-        self._listener = self._connection = None
-        self._strangers.clear()
+        """Closes the sockets and waits for the thread: whatever the peer sends now goes nowhere."""
+        with self._lock:
+            self._closed = True
+            _hang_up(self._socket)
+        self._thread.join()
 
-    def _greet(self) -> None:
-        """Accepts connections and keeps the first that shows the token."""
-        if self._listener is None:
-            raise TransportError("TCP: the peer closed the connection")
-        while len(self._strangers) < _MAX_STRANGERS:
-            try:
-                connection, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError as error:
-                raise TransportError(f"TCP: {error}") from error
-            _tune(connection)
-            self._strangers.append(_Stranger(connection, time.monotonic() + _STRANGER_S))
-        for stranger in list(self._strangers):
-            if self._recognise(stranger):
-                self._connection = stranger.connection
-                self._strangers.remove(stranger)
-                self._dismiss()
-                return
-
-    def _recognise(self, stranger: _Stranger) -> bool:
-        """Whether it has shown the token; one that cannot any more is dropped."""
-        buffer = bytearray(_TOKEN_BYTES - len(stranger.said))
+    def _run(self) -> None:
         try:
-            count = _receive_some(stranger.connection, memoryview(buffer))
-        except TransportError:
-            count = -1
-        stranger.said += buffer[: max(0, count)]
-        full = len(stranger.said) == _TOKEN_BYTES
-        if full and hmac.compare_digest(bytes(stranger.said), self._token):
-            return True
-        if full or count < 0 or time.monotonic() > stranger.until:
-            stranger.connection.close()
-            self._strangers.remove(stranger)
-        return False
+            while not self._greet():
+                pass
+            while True:
+                self._frame()
+        except (OSError, TransportError) as error:
+            self._error = f"TCP: {error}"
 
-    def _dismiss(self) -> None:
-        """The peer is here: nobody else is wanted."""
-        for stranger in self._strangers:
-            stranger.connection.close()
-        self._strangers.clear()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+    def _greet(self) -> bool:
+        """Accepts a connection and keeps it, instead of the listening socket, if it shows the token."""
+        connection, _ = self._socket.accept()
+        token = bytearray(_TOKEN_BYTES)
+        connection.settimeout(_STRANGER_S)
+        try:
+            _receive(connection, memoryview(token))
+        except OSError:
+            connection.close()
+            return False
+        with self._lock:
+            if self._closed or not hmac.compare_digest(bytes(token), self._token):
+                connection.close()
+                return False
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener, self._socket = self._socket, connection
+        listener.close()
+        return True
 
-    def _receive(self, arrived: list[bytes]) -> int:
-        """One step of the frame in progress; bytes taken."""
-        assert self._connection is not None
-        if self._frame is None:
-            buffer = bytearray(self._need - len(self._head))
-            count = _receive_some(self._connection, memoryview(buffer))
-            self._head += buffer[:count]
-            if len(self._head) == self._need:
-                self._begin()
-            return count
-        offset, length = self._frame
-        count = _receive_some(self._connection, self._view[offset + self._got : offset + length])
-        self._got += count
-        if self._got == length:
-            arrived.append(self._manifest)
-            self._frame, self._got, self._need = None, 0, _FRAME.size
-            self._head.clear()
-            self._acks += 1
-        return count
-
-    def _begin(self) -> None:
-        """The header is complete, and then the manifest; a frame without a grant ends the connection."""
-        offset, length, manifest_length = _FRAME.unpack_from(self._head)
-        if len(self._head) == _FRAME.size:
-            with self._lock:
-                granted = (offset, length) in self._allowed
-                self._allowed.discard((offset, length))
-            if not granted:
-                raise TransportError(f"TCP: the peer wants to write {length} bytes at {offset} without a grant")
-            self._need = _FRAME.size + manifest_length
-        if len(self._head) == self._need:
-            self._manifest = bytes(self._head[_FRAME.size :])
-            self._frame, self._got = (offset, length), 0
-
-    def _acknowledge(self) -> None:
-        if self._acks and self._connection is not None:
-            self._acks -= _send_some(self._connection, memoryview(_ACK * self._acks))
+    def _frame(self) -> None:
+        head = bytearray(_FRAME.size)
+        _receive(self._socket, memoryview(head))
+        offset, length, manifest_length = _FRAME.unpack(head)
+        if not self._allows(offset, length):
+            self._socket.close()
+            raise TransportError(f"the peer wants to write {length} bytes at {offset} without a grant")
+        manifest = bytearray(manifest_length)
+        _receive(self._socket, memoryview(manifest))
+        _receive(self._socket, self.memory[offset : offset + length].data)
+        self._arrived.append(bytes(manifest))
+        self._socket.sendall(_ACK)
 
 
 class TcpLink:
-    """One connection to a landing. Frames go out in order, so the n-th acknowledgement is the n-th frame's."""
+    """One connection to a landing; its thread sends a frame and waits for the acknowledgement, one after the other."""
 
     def __init__(self) -> None:
-        self._connection: socket.socket | None = None
-        self._out: deque[memoryview] = deque()
-        self._posted = 0
-        self._acknowledged = 0
+        self._socket: socket.socket | None = None
+        self._frames: queue.SimpleQueue[tuple[bytes, Buffer] | None] = queue.SimpleQueue()
+        self._posted = self._done = 0
+        self._error = ""
+        self._thread = threading.Thread(target=self._run, name="tcp-link", daemon=True)
 
     def connect(self, metadata: bytes) -> None:
         """Connects and shows the token. Raises TransportError."""
         try:
             (port,) = struct.unpack_from("<H", metadata)
             token, host = metadata[2 : 2 + _TOKEN_BYTES], metadata[2 + _TOKEN_BYTES :].decode()
-            self._connection = socket.create_connection((host, port), timeout=_CONNECT_S)
-            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-            self._connection.sendall(token)
-            _tune(self._connection)
+            self._socket = socket.create_connection((host, port), timeout=_CONNECT_S)
+            self._socket.settimeout(None)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.sendall(token)
         except (OSError, ValueError, struct.error) as error:
             raise TransportError(f"TCP: cannot connect: {error}") from error
+        self._thread.start()
 
     def post(self, view: Buffer, offset: int, manifest: bytes) -> int:
-        """Queues a frame and sends what the socket takes."""
-        self._out.append(memoryview(_FRAME.pack(offset, view.nbytes, len(manifest)) + manifest))
-        self._out.append(memoryview(view).cast("B"))
+        """Queues a frame."""
+        self._frames.put((_FRAME.pack(offset, view.nbytes, len(manifest)) + manifest, view))
         self._posted += 1
-        self._pump()
         return self._posted
 
     def poll(self, handle: int) -> bool:
         """Whether the frame was acknowledged."""
-        if self._acknowledged < handle:
-            self._pump()
-            buffer = bytearray(self._posted - self._acknowledged)
-            self._acknowledged += _receive_some(self._require(), memoryview(buffer))
-        return self._acknowledged >= handle
+        if self._done < handle and self._error:
+            raise TransportError(self._error)
+        return self._done >= handle
 
     def close(self) -> None:
-        """Closes the connection; what was queued is not sent."""
-        self._out.clear()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Closes the connection and waits for the thread, which then reads the staging no more."""
+        _hang_up(self._socket)
+        self._frames.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
 
-    def _pump(self) -> None:
-        while self._out:
-            count = _send_some(self._require(), self._out[0])
-            if count == len(self._out[0]):
-                self._out.popleft()
-            else:
-                self._out[0] = self._out[0][count:]
-                return
-
-    def _require(self) -> socket.socket:
-        if self._connection is None:
-            raise TransportError("TCP: the link is closed")
-        return self._connection
+    def _run(self) -> None:
+        assert self._socket is not None
+        ack = memoryview(bytearray(1))
+        try:
+            while (frame := self._frames.get()) is not None:
+                head, view = frame
+                self._socket.sendall(head)
+                self._socket.sendall(view.data)
+                _receive(self._socket, ack)
+                self._done += 1
+        except OSError as error:
+            self._error = f"TCP: {error}"
 
 
 class TcpBackend:

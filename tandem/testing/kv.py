@@ -44,7 +44,7 @@ class _Prompt:
 
 @dataclass
 class FakeSource:
-    """A `KvSource`: `cached` tokens are there at once, `advance` computes more, `gate` holds exports back while clear."""
+    """A `KvSource`: `cached` tokens are there at once, `advance` computes more, exports wait for `gate`."""
 
     layout: KvLayout
     cached: int = 1 << 40
@@ -62,7 +62,13 @@ class FakeSource:
         self.gate.set()
 
     async def open(
-        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+        self,
+        ticket_id: str,
+        tokens: TokenIds,
+        salt: str,
+        adapter: str,
+        priority: int,
+        on_progress: Callable[[int], None],
     ) -> int:
         """Accepts the prompt, or raises Overloaded."""
         cached = min(self.cached, len(tokens))

@@ -5,17 +5,15 @@ import asyncio
 import pytest
 
 from kvtransfer.backends.inproc import InprocBackend
+from kvtransfer.backends.tcp import TcpBackend
 from kvtransfer.base import Backend
 from tandem.testing.kv import FakeSink
 
 
-def make_backend(name: str) -> Backend:
-    return InprocBackend()
 
-
-@pytest.fixture(params=["inproc"])
+@pytest.fixture(params=[InprocBackend, TcpBackend])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return make_backend(request.param)
+    return request.param()
 
 
 async def eventually(condition) -> None:
