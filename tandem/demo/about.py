@@ -63,6 +63,10 @@ QUESTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
      "How is KV sent from prefill to decode?",
      "The prefill worker pushes spans of KV over NIXL into a landing slab of the decode worker, which copies them into "
      "its pool pages."),
+    (("How does Tandem work?", "How does it work?", "How does Tandem serve a request?"),
+     "How does Tandem answer a request?",
+     "The router picks the workers, a prefill worker computes the KV of the prompt and pushes it to a decode worker, "
+     "and the decode worker generates the answer."),
     (("Why does Tandem separate prefill and decode?", "Why are prefill and decode separated?",
       "Why do prefill and decode run on different workers?"),
      "Why does Tandem split prefill and decode?",

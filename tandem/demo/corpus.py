@@ -1,8 +1,8 @@
 """The demo model's corpus: seeded, generated chats with a training and a held-out split.
 
-`training(seed)` is an endless stream, `held_out(seed)` a finite, balanced set whose decisive questions use phrasings
-or entities the training stream never shows (`tandem.demo.families` says how they are kept apart). Only the standard
-library is used, so the text depends on nothing but the seed.
+`training(seed)` is an endless stream, `held_out(seed)` a finite, balanced set in which every chat contains a question
+that the training stream never shows (`tandem.demo.families` says how phrasings and entities are kept apart). Only the
+standard library is used, so the text depends on nothing but the seed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _memory(rng: Random, held: bool, fillers: int) -> Turns:
         first = (f"Hello, my name is {name}.", f"Hello {name}! How can I help you?")
         last = (casual(rng, "What is my name?"), f"Your name is {name}.")
     elif kind == 1:
-        first = (f"My name is {name}.", f"Nice to meet you, {name}!")
+        intro = rng.choice(("My name is {n}.", "My name is {n}", "I am {n}.", "Hi, I'm {n}."))
+        first = (intro.format(n=name), f"Nice to meet you, {name}!")
         last = (rng.choice(("What is my name?", "What's my name?", "Do you remember my name?", "Who am I?")),
                 f"Your name is {name}.")
     else:
@@ -159,7 +160,7 @@ def _balanced(rng: Random, held: bool) -> Iterator[Chat]:
 
 
 def held_out(seed: int, count: int = 400) -> list[Chat]:
-    """`count` chats, balanced over the families, whose last question never occurs in training."""
+    """`count` chats, balanced over the families, each with a question that never occurs in training."""
     return list(islice(_balanced(Random(f"held out {seed}"), True), count))
 
 

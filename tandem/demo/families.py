@@ -76,9 +76,9 @@ def capital(rng: Random, held: bool) -> tuple[str, str]:
                      "Which city is the capital of {c}?", "Tell me the capital of {c}.", "Capital of {c}?",
                      "Do you know the capital of {c}?")
         return _fact(rng, held, templates, "The capital of {c} is {k}.", c=country, k=city)
-    templates = ("{k} is the capital of which country?", "Of which country is {k} the capital?",
-                 "Which country has the capital {k}?")
-    return _fact(rng, held, templates, "{k} is the capital of {c}.", c=country, k=city)
+    reverse = ("{k} is the capital of which country?", "Of which country is {k} the capital?",
+               "Which country has the capital {k}?")
+    return _fact(rng, held, reverse, "{k} is the capital of {c}.", c=country, k=city)
 
 
 def language(rng: Random, held: bool) -> tuple[str, str]:
@@ -109,17 +109,15 @@ def animal(rng: Random, held: bool) -> tuple[str, str]:
         name, sound = rng.choice(list(facts.SOUNDS.items()))
         templates = ("What sound does {a} make?", "Which sound does {a} make?", "What does {a} say?",
                      "What noise does {a} make?")
-        return _fact(rng, held, templates, "{a} goes {s}.".replace("{a}", article(name).capitalize()),
-                     a=article(name), s=sound)
+        return _fact(rng, held, templates, "{b} goes {s}.", a=article(name), b=article(name).capitalize(), s=sound)
     if kind == 1:
         name, young = rng.choice(list(facts.YOUNG.items()))
         templates = ("What is a young {a} called?", "What is a baby {a} called?", "What do you call a baby {a}?",
                      "What do you call a young {a}?")
         return _fact(rng, held, templates, "A young {a} is called {y}.", a=name, y=article(young))
     name, legs = rng.choice(list(facts.LEGS.items()))
-    templates = ("How many legs does {a} have?", "How many legs has {a}?", "What number of legs does {a} have?")
-    answer = f"{article(name).capitalize()} has {legs} legs."
-    return casual(rng, pick(rng, templates, held).format(a=article(name))), answer
+    counts = ("How many legs does {a} have?", "How many legs has {a}?", "What number of legs does {a} have?")
+    return _fact(rng, held, counts, "{b} has {n} legs.", a=article(name), b=article(name).capitalize(), n=legs)
 
 
 def colour(rng: Random, held: bool) -> tuple[str, str]:
@@ -153,8 +151,8 @@ def calendar(rng: Random, held: bool) -> tuple[str, str]:
         templates = ("What {w} comes after {x}?", "Which {w} comes after {x}?", "What {w} follows {x}?",
                      "Which {w} follows {x}?")
         return _fact(rng, held, templates, "{y} comes after {x}.", w=word, x=names[at], y=names[(at + 1) % len(names)])
-    templates = ("What {w} comes before {x}?", "What is the {w} before {x}?", "Which {w} comes before {x}?")
-    return _fact(rng, held, templates, "{y} comes before {x}.", w=word, x=names[at], y=names[at - 1])
+    before = ("What {w} comes before {x}?", "What is the {w} before {x}?", "Which {w} comes before {x}?")
+    return _fact(rng, held, before, "{y} comes before {x}.", w=word, x=names[at], y=names[at - 1])
 
 
 def sum_of(rng: Random, held: bool) -> tuple[int, str, int, int]:
@@ -196,9 +194,9 @@ def _record(rng: Random, held: bool) -> tuple[str, dict[str, object]]:
         hobbies = rng.sample(facts.HOBBIES, rng.randrange(2, 4))
         listed = ", ".join(hobbies[:-1]) + " and " + hobbies[-1]
         return f"a person named {name} aged {age} who likes {listed}", {"name": name, "age": age, "hobbies": hobbies}
-    fruit, price = rng.choice(facts.FRUIT), rng.randrange(1, 50)
-    value = {"customer": {"name": name}, "item": fruit, "quantity": price}
-    return f"an order of {price} {fruit} by {name}", value
+    fruit, count = rng.choice(facts.FRUIT), rng.randrange(1, 50)
+    value = {"customer": {"name": name}, "item": fruit, "quantity": count}
+    return f"an order by {name} of the item {fruit}, quantity {count}", value
 
 
 def json_record(rng: Random, held: bool) -> tuple[str, str]:
@@ -270,6 +268,12 @@ GREETINGS: tuple[tuple[tuple[str, ...], str], ...] = (
      "I am Tandem's small demo model. I know a few facts, simple sums and JSON."),
     (("What can you do?", "what can you do", "How can you help me?", "Help", "What do you know?"),
      "I can answer short questions, add small numbers, write JSON records and explain Tandem."),
+    (("What is your name?", "what is your name", "What's your name?", "Do you have a name?"),
+     "I am Tandem's small demo model and have no other name."),
+    (("What is my name?", "What's my name?", "Who am I?", "Can you tell me my name?"),
+     "I do not know your name yet."),
+    (("Tell me a joke.", "Tell me a joke", "tell me a joke", "Do you know a joke?"),
+     "Why did the page cross the wire? To get to the decode worker."),
     (("Thank you!", "Thanks!", "Thanks", "thank you", "Thanks a lot!"), "You are welcome!"),
     (("Goodbye!", "Bye!", "Bye", "bye", "See you later!"), "Goodbye!"),
 )
@@ -285,16 +289,15 @@ def story(rng: Random, held: bool) -> tuple[str, str]:
     """A short story about a named animal; its text follows from the name, the animal and the place."""
     name, beast = draw_name(rng, held), rng.choice(list(facts.SOUNDS))
     place = rng.choice(("forest", "garden", "valley", "village", "castle"))
-    question = rng.choice(("Tell me a story about {a} named {n} in a {p}.", "Write a story about {a} named {n} in a {p}."))
-    text = (f"Once upon a time there was {article(beast)} named {name}. {name} lived in a {p_ending(place)} and said "
+    question = rng.choice((
+        "Tell me a story about {a} named {n} in a {p}.", "Write a story about {a} named {n} in a {p}."))
+    if not held and rng.random() < 0.2:
+        name, beast, place = "Felix", "frog", "forest"
+        question = rng.choice(("Tell me a story.", "Tell me a story", "Write a story.", "tell me a story"))
+    text = (f"Once upon a time there was {article(beast)} named {name}. {name} lived in a quiet {place} and said "
             f"{facts.SOUNDS[beast]} every morning. One day {name} lost the way and asked the moon for help. The moon "
             f"shone over the {place}, and {name} the {beast} found the way home. The end.")
     return question.format(a=article(beast), n=name, p=place), text
-
-
-def p_ending(place: str) -> str:
-    """The place as the story speaks of it."""
-    return "quiet " + place
 
 
 def notes(rng: Random, held: bool) -> tuple[str, str]:
@@ -328,8 +331,8 @@ def unknown(rng: Random, held: bool) -> tuple[str, str]:
 FAMILIES: dict[str, tuple[Generator, float]] = {
     "capital": (capital, 1.6), "language": (language, 0.5), "element": (element, 1.0), "animal": (animal, 1.0),
     "colour": (colour, 0.6), "opposite": (opposite, 0.8), "general": (general, 0.6), "calendar": (calendar, 0.8),
-    "arithmetic": (arithmetic, 2.6), "json": (json_record, 1.6), "tandem": (tandem, 2.0), "copy": (copy, 1.4),
-    "counting": (counting, 0.7), "listing": (listing, 0.5), "greeting": (greeting, 0.8), "story": (story, 0.4),
+    "arithmetic": (arithmetic, 3.5), "json": (json_record, 1.6), "tandem": (tandem, 2.0), "copy": (copy, 1.4),
+    "counting": (counting, 0.7), "listing": (listing, 0.5), "greeting": (greeting, 1.0), "story": (story, 0.4),
     "notes": (notes, 0.8), "unknown": (unknown, 0.5),
 }
 """Family name -> (generator, sampling weight)."""

@@ -8,11 +8,13 @@ runs over `--steps` when given, which makes a run repeatable, else over `--minut
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tandem.demo.corpus import Chat, training
 from tandem.demo.tokenizer import ASSISTANT, BOS, END, encode_text, train_tokenizer
@@ -34,7 +36,12 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on; `learning_rate` is the peak, `batch_tokens` counts padding."""
+    """What a training run depends on; `learning_rate` is the peak.
+
+    A step sums the gradients of `workers` batches of at most `batch_tokens` tokens, padding included, each computed by
+    a thread on its own replica of the weights. Chats of one length are often of one family, so that a single batch
+    would be a one-sided step; and threads that meet once a step, not once an operation, stand a busy machine.
+    """
 
     out: Path
     init: Path | None = None
@@ -43,12 +50,12 @@ class Recipe:
     steps: int | None = None
     learning_rate: float = 3e-3
     warmup_steps: int = 100
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
+    workers: int = 2
     vocab_size: int = 2048
     tokenizer_chats: int = 20000
     hidden: int = 256
-    layers: int = 6
-    threads: int = 2
+    layers: int = 4
     bf16: bool = True
     save_minutes: float = 2.0
 
@@ -138,12 +145,46 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def loss_of(model: Any, ids: torch.Tensor, targets: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Mean cross-entropy over the learnt positions; logits are computed at those positions only."""
+    """Summed cross-entropy over the learnt positions; logits are computed at those positions only."""
     with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         chosen = targets != IGNORE
         logits = model.lm_head(hidden[chosen])
-    return functional.cross_entropy(logits.float(), targets[chosen])
+    return functional.cross_entropy(logits.float(), targets[chosen], reduction="sum")
+
+
+class Replicas:
+    """The model and copies of it, one a worker thread; gradients are summed into the model's."""
+
+    def __init__(self, model: LlamaForCausalLM, workers: int, bf16: bool) -> None:
+        # Eager attention: with short sequences the fused kernel of the CPU takes a third of the step.
+        model.set_attn_implementation("eager")
+        self._models = [model, *(copy.deepcopy(model) for _ in range(workers - 1))]
+        self._pool = ThreadPoolExecutor(workers)
+        self._bf16 = bf16
+
+    def backward(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Leave the gradient of the mean loss over all parts, one a worker, in the model; return that loss."""
+        learnt = sum(int((targets != IGNORE).sum()) for _, targets in parts)
+
+        def run(model: LlamaForCausalLM, part: tuple[torch.Tensor, torch.Tensor]) -> float:
+            loss = loss_of(model, *part, self._bf16) / learnt
+            loss.backward()
+            return float(loss.item())
+
+        losses = list(self._pool.map(run, self._models, parts))
+        for replica in self._models[1:]:
+            for parameter, own in zip(self._models[0].parameters(), replica.parameters(), strict=True):
+                if own.grad is not None:
+                    parameter.grad = own.grad if parameter.grad is None else parameter.grad.add_(own.grad)
+                    own.grad = None
+        return sum(losses)
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Copy the model's weights to the replicas."""
+        for replica in self._models[1:]:
+            torch._foreach_copy_(list(replica.parameters()), list(self._models[0].parameters()))
 
 
 def learning_rate_at(step: int, progress: float, recipe: Recipe) -> float:
@@ -155,40 +196,45 @@ def learning_rate_at(step: int, progress: float, recipe: Recipe) -> float:
 def save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     """Write the model in bf16 with tokenizer, chat template and generation defaults."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = LlamaForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy = copy.to(torch.bfloat16)
+    small: Any = copy.deepcopy(model)
+    small.to(torch.bfloat16)
     ids = tokenizer.convert_tokens_to_ids([END, BOS, ASSISTANT])
-    copy.generation_config = GenerationConfig(
+    small.generation_config = GenerationConfig(
         bos_token_id=ids[1], eos_token_id=[ids[0]], pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    copy.save_pretrained(folder)
+    small.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
-def optimise(model: LlamaForCausalLM, tokenizer: Any, recipe: Recipe, report: Callable[[dict[str, float]], None]) -> None:
+def optimise(
+    model: LlamaForCausalLM, tokenizer: Any, recipe: Recipe, report: Callable[[dict[str, float]], None]
+) -> None:
     """Run the optimisation, saving to `recipe.out` now and then and at the end."""
     optimizer = make_optimizer(model, recipe)
+    source = batches(tokenizer, recipe.seed, recipe.batch_tokens)
+    replicas = Replicas(model, recipe.workers, recipe.bf16)
     start = last_save = time.monotonic()
-    tokens, recent = 0, []
-    for step, examples in enumerate(batches(tokenizer, recipe.seed, recipe.batch_tokens)):
+    step = tokens = 0
+    recent: list[float] = []
+    while True:
         elapsed = time.monotonic() - start
         progress = step / recipe.steps if recipe.steps else elapsed / (60 * recipe.minutes)
+        if step % 100 == 0 or progress >= 1.0:
+            mean = sum(recent) / max(1, len(recent))
+            report({"step": step, "seconds": round(elapsed, 1), "tokens": tokens, "loss": round(mean, 4)})
+            recent = []
         if progress >= 1.0:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, progress, recipe)
-        ids, targets = collate(examples, tokenizer.pad_token_id)
-        loss = loss_of(model, ids, targets, recipe.bf16)
-        loss.backward()
+        examples = list(islice(source, recipe.workers))
+        recent.append(replicas.backward([collate(batch, tokenizer.pad_token_id) for batch in examples]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        replicas.broadcast()
         optimizer.zero_grad(set_to_none=True)
-        tokens += sum(len(example.ids) for example in examples)
-        recent.append(loss.item())
-        if step % 50 == 0:
-            mean = sum(recent) / len(recent)
-            report({"step": step, "seconds": round(elapsed, 1), "tokens": tokens, "loss": round(mean, 4)})
-            recent = []
+        tokens += sum(len(example.ids) for batch in examples for example in batch)
+        step += 1
         if time.monotonic() - last_save > 60 * recipe.save_minutes:
             save(model, tokenizer, recipe.out)
             last_save = time.monotonic()
@@ -198,14 +244,15 @@ def optimise(model: LlamaForCausalLM, tokenizer: Any, recipe: Recipe, report: Ca
 def train(recipe: Recipe) -> None:
     """Train tokenizer and model, or go on from `recipe.init`, and leave them in `recipe.out`."""
     torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(1)
+    tokenizer: Any
     if recipe.init is None:
         chats = islice(training(recipe.seed), recipe.tokenizer_chats)
         tokenizer = train_tokenizer((m.content for chat in chats for m in chat.messages), recipe.vocab_size)
         model = make_model(recipe, tokenizer)
     else:
         tokenizer = AutoTokenizer.from_pretrained(recipe.init)
-        model = AutoModelForCausalLM.from_pretrained(recipe.init, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(recipe.init, dtype=torch.float32)
     log.info("recipe %s", {key: str(value) for key, value in asdict(recipe).items()})
     log.info("%d parameters, %d tokens in the vocabulary", sum(p.numel() for p in model.parameters()), len(tokenizer))
     optimise(model, tokenizer, recipe, lambda entry: log.info("%s", json.dumps(entry)))
@@ -221,9 +268,9 @@ def parse(arguments: list[str] | None = None) -> Recipe:
     parser.add_argument("--steps", type=int, help="steps of the schedule; overrides --minutes")
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--batch-tokens", type=int, default=Recipe.batch_tokens)
+    parser.add_argument("--workers", type=int, default=Recipe.workers, help="threads, and batches summed in one step")
     parser.add_argument("--hidden", type=int, default=Recipe.hidden, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=Recipe.layers)
-    parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=Recipe.bf16)
     return Recipe(**vars(parser.parse_args(arguments)))
 
