@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
+import uvloop
+from fastapi import FastAPI
 
 from router.app import create_app
 from router.control import ControlPlane
@@ -16,20 +21,25 @@ from router.texts import ModelTexts
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.obs import setup_logging
+from tandem.text.tokenizer import import_transformers_without_torch
 
 log = logging.getLogger(__name__)
 
-STOP_GRACE_S = 2
+STOP_GRACE_S = 2.0
 """Seconds that answers under way get when the router is told to stop; then they end with an error event."""
+CLOSE_GRACE_S = 2
+"""Seconds for telling clients so."""
+KEEP_ALIVE_S = 75
+"""Seconds an idle connection is kept: longer than clients and load balancers keep theirs, so that they close first."""
 BACKLOG = 2048
 
 
 def run(config: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code. Raises ConfigError."""
     setup_logging(config.log_level, config.log_format)
+    import_transformers_without_torch()
     with listen(config.host, config.port) as listener:
-        with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
-            return runner.run(_serve(config, listener))
+        return uvloop.run(_serve(config, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,18 +60,60 @@ async def _serve(config: RouterConfig, listener: socket.socket) -> int:
     metrics = RouterMetrics()
     async with ControlPlane(config) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
-        app = create_app(config, control.dispatcher, ModelTexts(config.model), metrics)
-        server = uvicorn.Server(
+        server = HttpServer(create_app(config, control.dispatcher, ModelTexts(config.model), metrics))
+        host, port = listener.getsockname()[:2]
+        router_id = control.fleet.router_id
+        log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)
+        ending = asyncio.create_task(_end_streams(server, control))
+        try:
+            await server.serve([listener])
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+    return 0
+
+
+async def _end_streams(server: HttpServer, control: ControlPlane) -> None:
+    """Once the server is told to stop: lets answers go on for a while, then ends them with errors that clients see."""
+    await server.stopping.wait()
+    await asyncio.sleep(STOP_GRACE_S)
+    await control.dispatcher.close()
+
+
+class HttpServer(uvicorn.Server):
+    """Uvicorn with its signals on the event loop: it raises them again at its end, before others could close."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
             uvicorn.Config(
                 app,
+                http="httptools",
+                ws="none",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 lifespan="off",
-                timeout_graceful_shutdown=STOP_GRACE_S,
-                h11_max_incomplete_event_size=64 << 10,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(STOP_GRACE_S) + CLOSE_GRACE_S,
             )
         )
-        host, port = listener.getsockname()[:2]
-        log.info("router %s listens on http://%s:%d, workers register at port %d", control.fleet.router_id, host, port, control.port)
-        await server.serve([listener])
-    return 0
+        self.stopping = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A first signal stops in order, a second at once."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.stopping.set()

@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from router.snapshot import FleetSnapshot
 from tandem import obs
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -104,30 +102,6 @@ class RequestTimer:
         self._metrics.duration.observe(time.perf_counter() - self._start)
         if failure is not None:
             self._metrics.failures.labels(failure).inc()
-
-
-def fleet_families(fleet: FleetSnapshot) -> Iterable[Metric]:
-    """What the fleet reported: its workers by role, their load, and KV moved by pair and transport.
-
-    The KV counters carry the names of the workers' own pages; they go when a decode worker goes.
-    """
-    workers = GaugeMetricFamily("tandem_fleet_workers", "Usable workers", labels=["role"])
-    running = GaugeMetricFamily("tandem_fleet_running", "Sequences in batches", labels=["role"])
-    waiting = GaugeMetricFamily("tandem_fleet_waiting", "Sequences not yet in a batch", labels=["role"])
-    for role, views in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-        workers.add_metric([role], len(views))
-        running.add_metric([role], sum(view.status.running for view in views))
-        waiting.add_metric([role], sum(view.status.waiting for view in views))
-    labels = ["sender", "receiver", "transport"]
-    size = CounterMetricFamily("tandem_kv_moved_bytes", "KV bytes landed", labels=labels)
-    seconds = CounterMetricFamily("tandem_kv_moved_seconds", "Seconds with KV under way", labels=labels)
-    handovers = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that ended well", labels=labels)
-    for move in (move for view in fleet.decode for move in view.status.moves):
-        pair = [move.sender, move.receiver, move.transport]
-        size.add_metric(pair, move.bytes)
-        seconds.add_metric(pair, move.seconds)
-        handovers.add_metric(pair, move.tickets)
-    return (workers, running, waiting, size, seconds, handovers)
 
 
 class _Called(Collector):
