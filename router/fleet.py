@@ -85,12 +85,16 @@ class Fleet:
             if worker.info.role is role and worker.usable
         )
 
+    def following(self) -> set[str]:
+        """Addresses that are connected, or tried again."""
+        return set(self._links)
+
     def prefill_workers(self) -> list[tuple[Incarnation, str]]:
         """Incarnation and address of every usable prefill worker, for decode workers to connect to."""
         return [(view.incarnation, view.info.address) for view in self._views(Role.PREFILL)]
 
     def moves(self) -> list[MoveStat]:
-        """KV moved, by pair and transport, over all decode workers ever seen: a counter does not end with its worker."""
+        """KV moved, by pair and transport, over all decode workers ever seen: counters outlive workers."""
         latest = dict(self._past_moves)
         for worker in self._workers.values():
             latest.update(_by_pair(worker))
@@ -127,7 +131,7 @@ class Fleet:
     # Registration ---------------------------------------------------------------------------------------------------
 
     def register(self, info: WorkerInfo, leaving: bool) -> None:
-        """A worker announces itself, renews its lease or says goodbye. Raises Fenced if it does not fit this cluster."""
+        """A worker announces itself, renews its lease or says goodbye. Raises Fenced if it does not fit."""
         self._check(info)
         link = self._links.get(info.address)
         worker = self._workers.get(info.incarnation)

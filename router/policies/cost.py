@@ -138,14 +138,15 @@ def _costs(
 ) -> dict[str, float]:
     missing = request.computable - request.cached_tokens(matches, view)
     output = request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
-    computed_here = missing if helper is None else 0
+    prefill_here = model.prefill_ms(view, missing) if helper is None else 0.0
     return {
         "queue": model.prefill_ms(view, view.queued_tokens) if helper is None else helper.queue_ms,
-        "prefill": model.prefill_ms(view, missing) if helper is None else helper.prefill_ms,
+        "prefill": prefill_here if helper is None else helper.prefill_ms,
         "move": 0.0 if helper is None else model.move_ms(view, missing),
         "admission": _admission_ms(request, view, model),
-        # Every sequence there waits for each token computed beside it.
-        "slowdown": view.sequences * model.timing(view).per_token_ms * (computed_here + output),
+        # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
+        # worker that is idle now takes the next request in a moment, and a prefill worker has nothing else to do.
+        "slowdown": view.sequences * model.timing(view).per_token_ms * output + max(view.sequences, 1) * prefill_here,
     }
 
 

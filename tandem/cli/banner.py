@@ -31,7 +31,7 @@ def banner(config: UpConfig, model_path: str, workers: Sequence[WorkerInfo], nam
         head.add_row(Text(label, style="bold"), Text(value))
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for title in ("process", "address", "pid", "compute threads", "KV pages", "metrics port"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)
     table.add_row("router", f"{config.host}:{config.port}", "", "0", "", str(config.port))
     for name, worker in zip(names[1:], workers, strict=True):
         pages = f"{worker.total_pages} x {worker.page_size} tokens"

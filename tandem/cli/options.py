@@ -20,7 +20,7 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
-    """A function that typer can register: `model` is the positional argument, everything else a flag.
+    """A function that typer can register: what has no default is a positional argument, everything else a flag.
 
     A flag that was not given is left to the environment, the YAML file and the default. Wrong values end with exit code 2 and one
     line that names the flag.
@@ -56,7 +56,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.is_required() or field.default in (None, ()) else f" (default: {_shown(field.default)})"
     text = (field.description or "") + default
     annotation = field.annotation
-    if name == "model":
+    if field.is_required():
         kind: Any = typer.Argument(help=text, show_default=False)
     else:
         kind = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False)

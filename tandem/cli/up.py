@@ -25,6 +25,7 @@ STOP_GRACE_S = 8.0
 START_LIMIT_S = 600.0
 """A large checkpoint may take minutes to load; a worker that dies ends the wait at once."""
 RESTART_DELAY_S = 0.5
+WARM_TOKENS = 256
 MAX_RESTARTS = 10
 """Restarts of one worker before the cluster gives up."""
 
@@ -99,7 +100,8 @@ class _Cluster:
                 watchers.append(asyncio.create_task(self._watch(child)))
             infos = await self._wait_ready(workers)
             if infos:
-                self._console.print(banner(self._config, model, infos, [child.name for child in children]))
+                shown = banner(self._config, model, infos, [child.name for child in children])
+                self._console.print(shown, soft_wrap=True)
                 await self._stopping.wait()
         finally:
             for watcher in watchers:
@@ -127,9 +129,10 @@ class _Cluster:
         environment = PASSIVE | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         shared = ["--router", f"127.0.0.1:{control}", "--threads", str(threads), "--dtype", config.dtype, "--kv-mib"]
         shared += [str(config.kv_mib), "--page-size", str(config.page_size), "--transport", config.transport, *names, *logs]
+        titles = [f"{role}-{roles[:at].count(role)}" for at, role in enumerate(roles)]
         workers = [
-            Child(f"{role}-{index}", [role, model, "--port", str(port), *shared], environment)
-            for index, (role, port) in enumerate(zip(roles, ports, strict=True))
+            Child(title, [role, model, "--port", str(port), *shared], environment)
+            for title, role, port in zip(titles, roles, ports, strict=True)
         ]
         return router, workers
 
@@ -161,8 +164,29 @@ class _Cluster:
                     return []
                 infos.append(info)
             status.update("waiting for the router to see its workers")
-            ready = await self._until(_ready, f"http://{self._config.host}:{self._config.port}/ready")
-            return infos if ready else []
+            url = f"http://{self._config.host}:{self._config.port}"
+            if not await self._until(_ready, url + "/ready"):
+                return []
+            status.update("warming up: the first step and the first transfer of a process are slow")
+            await self._warm_up(url, infos)
+            return [] if self._failure else infos
+
+    async def _warm_up(self, url: str, infos: list[WorkerInfo]) -> None:
+        """Sends a few requests through every process, so that no user's request pays for first times; they must succeed."""
+        model = infos[0].model
+        length = max(1, min(WARM_TOKENS, model.max_context // 2, model.vocab_size - 1))
+        prompts = [[(at + row) % length for at in range(length)] for row in range(2 * len(infos))]
+        async with httpx.AsyncClient(base_url=url, timeout=START_LIMIT_S) as client:
+            answers = await asyncio.gather(
+                *(client.post("/v1/completions", json={"model": model.name, "prompt": p, "max_tokens": 2}) for p in prompts),
+                return_exceptions=True,
+            )
+        for answer in answers:
+            if isinstance(answer, BaseException) or answer.status_code != 200:
+                reason = repr(answer) if isinstance(answer, BaseException) else answer.text
+                self._failure = f"the warm-up failed: {reason}"
+                self._stopping.set()
+                return
 
     async def _until(self, probe, target: str):  # type: ignore[no-untyped-def]
         deadline = asyncio.get_running_loop().time() + START_LIMIT_S
