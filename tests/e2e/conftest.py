@@ -1,0 +1,53 @@
+"""One random checkpoint for each family, its reference, and prompts of mixed length; made once."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.reference import Reference
+
+VOCAB = 400
+LENGTHS = (1, 2, 15, 16, 17, 18, 23, 31, 32, 33, 34, 39, 45, 47, 48, 49, 52, 57, 63, 64, 65, 66, 71, 79, 80, 97)
+"""Around every page size's borders; `SHARED` adds six that begin alike."""
+SHARED = (48, 3, 19, 20, 50, 100)
+"""A common beginning of 48 tokens, and how much of its own each has behind it (the first: nothing)."""
+SPECS = {
+    "llama": CheckpointSpec(layers=3, vocab=VOCAB, max_positions=512, seed=11),
+    "qwen2": CheckpointSpec(family="qwen2", layers=3, vocab=VOCAB, max_positions=512, seed=12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpoint, what it should answer, and what it is asked."""
+
+    path: Path
+    reference: Reference
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
+    source = random.Random(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(source.randrange(VOCAB) for _ in range(count))
+
+    beginning, *own = draw(SHARED[0]), *SHARED[1:]
+    prompts = [draw(length) for length in LENGTHS] + [beginning] + [beginning + draw(length) for length in own]
+    source.shuffle(prompts)
+    return tuple(prompts)
+
+
+@pytest.fixture(scope="session")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    """Family -> subject."""
+    made = {}
+    for seed, (family, spec) in enumerate(SPECS.items()):
+        path = make_checkpoint(tmp_path_factory.mktemp("models") / family, spec)
+        made[family] = Subject(path, Reference(path), make_prompts(seed))
+    return made
