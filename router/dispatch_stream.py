@@ -51,7 +51,8 @@ class WorkerStream:
     async def ready(self, timeout: float) -> None:
         """Returns when the worker knows this router. Raises Unavailable after `timeout` seconds."""
         try:
-            await asyncio.wait_for(self._up.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._up.wait()
         except TimeoutError:
             raise Unavailable(f"decode worker {self._worker.incarnation} opens no token stream") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -126,10 +127,9 @@ class Link:
 
     async def _pause(self, seconds: float) -> None:
         self._wake.clear()
-        try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
     async def _session(self) -> None:
         channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
@@ -173,7 +173,9 @@ class Link:
         expected = 0
         try:
             while True:
-                message = await asyncio.wait_for(call.read(), self._lease_s)
+                # Not wait_for: up to Python 3.11 it loses a cancellation that meets a result.
+                async with asyncio.timeout(self._lease_s):
+                    message = await call.read()
                 if message is grpc.aio.EOF:
                     return
                 assert isinstance(message, worker_pb2.WorkerUpdate)

@@ -114,8 +114,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
 
     async def until(self, condition: Any) -> None:
         """Waits until `condition()` holds; checked at every call that arrives."""
-        async with self.changed:
-            await asyncio.wait_for(self.changed.wait_for(condition), 10)
+        async with self.changed, asyncio.timeout(10):
+            await self.changed.wait_for(condition)
 
     async def _notify(self) -> None:
         async with self.changed:

@@ -1,0 +1,82 @@
+"""One request's queue: whatever arrives how often, the reader sees every token once and every choice's end once."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.open_request import OpenRequest
+from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+
+LENGTH = 12
+SLICES = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, LENGTH), st.integers(0, LENGTH), st.integers(0, 2)), max_size=30
+)
+
+
+def make(choices: int = 2, max_buffered: int = 10_000) -> OpenRequest:
+    request = GenerateRequest("r", "m", (1,), SamplingParams(), choices=choices, attempt=1)
+    return OpenRequest(request, max_buffered)
+
+
+async def drain(record: OpenRequest) -> list[Delta]:
+    return [delta async for delta in record]
+
+
+def delta(choice: int, start: int, end: int, attempt: int = 1) -> Delta:
+    tokens = tuple(100 * choice + index for index in range(start, end))
+    logprobs = tuple(TokenLogprob(token, -1.0) for token in tokens)
+    finish = FinishReason.LENGTH if end == LENGTH else None
+    return Delta("r", attempt, choice, start, tokens, logprobs, finish=finish)
+
+
+@settings(max_examples=100)
+@given(SLICES)
+def test_any_order_of_repeats_gives_each_token_once(slices: list[tuple[int, int, int, int]]) -> None:
+    record = make()
+    reached = [0, 0]
+    for choice, low, high, attempt in slices:
+        start, end = min(low, high), max(low, high)
+        problem = record.push(delta(choice, start, end, attempt))
+        if attempt == 1 and reached[choice] < LENGTH:
+            assert bool(problem) == (start > reached[choice])
+            if not problem:
+                reached[choice] = max(reached[choice], end)
+        else:
+            assert not problem
+    record.end(FinishReason.CANCELLED)
+    record.end(FinishReason.ERROR)
+    deltas = asyncio.run(drain(record))
+    for choice in (0, 1):
+        mine = [d for d in deltas if d.choice == choice]
+        tokens = [token for d in mine for token in d.tokens]
+        assert tokens == [100 * choice + index for index in range(reached[choice])]
+        assert [entry.token for d in mine for entry in d.logprobs] == tokens
+        ends = [d.finish for d in mine if d.finish is not None]
+        assert ends == [FinishReason.LENGTH if reached[choice] == LENGTH else FinishReason.CANCELLED]
+
+
+def test_prompt_logprobs_come_once_even_without_tokens() -> None:
+    record = make(choices=1)
+    first = Delta("r", 1, 0, 0, (), (), (None, TokenLogprob(1, -0.5)))
+    assert record.push(first) == ""
+    assert record.push(delta(0, 0, LENGTH)) == ""
+    deltas = asyncio.run(drain(record))
+    assert [bool(d.prompt_logprobs) for d in deltas] == [True, False]
+
+
+def test_the_queue_is_bounded_by_tokens_and_one_large_delta_passes() -> None:
+    record = make(choices=1, max_buffered=4)
+    assert record.push(delta(0, 0, 9)) == ""
+    assert "more than 4 tokens wait" in record.push(delta(0, 9, 10))
+
+
+def test_a_new_attempt_starts_from_nothing() -> None:
+    record = make(choices=1)
+    record.push(delta(0, 0, 5))
+    record.next_attempt()
+    assert record.push(delta(0, 0, 5)) == ""
+    assert record.push(delta(0, 0, LENGTH, attempt=2)) == ""
+    assert [d.first_index for d in asyncio.run(drain(record))] == [0]
