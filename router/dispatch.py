@@ -23,7 +23,7 @@ from router.snapshot import Load
 from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
-from tandem.kv import BlockHash, HashRoot, block_hashes
+from tandem.kv import BLOCK_TOKENS, BlockHash, HashRoot, block_hashes
 from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
@@ -33,8 +33,14 @@ log = logging.getLogger(__name__)
 
 SUBMIT_S = 10.0
 """A decode worker admits or refuses well within this."""
+STREAM_S = 2.0
+"""A new decode worker's token stream stands within this."""
+MAX_CRASHES = 2
+"""Workers that may die over one request before it is refused: it may be what killed them."""
 CANCEL_S = 5.0
 CANCEL_TRIES = 3
+CLOSE_S = 2.0
+"""What workers get to hear of cancellations when the router stops; their lease ends the rest."""
 CANCEL_RETRY_S = 0.2
 
 Elsewhere = (Overloaded, Unavailable, Fenced, WorkerLost)
@@ -174,6 +180,8 @@ class Dispatcher:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
                 refused[plan.decode] = error
                 record.next_attempt()
+            if sum(isinstance(error, WorkerLost) for error in refused.values()) == MAX_CRASHES:
+                raise WorkerLost(f"{MAX_CRASHES} decode workers were lost while they were taking this request")
         raise _refusal(list(refused.values()))
 
     async def _submit(self, record: OpenRequest, plan: Plan, hashes: Sequence[BlockHash]) -> Reply:
@@ -181,7 +189,7 @@ class Dispatcher:
         worker, stream = self.fleet.worker(plan.decode), self._streams.get(plan.decode)
         if worker is None or stream is None:
             raise Unavailable(f"decode worker {plan.decode} is gone")
-        await stream.ready(SUBMIT_S)
+        await stream.ready(STREAM_S)
         record.decode = plan.decode
         self._book(record, plan.candidates[0], hashes)
         try:
@@ -206,14 +214,17 @@ class Dispatcher:
         try:
             reply = await stub.Submit(message, timeout=SUBMIT_S)
         except grpc.aio.AioRpcError as failure:
-            if not was_refused(failure):
-                self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            if was_refused(failure):
+                raise error_of_rpc(failure) from None
+            self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            if failure.code() is grpc.StatusCode.UNAVAILABLE:
+                raise WorkerLost(f"decode worker {worker.incarnation} was lost") from None
             raise error_of_rpc(failure) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or not task.cancelling():
                 # Closing a channel cancels its calls: the worker is gone, and nobody cancelled us.
-                raise Unavailable(f"decode worker {worker.incarnation} is gone") from None
+                raise WorkerLost(f"decode worker {worker.incarnation} is gone") from None
             self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
             raise
         return Reply(reply.cached_tokens, reply.prefill or None)
@@ -242,7 +253,8 @@ class Dispatcher:
         record.decode_booking = self.fleet.book(chosen.decode, load, hashes)
         if chosen.prefill is not None:
             load = Load(1, computable - chosen.prefill_cached, computable)
-            record.prefill_booking = self.fleet.book(chosen.prefill, load, hashes)
+            blocks = hashes[: computable // BLOCK_TOKENS]
+            record.prefill_booking = self.fleet.book(chosen.prefill, load, blocks)
 
     def _release(self, record: OpenRequest) -> None:
         self.fleet.release(record.decode_booking)
@@ -360,7 +372,8 @@ class Dispatcher:
         """Ends every request with an error and tells the workers."""
         for record in list(self._open.values()):
             self._end(record, FinishReason.ERROR, "the router is shutting down")
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=CLOSE_S)
         for stream in self._streams.values():
             stream.close()
 

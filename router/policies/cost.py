@@ -144,8 +144,8 @@ def _costs(
         "prefill": prefill_here if helper is None else helper.prefill_ms,
         "move": 0.0 if helper is None else model.move_ms(view, missing),
         "admission": _admission_ms(request, view, model),
-        # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
-        # worker that is idle now takes the next request in a moment, and a prefill worker has nothing else to do.
+        # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a
+        # decode worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
         "slowdown": view.sequences * model.timing(view).per_token_ms * output + max(view.sequences, 1) * prefill_here,
     }
 

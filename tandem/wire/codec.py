@@ -249,8 +249,8 @@ def delta_from_wire(message: pb.Delta) -> Delta:
             message.choice,
             message.first_index,
             tuple(message.tokens),
-            tuple(map(_logprob_from_wire, message.logprobs)),
-            tuple(map(_prompt_logprob_from_wire, message.prompt_logprobs)),
+            tuple(map(_logprob_from_wire, message.logprobs)) if message.logprobs else (),
+            tuple(map(_prompt_logprob_from_wire, message.prompt_logprobs)) if message.prompt_logprobs else (),
         )
     return Delta(
         request_id=message.request_id,
@@ -258,8 +258,10 @@ def delta_from_wire(message: pb.Delta) -> Delta:
         choice=message.choice,
         first_index=message.first_index,
         tokens=tuple(message.tokens),
-        logprobs=tuple(map(_logprob_from_wire, message.logprobs)),
-        prompt_logprobs=tuple(map(_prompt_logprob_from_wire, message.prompt_logprobs)),
+        logprobs=tuple(map(_logprob_from_wire, message.logprobs)) if message.logprobs else (),
+        prompt_logprobs=tuple(map(_prompt_logprob_from_wire, message.prompt_logprobs))
+        if message.prompt_logprobs
+        else (),
         finish=_enum("finish", _FINISH_BACK, message.finish),
         stop_token=message.stop_token if message.HasField("stop_token") else None,
         error=message.error,

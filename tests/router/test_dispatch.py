@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from router.control import ControlPlane
 from router.dispatch import Accepted, Dispatcher
 from tandem.cluster import CacheEvent, EventKind, Role, new_id
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable
+from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.testing.workers import MODEL, FakeWorker, answer
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
@@ -275,6 +276,40 @@ async def test_a_broken_stream_is_resumed_by_index() -> None:
         assert (point.request_id, point.attempt, point.choice, point.next_index) == (asked.request_id, 0, 0, 2)
         worker.send(answer(message, [2, 3], 1, **STOP))
         assert (await anext(deltas)).tokens == (3,)
+
+
+async def test_a_broken_connection_to_a_living_worker_costs_nothing() -> None:
+    async with cluster() as made:
+        first = made.decode[0]
+        accepted, _ = await made.submit(request())
+        (message,) = first.submissions
+        first.send(answer(message, [1, 2]))
+        assert (await anext(aiter(accepted.deltas))).tokens == (1, 2)
+        await first.stop()
+        async with FakeWorker(Role.DECODE, port=first.port, incarnation=first.info.incarnation) as same:
+            await same.until(lambda: same.resumes)
+            (point,) = same.resumes[0]
+            assert (point.request_id, point.next_index) == (message.request.request_id, 2)
+            await eventually(lambda: made.decoders_known() == 1)
+            same.send(answer(message, [3], 2, **STOP))
+            assert [d.tokens for d in await read(accepted)] == [(3,)]
+
+
+async def test_a_request_that_two_workers_died_of_is_refused() -> None:
+    async with cluster(decode=3) as made:
+        for worker in made.decode:
+            worker.hold = asyncio.Event()
+        task = asyncio.create_task(made.dispatcher.submit(request()))
+
+        def asked(attempt: int) -> list[FakeWorker]:
+            return [w for w in made.decode if any(m.request.attempt == attempt for m in w.submissions)]
+
+        for attempt in (0, 1):
+            await eventually(partial(asked, attempt))
+            await asked(attempt)[0].stop()
+        with pytest.raises(WorkerLost, match="2 decode workers were lost"):
+            await task
+        assert asked(2) == []
 
 
 async def test_a_worker_restarted_at_its_address_is_another_worker() -> None:
