@@ -120,8 +120,7 @@ class Engine:
             if seq.finish is not None:
                 self._end(seq, seq.finish)
             elif seq.prefill_only and seq.pending == 0:
-                self.scheduler.remove(seq)
-                seq.state = SeqState.HELD
+                self.scheduler.hold(seq)
         self._retractions += len(plan.retracted)
         return tuple(outputs), tuple(progress)
 
@@ -184,9 +183,14 @@ class Engine:
         return seq.computed
 
     def export_span(self, seq: Seq, span: Span, out: Any) -> None:
-        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order. Raises ValueError beyond."""
+        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order.
+
+        Raises ValueError beyond `computed`, which falls back to 0 when the sequence is retracted: a held one from which
+        nothing was exported yet gives way to older ones when the pages are short.
+        """
         if span.start < 0 or span.end > seq.computed or span.count < 1:
             raise ValueError(f"span [{span.start}, {span.end}) of {seq.seq_id} must lie in [0, {seq.computed})")
+        self.scheduler.pin(seq)
         self._pool.gather(seq.pages, span, out)
 
     def release(self, seq: Seq) -> None:

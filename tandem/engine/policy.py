@@ -69,6 +69,18 @@ def pick_victim(holders: Iterable[Seq], requester: Seq) -> Seq | None:
     return max(able, key=lambda seq: seq.order, default=None)
 
 
+def pick_giver(holders: Iterable[Seq], stuck: Seq) -> Seq | None:
+    """Who gives way when nothing runs and `stuck`, the first in the queue, lacks pages: the youngest waiting holder.
+
+    If there is none, the youngest held one that is younger than `stuck`: its receiver may lack the pages that wait for
+    `stuck`. Only the younger give way, so that two never take each other's pages in turn.
+    """
+    able = [seq for seq in holders if seq is not stuck]
+    waiting = [seq for seq in able if seq.state is SeqState.WAITING]
+    younger = [seq for seq in able if seq.state is SeqState.HELD and seq.order > stuck.order]
+    return max(waiting or younger, key=lambda seq: seq.order, default=None)
+
+
 def spare_pages(running: Iterable[Seq], page_size: int) -> int:
     """Pages an admission has to leave, so that those who generate are not retracted at once."""
     return sum(not seq.prefill_only for seq in running) * -(-SPARE_TOKENS // page_size)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tandem.engine.memory import KvMemory, match_limit
-from tandem.engine.policy import EngineConfig, QueueKey, is_aged, pick_victim, queue_key, spare_pages
+from tandem.engine.policy import EngineConfig, QueueKey, is_aged, pick_giver, pick_victim, queue_key, spare_pages
 from tandem.engine.radix import pack
 from tandem.engine.sequence import Batch, Row, Seq, SeqState
 
@@ -29,6 +30,18 @@ class Queued:
     def ready(self) -> int:
         """Tokens that need no computing."""
         return max(self.seq.computed, self.cached)
+
+
+@dataclass(frozen=True, slots=True)
+class Standstill:
+    """Why nobody could be admitted in the last step. While it holds, sorting the queue again would change nothing."""
+
+    changes: tuple[int, int]
+    """Versions of the queue and of the cache."""
+    available: int
+    """Pages; fewer cannot help."""
+    until: float
+    """When the next sequence becomes aged."""
 
 
 @dataclass(slots=True)
@@ -72,7 +85,10 @@ class Scheduler:
         self._memory = memory
         self._config = config
         self._queue: dict[str, Queued] = {}
+        self._held: dict[str, Seq] = {}
         self._stale: list[Queued] = []
+        self._changes = 0
+        self._standstill: Standstill | None = None
 
     @property
     def waiting(self) -> Iterator[Seq]:
@@ -92,17 +108,28 @@ class Scheduler:
 
     def remove(self, seq: Seq) -> None:
         """Forgets a sequence; its pages are the caller's to close."""
+        self._changes += 1
+        self._held.pop(seq.seq_id, None)
         if self._queue.pop(seq.seq_id, None) is None and seq.state is SeqState.RUNNING:
             self.running.remove(seq)
         self.blocked = None if self.blocked is seq else self.blocked
         self._claim = None if self._claim is seq else self._claim
 
+    def hold(self, seq: Seq) -> None:
+        """A prefill-only sequence is computed: it keeps its pages, but waits and runs no more."""
+        self.remove(seq)
+        seq.state = SeqState.HELD
+        self._held[seq.seq_id] = seq
+
+    def pin(self, seq: Seq) -> None:
+        """A held sequence is being pushed: its pages are not taken any more, since they will soon be given back."""
+        self._held.pop(seq.seq_id, None)
+
     def open_queued(self, seq: Seq) -> None:
         """Locks the cached prefix of a queued sequence; prefill-only and complete, it leaves the queue as HELD."""
         item = self._queue[seq.seq_id]
         if self._memory.open(seq, item.packed, 0) and seq.pending == 0:
-            self.remove(seq)
-            seq.state = SeqState.HELD
+            self.hold(seq)
 
     def open_reserved(self, seq: Seq) -> bool:
         """Pages for all tokens of a sequence that waits for KV, unless an older one waits for pages."""
@@ -162,6 +189,8 @@ class Scheduler:
 
         The first that cannot have its pages stops all others but those that need none, who make room by finishing.
         """
+        if self._stands_still(now):
+            return
         self.blocked = None
         stuck: Queued | None = None
         for item in self._in_order(plan, now):
@@ -176,6 +205,25 @@ class Scheduler:
         if stuck is not None:
             self.blocked = stuck.seq if is_aged(stuck.seq, now, self._config.ageing_s) else None
             self._force(stuck, plan)
+            self._note_standstill(now)
+
+    def _stands_still(self, now: float) -> bool:
+        was = self._standstill
+        self._standstill = None
+        if was is None or was.changes != self._versions() or self._memory.available > was.available or now >= was.until:
+            return False
+        self._standstill = was
+        return True
+
+    def _note_standstill(self, now: float) -> None:
+        """Remembers a queue whose first cannot have its pages."""
+        ageing_s = self._config.ageing_s
+        young = (item.seq.arrival for item in self._queue.values() if not is_aged(item.seq, now, ageing_s))
+        until = min(young, default=math.inf) + ageing_s
+        self._standstill = Standstill(self._versions(), self._memory.available, until)
+
+    def _versions(self) -> tuple[int, int]:
+        return self._changes, self._memory.cache.version
 
     def _in_order(self, plan: Plan, now: float) -> list[Queued]:
         if not self._queue or plan.budget == 0 or len(self.running) >= self._config.running_limit:
@@ -185,8 +233,8 @@ class Scheduler:
         def key(item: Queued) -> QueueKey:
             return queue_key(item.seq, item.ready, now, self._config.ageing_s)
 
-        able = (item for item in self._queue.values() if item.seq not in plan.retracted and not self._yields(item.seq, now))
-        return sorted(able, key=key)
+        rested = (item for item in self._queue.values() if item.seq not in plan.retracted)
+        return sorted((item for item in rested if not self._yields(item.seq, now)), key=key)
 
     def _yields(self, seq: Seq, now: float) -> bool:
         """Whether a sequence without pages has to leave them to an older one that waits for KV."""
@@ -207,22 +255,23 @@ class Scheduler:
 
     def _start(self, seq: Seq, plan: Plan) -> None:
         """Moves a sequence that has its pages from the queue into the batch."""
-        self.remove(seq)
         if seq.pending == 0:
-            seq.state = SeqState.HELD
+            self.hold(seq)
             plan.cached.append(seq)
             return
+        self.remove(seq)
         seq.state = SeqState.RUNNING
         insort(self.running, seq, key=lambda each: each.order)
         plan.add(seq)
 
     def _force(self, stuck: Queued, plan: Plan) -> None:
-        """When nothing runs, waiting sequences that hold a part of what they need give way to the queue's first."""
+        """When nothing runs, those who hold pages without using them give way to the queue's first."""
         while not self.running:
-            holders = [seq for seq in self.waiting if seq.pages and seq is not stuck.seq]
-            if not holders:
+            holders = [*(seq for seq in self.waiting if seq.pages), *self._held.values()]
+            giver = pick_giver(holders, stuck.seq)
+            if giver is None:
                 return
-            self.retract(max(holders, key=lambda seq: seq.order), plan)
+            self.retract(giver, plan)
             if self._open(stuck):
                 self._start(stuck.seq, plan)
                 return

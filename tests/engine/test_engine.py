@@ -43,7 +43,8 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
 
 def common(left: list[int], right: list[int]) -> int:
-    return next((at for at, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right)))
+    length = min(len(left), len(right))
+    return next((at for at in range(length) if left[at] != right[at]), length)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
@@ -51,8 +52,8 @@ def test_cached_is_computed(page_size: int) -> None:
     engine, pool, _ = make(256 // page_size, page_size)
     prompt = PROMPT * 6
     done: list[list[int]] = []
-    for name, tokens in (("cold", prompt), ("whole", prompt), ("partly", [*prompt[:37], 8, 8]), ("turn", [*prompt, 1, 2])):
-        seq = make_seq(name, tokens)
+    for index, tokens in enumerate([prompt, prompt, [*prompt[:37], 8, 8], [*prompt, 1, 2]]):
+        seq = make_seq(f"s{index}", tokens)
         run(engine, [seq])
         assert output_of(seq) == expected(seq)
         assert seq.cached_tokens == min(len(tokens) - 1, max((common(tokens, other) for other in done), default=0))
@@ -79,11 +80,12 @@ def test_chunked_is_whole(budget: int) -> None:
     outputs = run(engine, seqs)
     assert [output_of(seq) for seq in seqs] == [expected(seq) for seq in seqs]
     assert max(output.batch_tokens for output in outputs) <= budget
-    assert sum(output.batch_tokens for output in outputs) == sum(count for rows in runner.batches for _, _, count in rows)
+    computed = sum(count for rows in runner.batches for _, _, count in rows)
+    assert sum(output.batch_tokens for output in outputs) == computed
 
 
 def test_without_cache_nothing_outlives_its_sequence() -> None:
-    engine, pool, _ = make(prefix_cache=False)
+    engine, _, _ = make(prefix_cache=False)
     seqs = [make_seq("a", PROMPT), make_seq("b", PROMPT)]
     run(engine, seqs[:1])
     run(engine, seqs[1:])
@@ -161,9 +163,9 @@ def begin(engine: Engine, state: str) -> Seq:
         engine.landed(seq, 0)
     if state == "opened":
         assert engine.open_cached(seq) > 0
-    reached = {"mid-chunk": lambda: seq.computed > 0, "decoding": lambda: seq.output_len == 2, "held": lambda: not seq.pending}
-    while not reached.get(state, lambda: True)():
-        engine.step()
+    if state in ("mid-chunk", "decoding", "held"):
+        while not (seq.computed if state == "mid-chunk" else seq.output_len == 2 or not seq.pending):
+            engine.step()
     return seq
 
 

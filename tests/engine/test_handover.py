@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tandem.engine.engine import Engine
@@ -220,14 +222,15 @@ def test_calls_in_the_wrong_state_are_refused() -> None:
     engine, _ = make()
     seq = make_seq("d", PROMPT)
     engine.add(seq)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: engine.reserve(seq),
         lambda: engine.landed(seq, 0),
         lambda: engine.import_span(seq, Span(0, 1), bytes(24)),
         lambda: engine.export_span(seq, Span(0, 1), bytearray(24)),
         lambda: engine.release(seq),
-    ):
-        with pytest.raises(ValueError, match="sequence d|of d"):
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"sequence d|of d"):
             call()
     moved = make_seq("e", PROMPT)
     engine.reserve(moved)

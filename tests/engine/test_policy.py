@@ -14,7 +14,7 @@ def waiting(order: int, arrival: float = 0.0, priority: int = 0) -> Seq:
 
 
 def in_order(items: list[tuple[Seq, int]], now: float, ageing_s: float = 2.0) -> list[int]:
-    return [seq.order for seq, ready in sorted(items, key=lambda item: queue_key(*item, now, ageing_s))]
+    return [seq.order for seq, _ in sorted(items, key=lambda item: queue_key(item[0], item[1], now, ageing_s))]
 
 
 def test_the_longest_ready_prefix_goes_first() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import takewhile
+from unittest import TestCase
 
 import pytest
 from hypothesis import settings
@@ -147,10 +149,8 @@ class Model:
         partial = 0
         for other, prefix in self.pages:
             if other == root and len(prefix) == start + self.page_size and prefix[:start] == tokens[:start]:
-                shared = 0
-                while start + shared < len(tokens) and shared < self.page_size and prefix[start + shared] == tokens[start + shared]:
-                    shared += 1
-                partial = max(partial, shared)
+                pairs = zip(prefix[start:], tokens[start:], strict=False)
+                partial = max(partial, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
         return [self.pages[key] for key in path], partial
 
     def touch(self, keys: list[Key], refs: int) -> None:
@@ -160,7 +160,7 @@ class Model:
             self.refs[key] += refs
 
     def evict(self, count: int) -> list[int]:
-        gone = []
+        gone: list[int] = []
         while len(gone) < count:
             parents = {(root, prefix[: -self.page_size]) for root, prefix in self.pages}
             loose = [key for key in self.pages if not self.refs[key] and key not in parents]
@@ -207,7 +207,8 @@ class CacheMachine(RuleBasedStateMachine):
         found = self.cache.match(root, pack(run), limit)
         pages, partial = self.model.match(root, run[:limit])
         assert list(found.pages) == pages
-        assert found.tokens == len(pages) * self.page_size + partial == len(pages) * self.page_size + found.partial_tokens
+        assert found.partial_tokens == partial
+        assert found.tokens == len(pages) * self.page_size + partial
         if partial:
             start = len(pages) * self.page_size
             assert any(
@@ -300,10 +301,13 @@ def replay(blocks: set[BlockHash], events: list[CacheEvent]) -> None:
             blocks |= set(event.hashes)
 
 
-def machine(size: int, pages: int) -> type:
-    kind = type(f"CacheMachine{size}", (CacheMachine,), {"page_size": size, "num_pages": pages})
-    case = kind.TestCase
-    case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+def machine(size: int, pages: int) -> type[TestCase]:
+    class Sized(CacheMachine):
+        page_size = size
+        num_pages = pages
+
+    case: type[TestCase] = Sized.TestCase
+    case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)  # type: ignore[attr-defined]
     return case
 
 

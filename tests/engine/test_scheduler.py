@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tandem.engine.engine import Engine
 from tandem.engine.policy import EngineConfig
 from tandem.engine.sequence import Seq, SeqState
-from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation
+from tandem.kv import Span
+from tandem.testing.engine import LAYOUT, FakePool, FakeRunner, make_seq, naive_continuation
 
 
 class Clock:
@@ -25,7 +28,7 @@ class Bench:
         self.clock = Clock()
         self.engine = Engine(self.runner, self.pool, EngineConfig(**limits), self.clock)  # type: ignore[arg-type]
 
-    def add(self, name: str, prompt: list[int], max_tokens: int = 4, **fields: object) -> Seq:
+    def add(self, name: str, prompt: list[int], max_tokens: int = 4, **fields: Any) -> Seq:
         seq = make_seq(name, prompt, max_tokens, **fields)
         self.engine.add(seq)
         return seq
@@ -36,6 +39,9 @@ class Bench:
         self.engine.step()
         self.engine.check_integrity()
         return list(self.runner.batches[-1]) if len(self.runner.batches) > before else []
+
+    def states(self, *seqs: Seq) -> list[SeqState]:
+        return [seq.state for seq in seqs]
 
     def drain(self, *seqs: Seq, steps: int = 500) -> None:
         """Steps until all is done; then checks outputs and leaks."""
@@ -249,3 +255,58 @@ def test_half_opened_sequences_do_not_lock_each_other_out() -> None:
     bench.step()
     bench.engine.release(seqs[1])
     bench.drain()
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_a_held_sequence_gives_way_to_an_older_one_unless_it_is_being_pushed(pushed: bool) -> None:
+    """Its receiver may lack the very pages that wait for the older one's KV."""
+    bench = Bench(pages=12, page_size=1)
+    older = bench.add("older", [1] * 8, prefill_only=True)
+    younger = bench.add("younger", [2] * 8, prefill_only=True, priority=1)
+    assert bench.step() == [("younger", 0, 8)]
+    assert bench.states(older, younger) == [SeqState.WAITING, SeqState.HELD]
+    if pushed:
+        bench.engine.export_span(younger, Span(0, 4), bytearray(LAYOUT.span_bytes(4)))
+        assert bench.step() == []
+        bench.engine.release(younger)
+    assert bench.step() == [("older", 0, 8)]
+    assert bench.states(older, younger) == [SeqState.HELD, SeqState.FINISHED if pushed else SeqState.WAITING]
+    bench.engine.release(older)
+    if not pushed:
+        bench.step()
+        bench.engine.release(younger)
+    bench.drain()
+
+
+def test_a_held_sequence_never_gives_way_to_a_younger_one() -> None:
+    bench = Bench(pages=12, page_size=1)
+    first = bench.add("first", [1] * 8, prefill_only=True)
+    bench.step()
+    bench.add("late", [2] * 8, prefill_only=True)
+    assert bench.step() == []
+    assert (first.state, first.retractions) == (SeqState.HELD, 0)
+    bench.engine.release(first)
+    assert bench.step() == [("late", 0, 8)]
+
+
+@pytest.mark.parametrize("change", ["cancelled", "aged", "fits"])
+def test_a_queue_at_a_standstill_is_looked_at_again_once_something_changes(change: str) -> None:
+    bench = Bench(pages=10, page_size=4, ageing_s=5.0)
+    runs = bench.add("runs", [1] * 8, max_tokens=24)
+    bench.step()
+    large = bench.add("large", [1] * 8 + [2] * 20, max_tokens=2)
+    bench.step()
+    small = bench.add("small", [3] * 3, max_tokens=1, arrival=98.0)
+    bench.step()
+    bench.step()
+    assert (large.state, small.state) == (SeqState.WAITING, SeqState.WAITING)
+    if change == "cancelled":
+        bench.engine.cancel("large")
+    elif change == "aged":
+        bench.clock.now = 103.0
+    else:
+        bench.engine.cancel("runs")
+    rows = [row[0] for row in bench.step()]
+    assert rows == {"cancelled": ["runs", "small"], "aged": ["runs", "small"], "fits": ["large"]}[change]
+    bench.clock.now += 5.0
+    bench.drain(*([] if change == "fits" else [runs, small]))
