@@ -30,9 +30,11 @@ class KvPool:
         self._tensors = [
             [self._new(plane, group, num_pages * page_size) for group in layout.groups] for plane in layout.planes
         ]
-        self._planes = {plane.name: index for index, plane in enumerate(layout.planes)}
-        self._places = {
-            layer: (index, row) for index, group in enumerate(layout.groups) for row, layer in enumerate(group.layers)
+        self._layers = {
+            (plane.name, layer): tensor[row]
+            for plane, tensors in zip(layout.planes, self._tensors, strict=True)
+            for group, tensor in zip(layout.groups, tensors, strict=True)
+            for row, layer in enumerate(group.layers)
         }
 
     def _new(self, plane: Plane, group: LayerGroup, slots: int) -> torch.Tensor:
@@ -42,8 +44,7 @@ class KvPool:
 
     def plane(self, name: str, layer: int) -> torch.Tensor:
         """One layer of one plane, `[slots, heads, head_dim]`: the pool's own memory, not a copy."""
-        group, row = self._places[layer]
-        return self._tensors[self._planes[name]][group][row]
+        return self._layers[name, layer]
 
     def gather(self, pages: Sequence[int], span: Span, out: Buffer) -> None:
         """Copies tokens `[span.start, span.end)` of the sequence that owns `pages` into `out`.

@@ -47,6 +47,7 @@ class TorchPagedAttention:
             raise ValueError("torch_paged serves layouts of planes k and v with full attention only")
         self.pool = pool
         self.kv_heads = planes["k"].heads
+        self._workspace = pool.plane("k", 0).new_empty((2, 0, planes["k"].head_dim))
 
     def plan(self, batch: AttentionBatch) -> TorchPagedPlan:
         """See `AttentionBackend.plan`."""
@@ -58,7 +59,10 @@ class TorchPagedAttention:
         slots = table[row, positions // page] * page + positions % page
         groups = split_rows(batch.counts, batch.starts + batch.counts)
         buckets = [self._bucket(batch, table, offsets, rows) for rows in groups]
-        return TorchPagedPlan(self.pool, torch.from_numpy(slots).to(self.pool.device), buckets)
+        needed = max(len(bucket.places) for bucket in buckets)
+        if self._workspace.shape[1] < needed:
+            self._workspace = self._workspace.new_empty((2, needed, self._workspace.shape[2]))
+        return TorchPagedPlan(self.pool, self._on_device(slots), buckets, self._workspace)
 
     def _bucket(self, batch: AttentionBatch, table: IntArray, offsets: IntArray, rows: IntArray) -> _Bucket:
         starts, counts = batch.starts[rows], batch.counts[rows]
@@ -102,10 +106,13 @@ class TorchPagedAttention:
 class TorchPagedPlan:
     """See `AttentionPlan`."""
 
-    def __init__(self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket]) -> None:
+    def __init__(
+        self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket], workspace: torch.Tensor
+    ) -> None:
         self._pool = pool
         self._slots = slots
         self._buckets = buckets
+        self._workspace = workspace  # [2, places, head_dim]: gathered keys and values, the same memory for all layers
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -115,12 +122,12 @@ class TorchPagedPlan:
         keys.index_copy_(0, self._slots, key)
         values.index_copy_(0, self._slots, value)
         if len(self._buckets) == 1 and self._buckets[0].tokens is None and self._buckets[0].real is None:
-            return _attend(query, keys, values, self._buckets[0], scale)
+            return self._attend(query, keys, values, self._buckets[0], scale)
         out = torch.empty_like(query)
         for bucket in self._buckets:
             end = bucket.first + bucket.rows * bucket.count
             part = query[bucket.first : end] if bucket.tokens is None else query.index_select(0, bucket.tokens)
-            result = _attend(part, keys, values, bucket, scale)
+            result = self._attend(part, keys, values, bucket, scale)
             if bucket.tokens is None:
                 out[bucket.first : end] = result
             elif bucket.real is None:
@@ -128,6 +135,26 @@ class TorchPagedPlan:
             else:
                 out.index_copy_(0, bucket.tokens[bucket.real], result[bucket.real])
         return out
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, scale: float
+    ) -> torch.Tensor:
+        """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
+        kv_heads, dim = keys.shape[1:]
+        heads, places = query.shape[1], bucket.places
+        key, value = (
+            torch.index_select(tensor.view(-1, dim), 0, places, out=self._workspace[index, : len(places)]).view(
+                bucket.rows, kv_heads, bucket.length, dim
+            )
+            for index, tensor in enumerate((keys, values))
+        )
+        if bucket.count == 1:
+            return _attend_one(query, key, value, bucket.mask, scale)
+        q = query.view(bucket.rows, bucket.count, heads, dim).transpose(1, 2)
+        out = scaled_dot_product_attention(
+            q, key, value, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=heads != kv_heads
+        )
+        return out.transpose(1, 2).reshape(query.shape)
 
 
 def split_rows(counts: IntArray, lengths: IntArray) -> list[IntArray]:
@@ -155,24 +182,6 @@ def _page_table(batch: AttentionBatch) -> IntArray:
     for row, pages in enumerate(batch.pages):
         table[row, : len(pages)] = pages
     return table
-
-
-def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, scale: float
-) -> torch.Tensor:
-    """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
-    kv_heads, dim = keys.shape[1:]
-    heads = query.shape[1]
-    shape = (bucket.rows, kv_heads, bucket.length, dim)
-    key = keys.view(-1, dim).index_select(0, bucket.places).view(shape)
-    value = values.view(-1, dim).index_select(0, bucket.places).view(shape)
-    if bucket.count == 1:
-        return _attend_one(query, key, value, bucket.mask, scale)
-    q = query.view(bucket.rows, bucket.count, heads, dim).transpose(1, 2)
-    out = scaled_dot_product_attention(
-        q, key, value, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=heads != kv_heads
-    )
-    return out.transpose(1, 2).reshape(query.shape)
 
 
 def _attend_one(
