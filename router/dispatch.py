@@ -387,6 +387,6 @@ class Dispatcher:
         return {
             "requests in flight": self._admission.inflight,
             "bookings": self.fleet.bookings(),
-            "predictions": self._index.predictions,
+            "predictions": len(self._index.predictions),
             "calls under way": len(self._tasks),
         }

@@ -112,7 +112,9 @@ class Fleet:
             return None
         # A prefill worker hears of it from the decode worker: only its promise tells that it did.
         last_block = hashes[-1] if hashes and worker.info.role is Role.PREFILL else None
-        return worker.ledger.book(load, last_block, self._index.predict(incarnation, hashes) if hashes else None)
+        return worker.ledger.book(
+            load, last_block, self._index.predictions.add(incarnation, hashes) if hashes else None
+        )
 
     def release(self, booking: Booking | None) -> None:
         """Ends a booking, if it has not ended yet."""
@@ -122,7 +124,7 @@ class Fleet:
 
     def _booking_closed(self, booking: Booking) -> None:
         if booking.prediction is not None:
-            self._index.resolve(booking.prediction)
+            self._index.predictions.resolve(booking.prediction)
 
     def bookings(self) -> int:
         """Open bookings over all workers."""

@@ -7,17 +7,15 @@ worker's answer replaces them. After the radix tree of RadixAttention (Zheng et 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Protocol
 
+from router.predictions import Predictions
 from tandem.cluster import CacheEvent, EventKind, Incarnation
 from tandem.kv import BlockHash
 
-PREDICTION_S = 5.0
-"""A prediction is dropped after so many seconds even if the worker never answered."""
 SWEEP_NODES = 64
 """Nodes cleared of retired slots in each call, so that forgetting a worker never stops the event loop."""
 DEVICE_TIER = "device"
@@ -38,13 +36,6 @@ class _Node:
         self.stored = stored
         self.promised = promised
         self.last_used = last_used
-
-
-@dataclass(frozen=True, slots=True)
-class _Prediction:
-    incarnation: Incarnation
-    hashes: tuple[BlockHash, ...]
-    expires: float
 
 
 class _Change(Protocol):
@@ -73,9 +64,8 @@ class PrefixIndex:
         self._retired = 0
         self._sweeping = 0
         self._sweep_queue: list[_Node] = []
-        self._predictions: dict[int, _Prediction] = {}
-        self._predicted: dict[Incarnation, Counter[BlockHash]] = {}
-        self._next_prediction = 0
+        self.predictions = Predictions(clock)
+        """The router's own, beside the tree."""
         self.unplaced = 0
         """Blocks of events ignored so far, because the block before them is not (or no longer) known here."""
 
@@ -88,14 +78,8 @@ class PrefixIndex:
         """Edges in the tree."""
         return len(self._order)
 
-    @property
-    def predictions(self) -> int:
-        """Predictions not yet resolved or expired."""
-        return len(self._predictions)
-
     def match(self, hashes: Sequence[BlockHash]) -> dict[Incarnation, int]:
         """For each worker with any: how many blocks at the front of `hashes` it holds, promised or should soon hold."""
-        self._expire()
         self._bound()
         found: dict[Incarnation, int] = {}
         node, matched, alive = self._root, 0, self._live
@@ -115,8 +99,7 @@ class PrefixIndex:
                 break
         self._record(found, alive, matched)
         self._touch(node)
-        for incarnation, predicted in self._predicted.items():
-            length = _known_prefix(predicted, hashes)
+        for incarnation, length in self.predictions.match(hashes):
             if length > found.get(incarnation, 0):
                 found[incarnation] = length
         return found
@@ -146,31 +129,8 @@ class PrefixIndex:
     def drop(self, incarnation: Incarnation) -> None:
         """Forgets a worker at once: no later match names it. Its bits are swept out of the tree bit by bit."""
         self._retire(incarnation)
-        for number in [n for n, p in self._predictions.items() if p.incarnation == incarnation]:
-            self.resolve(number)
+        self.predictions.drop(incarnation)
         self._sweep()
-
-    def predict(self, incarnation: Incarnation, hashes: Sequence[BlockHash]) -> int:
-        """Assumes that a worker will soon hold this prefix (from the root). Returns the number that `resolve` takes."""
-        self._expire()
-        number = self._next_prediction
-        self._next_prediction += 1
-        self._predictions[number] = _Prediction(incarnation, tuple(hashes), self._clock() + PREDICTION_S)
-        self._predicted.setdefault(incarnation, Counter()).update(hashes)
-        return number
-
-    def resolve(self, number: int) -> None:
-        """Drops a prediction: the worker answered. Unknown numbers (expired, dropped) are ignored."""
-        prediction = self._predictions.pop(number, None)
-        if prediction is None:
-            return
-        counts = self._predicted[prediction.incarnation]
-        counts.subtract(prediction.hashes)
-        for block in prediction.hashes:
-            if counts[block] <= 0:
-                del counts[block]
-        if not counts:
-            del self._predicted[prediction.incarnation]
 
     def _record(self, found: dict[Incarnation, int], mask: int, blocks: int) -> None:
         if blocks:
@@ -374,12 +334,6 @@ class PrefixIndex:
         if parent is not None and parent is not self._root:
             self._settle(parent)
 
-    def _expire(self) -> None:
-        now = self._clock()
-        # All predictions live equally long, so the oldest come first.
-        for number in list(takewhile(lambda n: self._predictions[n].expires <= now, self._predictions)):
-            self.resolve(number)
-
     def check_integrity(self) -> None:
         """Raises AssertionError if an invariant does not hold; for tests."""
         seen: dict[BlockHash, _Node] = {}
@@ -404,11 +358,7 @@ class PrefixIndex:
         assert {name: slot for slot, name in self._names.items()} == self._slots
         taken = self._live | self._retired | self._sweeping
         assert not any(taken >> slot & 1 for slot in self._free_slots)
-        counts: dict[Incarnation, Counter[BlockHash]] = {}
-        for prediction in self._predictions.values():
-            if prediction.hashes:
-                counts.setdefault(prediction.incarnation, Counter()).update(prediction.hashes)
-        assert counts == self._predicted
+        self.predictions.check_integrity()
 
     def _check_shape(self, node: _Node) -> None:
         pending = self._retired | self._sweeping
@@ -438,18 +388,6 @@ def _common(edge: list[BlockHash], hashes: Sequence[BlockHash], start: int) -> i
     while low < high:
         middle = (low + high) // 2
         if edge[middle] == hashes[start + middle]:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _known_prefix(known: Mapping[BlockHash, int], hashes: Sequence[BlockHash]) -> int:
-    """Length of the front of `hashes` in `known`, which holds whole prefixes: no block without its parent."""
-    low, high = 0, len(hashes)
-    while low < high:
-        middle = (low + high) // 2
-        if hashes[middle] in known:
             low = middle + 1
         else:
             high = middle

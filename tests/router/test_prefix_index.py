@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from router.prefix_index import PREDICTION_S, PrefixIndex
+from router.predictions import PREDICTION_S
+from router.prefix_index import PrefixIndex
 from tandem.cluster import CacheEvent, EventKind
 
 WORKERS = ("a", "b", "c")
@@ -110,14 +111,14 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS), path=PATHS)
     def predict(self, worker: str, path: list[int]) -> None:
-        number = self.index.predict(worker, chain(path))
+        number = self.index.predictions.add(worker, chain(path))
         self.predicted[number] = (worker, chain(path), self.clock.now + PREDICTION_S)
 
     @precondition(lambda self: self.predicted)
     @rule(data=st.data())
     def resolve(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.predicted)))
-        self.index.resolve(number)
+        self.index.predictions.resolve(number)
         del self.predicted[number]
 
     @rule(seconds=st.floats(0, 60))
@@ -249,12 +250,12 @@ def test_unused_entries_age_out() -> None:
 @pytest.mark.parametrize("resolved", [True, False])
 def test_predictions_end_with_the_answer_or_with_time(resolved: bool) -> None:
     index, clock = make()
-    number = index.predict("a", chain([0, 1]))
+    number = index.predictions.add("a", chain([0, 1]))
     assert index.match(chain([0, 1, 0])) == {"a": 2}
     if resolved:
-        index.resolve(number)
+        index.predictions.resolve(number)
     else:
         clock.now = PREDICTION_S
     assert index.match(chain([0, 1, 0])) == {}
-    assert index.predictions == 0
-    index.resolve(number)
+    assert len(index.predictions) == 0
+    index.predictions.resolve(number)
