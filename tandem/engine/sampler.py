@@ -8,7 +8,7 @@ whose order is that of the token ids. Log-probabilities are those of the model's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from tandem.errors import BadRequest
 from tandem.types import SamplingParams, TokenLogprob
 
 TOP_CANDIDATES = 1024
-"""Top-p looks at so many of the likeliest tokens first; a row whose mass reaches further is sorted as a whole."""
+"""Top-p looks at so many of the likeliest tokens first."""
+WIDENING = 16
+"""Rows whose mass reaches further are looked at again with so many times as many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+class Filters(NamedTuple):
     """What is kept of each row's distribution; tensors `[rows]`, neutral values where a filter is off."""
 
     temperature: torch.Tensor
@@ -97,15 +98,15 @@ def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
     by_k = filters.top_k < vocab
     by_p_alone = (filters.top_p < 1.0) & ~by_k
     sizes = torch.where(by_k, filters.top_k, by_p_alone * TOP_CANDIDATES)
-    candidates = min(vocab, int(sizes.max()))
+    size = min(vocab, int(sizes.max()))
     floor = None
-    if candidates:
-        best = scaled.topk(candidates, dim=-1).values
-        floor, settled = _floor_of_best(best, scaled, filters)
-        if not bool(settled.all()):
-            rest = ~settled
-            part = Filters(filters.temperature[rest], filters.top_k[rest], filters.top_p[rest], filters.min_p[rest])
-            floor[rest] = _floor_of_best(scaled[rest].sort(dim=-1, descending=True).values, scaled[rest], part)[0]
+    if size:
+        floor, settled = _floor_of_best(scaled.topk(size, dim=-1).values, scaled, filters)
+        while not bool(settled.all()):
+            size = min(vocab, size * WIDENING)
+            rows = torch.nonzero(~settled)[:, 0]
+            part, kept = scaled[rows], Filters(*(values[rows] for values in filters))
+            floor[rows], settled[rows] = _floor_of_best(part.topk(size, dim=-1).values, part, kept)
     if bool((filters.min_p > 0.0).any()):
         least = scaled.amax(dim=-1) + filters.min_p.log()
         floor = least if floor is None else torch.maximum(floor, least)
