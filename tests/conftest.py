@@ -7,6 +7,7 @@ to that fixture; what this one leaves behind when it ends is held against the te
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -182,4 +183,5 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     LEDGER.before_teardown()
     yield
     if leaks := LEDGER.left_behind():
+        gc.collect()  # what the leak kept alive complains now, and not in the next test
         pytest.fail(f"{item.name} left running:\n" + "\n".join(f"  {leak}" for leak in leaks), pytrace=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
@@ -15,6 +16,7 @@ UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX"
 PRINTERS = ("tandem/cli/", "tandem/demo/train.py", "benchmarks/")
 POLLS_FOR_EVER_S = 30
 
+parse = cache(ast.parse)
 Rule = Callable[[str, str], list[str]]
 
 
@@ -48,7 +50,7 @@ def _uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def unsafe(path: str, text: str) -> list[str]:
     """Code execution by data: pickle and its kin, eval, unsafe loaders."""
-    tree = ast.parse(text)
+    tree = parse(text)
     found = {(line, name) for line, name in _imported(tree) if name.split(".")[0] in MODULES or name in CALLS}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -64,7 +66,7 @@ def environment(path: str, text: str) -> list[str]:
     """Reads or writes of the environment outside the settings."""
     if path == "tandem/config.py":
         return []
-    found = {(line, name) for line, name in _uses(ast.parse(text)) if name in ENVIRONMENT}
+    found = {(line, name) for line, name in _uses(parse(text)) if name in ENVIRONMENT}
     return [f"{path}:{line}: {name}; only tandem/config.py may" for line, name in sorted(found)]
 
 
@@ -72,13 +74,13 @@ def accelerator(path: str, text: str) -> list[str]:
     """Device programming interfaces outside the one file that knows them."""
     if path == "tandem/device.py":
         return []
-    found = {(line, "torch.cuda") for line, name in _uses(ast.parse(text)) if f"{name}.".startswith("torch.cuda.")}
+    found = {(line, "torch.cuda") for line, name in _uses(parse(text)) if f"{name}.".startswith("torch.cuda.")}
     return [f"{path}:{line}: {name}; only tandem/device.py may" for line, name in sorted(found)]
 
 
 def bare_except(path: str, text: str) -> list[str]:
     """`except:` catches even the interpreter's exit."""
-    nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ExceptHandler) and n.type is None)
+    nodes = (n for n in ast.walk(parse(text)) if isinstance(n, ast.ExceptHandler) and n.type is None)
     return [f"{path}:{node.lineno}: bare except" for node in nodes]
 
 
@@ -86,13 +88,13 @@ def prints(path: str, text: str) -> list[str]:
     """Servers log; only programs with a terminal print."""
     if path.startswith(PRINTERS):
         return []
-    nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and _dotted(n.func) == "print")
+    nodes = (n for n in ast.walk(parse(text)) if isinstance(n, ast.Call) and _dotted(n.func) == "print")
     return [f"{path}:{node.lineno}: print" for node in nodes]
 
 
 def global_state(path: str, text: str) -> list[str]:
     """`global` is the mark of a singleton."""
-    nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Global))
+    nodes = (n for n in ast.walk(parse(text)) if isinstance(n, ast.Global))
     return [f"{path}:{node.lineno}: global" for node in nodes]
 
 
@@ -105,7 +107,7 @@ def sleeps(path: str, text: str) -> list[str]:
     """In tests, a wait of fixed length outside a polling loop is a guess at how fast the machine is."""
     if not path.startswith("tests/"):
         return []
-    tree = ast.parse(text)
+    tree = parse(text)
     loops = (node for node in ast.walk(tree) if isinstance(node, ast.While | ast.For | ast.AsyncFor))
     polling = {id(node) for loop in loops for node in ast.walk(loop)}
     found = []
@@ -198,5 +200,5 @@ def test_every_rule_has_a_planted_violation() -> None:
 
 
 def test_the_settings_do_read_the_environment(sources: dict[str, str]) -> None:
-    uses = {name for _, name in _uses(ast.parse(sources["tandem/config.py"]))}
+    uses = {name for _, name in _uses(parse(sources["tandem/config.py"]))}
     assert uses & ENVIRONMENT
