@@ -42,6 +42,10 @@ class FakeAccepted:
         try:
             for step in range(max(map(len, self._tokens))):
                 await self._owner.pace(step)
+                if step == self._owner.drop_after:
+                    return
+                if step == self._owner.skip_at:
+                    continue
                 for choice, tokens in enumerate(self._tokens):
                     if step < len(tokens):
                         yield self._delta(choice, step)
@@ -97,6 +101,11 @@ class FakeDispatcher:
         self.accepted: list[FakeAccepted] = []
         self.refuse: TandemError | None = None
         self.fail_after: int | None = None
+        """The worker dies before this token."""
+        self.drop_after: int | None = None
+        """Streams just end before this token."""
+        self.skip_at: int | None = None
+        """This token gets lost."""
         self.cached_tokens = 0
         self.hold_at: int | None = None
         """Streams wait before this token until `release` is set."""

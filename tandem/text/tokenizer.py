@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tandem.config import set_before_import
 from tandem.errors import BadRequest, CheckpointError
 
 LONG_TEXT = 8192
@@ -31,6 +32,7 @@ def import_transformers_without_torch() -> None:
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
+    set_before_import({"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"})  # it would advise to install torch
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import transformers.utils.import_utils as answers

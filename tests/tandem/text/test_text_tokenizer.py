@@ -1,0 +1,94 @@
+"""Loading, rendering and encoding; without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.errors import BadRequest, CheckpointError
+from tandem.testing.tokenizer import byte_fallback_tokenizer, byte_level_tokenizer
+from tandem.text.tokenizer import LONG_TEXT, Tokenizer
+
+WITHOUT_TORCH = """
+import sys
+from tandem.text.tokenizer import Tokenizer, import_transformers_without_torch
+import_transformers_without_torch()
+tokenizer = Tokenizer.load(sys.argv[1])
+text = tokenizer.render([{"role": "user", "content": "Hi"}])
+assert tokenizer.decode(tokenizer.encode(text), False) == text
+import router.main
+assert "torch" not in sys.modules, "torch was imported"
+print(text)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    byte_level_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_the_router_loads_and_renders_without_torch(folder: Path) -> None:
+    script = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(folder)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert script.returncode == 0, script.stderr
+    assert script.stdout == "<|bos|><|user|>Hi<|end|><|assistant|>\n"
+    assert script.stderr == ""
+
+
+def test_a_loaded_tokenizer_is_the_saved_one(folder: Path) -> None:
+    loaded, built = Tokenizer.load(str(folder)), Tokenizer(byte_level_tokenizer())
+    text = "<|user|>naïve 🙂\n  x"
+    assert loaded.encode(text) == built.encode(text)
+    assert loaded.special_ids == built.special_ids
+    assert loaded.byte_level
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot load a tokenizer from"):
+        Tokenizer.load(str(tmp_path))
+
+
+async def test_long_texts_are_encoded_off_the_loop_alike() -> None:
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    text = "The cat sat. " * LONG_TEXT
+    assert await tokenizer.encode_async(text) == tokenizer.encode(text)
+
+
+def test_template_refusals_are_bad_requests_of_one_line() -> None:
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    with pytest.raises(BadRequest, match="no such role"):
+        tokenizer.render([{"role": "robot", "content": "Hi"}])
+    with pytest.raises(BadRequest) as caught:
+        tokenizer.render([{"role": "user", "content": 5}])
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    wrapped = byte_level_tokenizer()
+    wrapped.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(BadRequest, match="refused"):
+        Tokenizer(wrapped).render([{"role": "user", "content": "Hi"}])
+
+
+def test_without_a_template_chats_are_refused() -> None:
+    wrapped = byte_level_tokenizer()
+    wrapped.chat_template = None
+    tokenizer = Tokenizer(wrapped)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(BadRequest, match="no chat template"):
+        tokenizer.render([{"role": "user", "content": "Hi"}])
+
+
+def test_token_bytes_concatenate_to_the_text() -> None:
+    for wrapped in (byte_level_tokenizer(), byte_fallback_tokenizer()):
+        tokenizer = Tokenizer(wrapped)
+        text = "naïve 🙂 cat"
+        data = b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text))
+        assert data.decode().strip() == text
+        assert tokenizer.token_bytes(tokenizer.size + 1) == b""
