@@ -1,0 +1,92 @@
+"""What finished requests left behind a worker's last whole block: the router's own knowledge, since events speak of whole blocks only.
+
+Without it the second turn of a short conversation could not be told from any other request, and would go anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tandem.cluster import Incarnation
+from tandem.kv import BLOCK_TOKENS, BlockHash
+from tandem.types import TokenIds
+
+AHEAD_OF_EVENTS_S = 2.0
+"""So long a tail vouches for the blocks before it too: their events may still be on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Tokens that a worker has after one block, fewer than a block."""
+
+    worker: Incarnation
+    tokens: TokenIds
+    since: float
+
+
+class TailMemory:
+    """Tails by the hash of the block before them (the root's digest at a sequence's start). Bounded; the least recent go first.
+
+    clock: seconds, monotonic.
+    """
+
+    def __init__(self, max_tails: int, clock: Callable[[], float]) -> None:
+        self._max_tails = max_tails
+        self._clock = clock
+        self._tails: OrderedDict[tuple[bytes, Incarnation, int], Tail] = OrderedDict()
+        self._by_parent: dict[bytes, dict[tuple[bytes, Incarnation, int], None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def remember(self, worker: Incarnation, parent: bytes, tokens: TokenIds) -> None:
+        """A worker has `tokens` after block `parent`. Tails that differ in their first token are kept beside each other."""
+        key = (parent, worker, tokens[0] if tokens else -1)
+        self._forget(key)
+        self._tails[key] = Tail(worker, tokens, self._clock())
+        self._by_parent.setdefault(parent, {})[key] = None
+        while len(self._tails) > self._max_tails:
+            self._forget(next(iter(self._tails)))
+
+    def extend(
+        self, matches: Mapping[Incarnation, int], root: bytes, hashes: Sequence[BlockHash], prompt: TokenIds
+    ) -> dict[Incarnation, int]:
+        """Tokens at the prompt's front that each worker has: what the index knows (in blocks), and the tails behind it."""
+        tokens = {worker: blocks * BLOCK_TOKENS for worker, blocks in matches.items()}
+        trusted_after = self._clock() - AHEAD_OF_EVENTS_S
+        for blocks, parent in enumerate((root, *hashes)):
+            for key in self._by_parent.get(parent, ()):
+                tail = self._tails[key]
+                if tail.since >= trusted_after or matches.get(tail.worker, 0) >= blocks:
+                    start = blocks * BLOCK_TOKENS
+                    found = start + common_prefix(tail.tokens, prompt[start : start + len(tail.tokens)])
+                    tokens[tail.worker] = max(tokens.get(tail.worker, 0), found)
+        return tokens
+
+    def drop(self, worker: Incarnation) -> None:
+        """The worker is gone."""
+        for key in [key for key, tail in self._tails.items() if tail.worker == worker]:
+            self._forget(key)
+
+    def _forget(self, key: tuple[bytes, Incarnation, int]) -> None:
+        if self._tails.pop(key, None) is not None:
+            siblings = self._by_parent[key[0]]
+            del siblings[key]
+            if not siblings:
+                del self._by_parent[key[0]]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the two views differ or the bound is broken."""
+        assert len(self._tails) <= self._max_tails
+        assert {key for keys in self._by_parent.values() for key in keys} == set(self._tails)
+        assert all(self._by_parent.values()), "an empty parent is kept"
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

@@ -1,0 +1,90 @@
+"""The router's memory of partial blocks."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from router.tails import AHEAD_OF_EVENTS_S, TailMemory, common_prefix
+from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+
+ROOT = HashRoot("c", "m", "float32").digest()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_second_turn_of_a_short_chat_is_recognised() -> None:
+    memory = TailMemory(8, Clock())
+    memory.remember("d0", ROOT, tuple(range(20)))
+    prompt = (*range(20), 99, 98)
+    assert memory.extend({}, ROOT, [], prompt) == {"d0": 20}
+    assert memory.extend({}, ROOT, [], (0, 1, 50)) == {"d0": 2}
+
+
+def test_a_tail_adds_to_what_the_index_knows() -> None:
+    memory, sequence = TailMemory(8, Clock()), tuple(range(BLOCK_TOKENS + 10))
+    hashes = block_hashes(ROOT, sequence)
+    memory.remember("d0", hashes[-1], sequence[BLOCK_TOKENS:])
+    prompt = (*sequence, 7, 7, 7)
+    found = memory.extend({"d0": 1, "d1": 1}, ROOT, block_hashes(ROOT, prompt), prompt)
+    assert found == {"d0": BLOCK_TOKENS + 10, "d1": BLOCK_TOKENS}
+
+
+def test_whole_blocks_are_vouched_for_only_until_events_had_time_to_come() -> None:
+    clock = Clock()
+    memory, sequence = TailMemory(8, clock), tuple(range(BLOCK_TOKENS + 10))
+    hashes = block_hashes(ROOT, sequence)
+    memory.remember("d0", hashes[-1], sequence[BLOCK_TOKENS:])
+    clock.now = AHEAD_OF_EVENTS_S / 2
+    assert memory.extend({}, ROOT, hashes, sequence) == {"d0": BLOCK_TOKENS + 10}
+    clock.now = AHEAD_OF_EVENTS_S * 2
+    assert memory.extend({}, ROOT, hashes, sequence) == {}
+    assert memory.extend({"d0": 1}, ROOT, hashes, sequence) == {"d0": BLOCK_TOKENS + 10}
+
+
+def test_a_dead_worker_is_forgotten_and_the_oldest_goes_first() -> None:
+    memory = TailMemory(2, Clock())
+    for number, worker in enumerate(("d0", "d1", "d1")):
+        memory.remember(worker, ROOT, (number, 1))
+    assert len(memory) == 2
+    assert memory.extend({}, ROOT, [], (0, 1)) == {"d1": 0}
+    memory.drop("d1")
+    assert len(memory) == 0
+    memory.check_integrity()
+
+
+def test_common_prefix() -> None:
+    assert common_prefix((1, 2, 3), (1, 2, 4)) == 2
+    assert common_prefix((1, 2), (1, 2, 4)) == 2
+    assert common_prefix((), (1,)) == 0
+
+
+class Machine(RuleBasedStateMachine):
+    """Any order of calls keeps both views equal and the bound kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = TailMemory(5, Clock())
+
+    @rule(worker=st.sampled_from("abc"), parent=st.sampled_from([b"x", b"y"]), first=st.integers(0, 3))
+    def remember(self, worker: str, parent: bytes, first: int) -> None:
+        self.memory.remember(worker, parent, (first, 1, 2))
+        assert self.memory.extend({}, parent, [], (first, 1, 2, 3))[worker] == 3
+
+    @rule(worker=st.sampled_from("abc"))
+    def drop(self, worker: str) -> None:
+        self.memory.drop(worker)
+        assert worker not in self.memory.extend({}, b"x", [], (0,))
+
+    @invariant()
+    def sound(self) -> None:
+        self.memory.check_integrity()
+
+
+TestMachine = Machine.TestCase
