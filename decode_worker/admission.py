@@ -38,18 +38,26 @@ def check(request: GenerateRequest, limits: Limits, open_requests: int, draining
         )
     largest = max(request.prompt)
     if largest >= limits.model.vocab_size:
-        raise BadRequest(f"token id {largest} is not below the vocabulary size {limits.model.vocab_size}", param="prompt")
+        raise BadRequest(
+            f"token id {largest} is not below the vocabulary size {limits.model.vocab_size}", param="prompt"
+        )
     if open_requests + request.choices > limits.max_requests:
         raise Overloaded(f"{open_requests} sequences are open here; at most {limits.max_requests} are taken")
 
 
 def wants_hand_over(
-    prompt_len: int, cached: int, expected_cached: int, planned_local: bool, targets: Sequence[object], local_tokens: int
+    prompt_len: int,
+    cached: int,
+    expected_cached: int,
+    planned_local: bool,
+    targets: Sequence[object],
+    local_tokens: int,
 ) -> bool:
     """Whether a prefill worker computes the prompt.
 
-    The plan decides, unless what is really missing here is tiny (then it is computed here), or the plan counted on a cache that is gone
-    (then a prefill worker of the plan is asked although it said local). The last prompt token is always computed here.
+    The plan decides, unless what is really missing here is tiny (then it is computed here), or the plan counted on a
+    cache that is gone (then a prefill worker of the plan is asked although it said local). The last prompt token is
+    always computed here.
     """
     missing = prompt_len - 1 - cached
     if not targets or missing <= local_tokens:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from kvtransfer.backends import choose
 from decode_worker.services import build
+from kvtransfer.backends import choose
 from tandem.cluster import Role
 from tandem.config import DecodeConfig
 from tandem.obs import setup_logging

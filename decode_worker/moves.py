@@ -25,9 +25,7 @@ class MoveLedger:
             return
         key = (sender, transport)
         old = self._stats.get(key, MoveStat(sender, self._receiver, transport))
-        self._stats[key] = replace(
-            old, bytes=old.bytes + size, seconds=old.seconds + seconds, tickets=old.tickets + 1
-        )
+        self._stats[key] = replace(old, bytes=old.bytes + size, seconds=old.seconds + seconds, tickets=old.tickets + 1)
         self._bytes = self._bytes * FORGET + size
         self._ms = self._ms * FORGET + seconds * 1e3
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-
 from dataclasses import dataclass
 
 from decode_worker.requests import Choice
@@ -22,9 +21,9 @@ class ResumeAt:
 
 
 class Outbox:
-    """Names the choices with something to send; what to send is read from the choices, so a slow router costs no memory.
+    """Names the choices with something to send. What to send is read from them, so a slow router costs no memory.
 
-    One reader at a time: a new reader ends the former one. `idle_since` is when the last reader left: the lease runs from there.
+    One reader at a time: a new one ends the former. `idle_since` is when the last reader left: the lease begins there.
     """
 
     def __init__(self, router_id: str, heartbeat_s: float) -> None:
@@ -62,28 +61,33 @@ class Outbox:
         """The choice will never be sent again."""
         self._dirty.pop(choice, None)
 
-    async def messages(self) -> AsyncIterator[list[Delta]]:
-        """The router's stream: lists of deltas, an empty one as heartbeat. Ends when another reader takes over."""
+    def attach(self) -> int:
+        """Makes a new reader the only one, at once: nothing rewound for it may go to the former. Returns its number."""
         self._reader += 1
-        mine = self._reader
         self._wake.set()
         self.idle_since = None
-        try:
-            while mine == self._reader:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), self._heartbeat_s)
-                except TimeoutError:
-                    yield []
-                    continue
-                if mine != self._reader:
-                    return
-                self._wake.clear()
-                deltas = self._take()
-                if deltas:
-                    yield deltas
-        finally:
-            if mine == self._reader:
-                self.idle_since = asyncio.get_running_loop().time()
+        return self._reader
+
+    def detach(self, reader: int) -> None:
+        """The reader is gone; the lease begins unless another one took over."""
+        if reader == self._reader:
+            self.idle_since = asyncio.get_running_loop().time()
+
+    async def messages(self, reader: int) -> AsyncIterator[list[Delta]]:
+        """The reader's stream: lists of deltas, an empty one as heartbeat. Ends when another reader takes over."""
+        while reader == self._reader:
+            try:
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                yield []
+                continue
+            if reader != self._reader:
+                return
+            self._wake.clear()
+            deltas = self._take()
+            if deltas:
+                yield deltas
 
     def _take(self) -> list[Delta]:
         deltas, self._lost = self._lost, []

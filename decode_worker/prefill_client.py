@@ -1,4 +1,4 @@
-"""The decode worker's side of its pairs: connects them, keeps them warm, and tries one prefill worker of a plan after another."""
+"""The decode worker's side of its pairs: connects them, warms them, and tries a plan's prefill workers in turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtransfer.base import FetchResult, SpanSink
 from kvtransfer.inbound import PairClient
 from tandem.cluster import Ticket, new_id
 from tandem.errors import TandemError
-from tandem.types import GenerateRequest
+from tandem.types import GenerateRequest, TokenIds
 
 log = logging.getLogger(__name__)
 MakePair = Callable[[str, str], PairClient]
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class PrefillClient:
-    """One pair for each prefill worker's incarnation. A pair that broke is forgotten, and made anew when it is next needed."""
+    """One pair for each prefill worker's incarnation. A pair that broke is made anew when it is next needed."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ class PrefillClient:
             log.info("prefill worker %s is not reachable yet: %s", target.address, error)
 
     async def fetch(
-        self, request: GenerateRequest, tokens: Sequence[int], targets: Sequence[Target], sink: SpanSink
+        self, request: GenerateRequest, tokens: TokenIds, targets: Sequence[Target], sink: SpanSink
     ) -> Outcome:
-        """Fetches the KV of `tokens` into `sink` from the first target that manages; what is then still missing is computed here."""
+        """Fetches the KV of `tokens` into `sink` from the first target that manages; never raises a TandemError."""
         sender_cached = 0
         for tried, target in enumerate(targets, start=1):
             try:
@@ -119,7 +119,11 @@ class PrefillClient:
 
     async def _connect(self, target: Target) -> PairClient:
         pair = self._make_pair(target.incarnation, target.address)
-        await pair.connect()
+        try:
+            await pair.connect()
+        except asyncio.CancelledError:
+            await pair.close()  # nobody else knows of it
+            raise
         self._pairs[target.incarnation] = pair
         return pair
 

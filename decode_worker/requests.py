@@ -100,7 +100,7 @@ class Request:
 def make_request(
     request: GenerateRequest, router_id: str, root: bytes, eos_ids: frozenset[int], order: int, now: float
 ) -> Request:
-    """Builds the record with one sequence for each choice. Only the first one carries the prompt's log-probabilities."""
+    """The record with one sequence for each choice. Only the first one carries the prompt's log-probabilities."""
     record = Request(request, router_id, admitted_at=now)
     sampling = request.sampling
     stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)

@@ -46,12 +46,15 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[decode_pb2.StepMessage]:
         """All tokens of one router's requests."""
         resume = [ResumeAt(p.request_id, p.attempt, p.choice, p.next_index) for p in request.resume]
-        outbox = self._worker.outbox(request.router_id, resume)
+        outbox, reader = self._worker.attach(request.router_id, resume)
         incarnation = self._worker.info.incarnation
-        # An empty message first: the router submits only once it knows that its stream stands.
-        yield decode_pb2.StepMessage(incarnation=incarnation)
-        async for deltas in outbox.messages():
-            yield decode_pb2.StepMessage(incarnation=incarnation, deltas=map(codec.delta_to_wire, deltas))
+        try:
+            # An empty message first: the router submits only once it knows that its stream stands.
+            yield decode_pb2.StepMessage(incarnation=incarnation)
+            async for deltas in outbox.messages(reader):
+                yield decode_pb2.StepMessage(incarnation=incarnation, deltas=map(codec.delta_to_wire, deltas))
+        finally:
+            outbox.detach(reader)
 
     async def Cancel(self, request: decode_pb2.CancelRequest, context: Context) -> decode_pb2.CancelReply:
         """Ends a request; its own answer."""

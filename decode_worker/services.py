@@ -1,4 +1,4 @@
-"""What a decode worker does beside what every worker does: it owns requests, fetches KV, and gives what it has to others."""
+"""What a decode worker does beside what every worker does: own requests, fetch KV, and give what it has to others."""
 
 from __future__ import annotations
 
@@ -47,9 +47,13 @@ class DecodeServices:
             hooks.failed,
         )
         self._client = client
-        self.worker = DecodeWorker(parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher)
+        self.worker = DecodeWorker(
+            parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher
+        )
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
-        self._source = EngineKvSource(parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=False)
+        self._source = EngineKvSource(
+            parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=False
+        )
         self._handover = HandOverService(
             self._identity,
             self._source,

@@ -14,7 +14,7 @@ from tandem.worker.engine_thread import EngineThread
 
 
 class Reservations:
-    """Gives pages to one waiting sequence after another: the oldest first, and no other while it waits, so that it can finish."""
+    """Gives pages to one waiting sequence after another: the oldest first, and no other while it waits."""
 
     def __init__(self, engine: Engine, thread: EngineThread) -> None:
         self._engine = engine
@@ -38,7 +38,7 @@ class Reservations:
 
 
 class PageSink:
-    """A `kvtransfer.SpanSink` for one sequence; it survives a failed hand-over and goes on with the next sender where that one stopped."""
+    """A `kvtransfer.SpanSink` for one sequence. After a failed hand-over the next sender goes on where it stopped."""
 
     def __init__(self, seq: Seq, engine: Engine, thread: EngineThread, reservations: Reservations) -> None:
         self.cached = 0

@@ -1,4 +1,4 @@
-"""One decode worker: admits requests, has their prompts' KV handed over or computed, and gathers their tokens for the routers."""
+"""One decode worker: admits requests, gets their prompts' KV, and gathers their tokens for the routers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DecodeWorker:
         expected_cached: int,
         planned_local: bool,
     ) -> tuple[int, str]:
-        """Admits a request or raises. Returns the tokens cached here and the incarnation asked to prefill ("" for none)."""
+        """Admits a request or raises. Returns the tokens cached here and the prefill worker asked ("" for none)."""
         known = self._requests.get(request.request_id)
         if known is not None and known.request.attempt >= request.attempt:
             raise Fenced(f"request {request.request_id} attempt {request.attempt} was submitted before")
@@ -79,6 +79,8 @@ class DecodeWorker:
         check(request, self._limits, len(self._choices), self.draining)
         if known is not None:
             await self.cancel(request.request_id, known.request.attempt)
+            if self._requests.get(request.request_id) is not known:
+                raise Fenced(f"request {request.request_id} was submitted twice at once")
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
         record = make_request(
             request, router_id, root, frozenset(self.info.model.eos_token_ids), self._order, self._loop.time()
@@ -89,10 +91,19 @@ class DecodeWorker:
         self.dispatches[router_id] = max(dispatch, self.dispatches.get(router_id, 0))
         cached = 0
         if request.sampling.prompt_logprobs is None:
-            cached = await self._thread.call(self._engine.match_len, root, request.prompt)
-        asked = wants_hand_over(
-            len(request.prompt), cached, expected_cached, planned_local, targets, self._config.local_prefill_tokens
-        ) and request.sampling.prompt_logprobs is None
+            try:
+                cached = await self._thread.call(self._engine.match_len, root, request.prompt)
+            except BaseException:  # the router did not wait for the answer, or the engine has ended
+                self._end(record, FinishReason.CANCELLED)
+                raise
+            if record.finished:
+                raise Fenced(f"request {request.request_id} ended while it was being admitted")
+        asked = (
+            wants_hand_over(
+                len(request.prompt), cached, expected_cached, planned_local, targets, self._config.local_prefill_tokens
+            )
+            and request.sampling.prompt_logprobs is None
+        )
         self._promise(record, root)
         self._start(record, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
@@ -123,7 +134,7 @@ class DecodeWorker:
             seq.state = SeqState.WAITING_KV
             await self._thread.call(self._engine.add, seq)
             sink = PageSink(seq, self._engine, self._thread, self._reservations)
-            outcome = await self._prefill.fetch(record.request, seq.tokens[:-1], targets, sink)
+            outcome = await self._prefill.fetch(record.request, record.request.prompt[:-1], targets, sink)
             record.sender_cached = min(outcome.sender_cached, sink.landed)
             record.moved_tokens = sink.moved_tokens
             record.decode_cached = sink.cached
@@ -145,7 +156,8 @@ class DecodeWorker:
             self._append(choice, made, now)
             touched.add(choice.request.router_id)
         for router_id in touched:
-            self._outboxes[router_id].flush()
+            if (outbox := self._outboxes.get(router_id)) is not None:
+                outbox.flush()
         self._reservations.changed()
 
     def _append(self, choice: Choice, made: SeqOutput, now: float) -> None:
@@ -163,7 +175,8 @@ class DecodeWorker:
         if made.finish is not None:
             choice.stop_token = made.stop_token
             self._close(choice, made.finish)
-        self._outboxes[record.router_id].mark(choice)
+        if (outbox := self._outboxes.get(record.router_id)) is not None:
+            outbox.mark(choice)
 
     def _first_token(self, record: Request) -> None:
         """The prompt is in the cache now: the other choices find it there."""
@@ -187,8 +200,11 @@ class DecodeWorker:
             self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
             self._metrics.requests.labels(reason.value).inc()
 
-    def _end(self, record: Request, reason: FinishReason, error: str = "") -> None:
-        """Ends what is still open of a request and tells its router."""
+    def _end(self, record: Request, reason: FinishReason, error: str = "") -> bool:
+        """Ends what is open of a request, takes its promise back and tells its router. False when nothing was open."""
+        if record.finished:
+            return False
+        self._withdraw(record)
         outbox = self._outboxes.get(record.router_id)
         for choice in list(record.open_choices()):
             self._close(choice, reason, error)
@@ -198,6 +214,7 @@ class DecodeWorker:
         if outbox is not None:
             outbox.flush()
         self._reservations.changed()
+        return True
 
     async def cancel(self, request_id: str, attempt: int) -> bool:
         """Ends a request; returns when the engine has let go of it. False when it does not run here."""
@@ -208,10 +225,9 @@ class DecodeWorker:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        self._end(record, FinishReason.CANCELLED)
-        self._withdraw(record)
+        ended = self._end(record, FinishReason.CANCELLED)
         await self._thread.call(lambda: None)
-        return True
+        return ended
 
     def _withdraw(self, record: Request) -> None:
         """Takes the promise back; what was stored meanwhile stays stored."""
@@ -222,11 +238,15 @@ class DecodeWorker:
 
     # Routers --------------------------------------------------------------------------------------------------------
 
-    def outbox(self, router_id: str, resume: Sequence[ResumeAt]) -> Outbox:
-        """The router's outbox, rewound to where the router lost the stream. What it asks for and is not here is answered by an error."""
+    def attach(self, router_id: str, resume: Sequence[ResumeAt]) -> tuple[Outbox, int]:
+        """The router's outbox, rewound to where the router lost the stream, and a new reader: detach it at its end.
+
+        What the router asks for and is not here is answered by an error.
+        """
         outbox = self._outboxes.get(router_id)
         if outbox is None:
             outbox = self._outboxes[router_id] = Outbox(router_id, self._config.lease_s / 4)
+        reader = outbox.attach()
         for point in resume:
             record = self._requests.get(point.request_id)
             if record is None or record.request.attempt != point.attempt or point.choice >= len(record.choices):
@@ -235,7 +255,7 @@ class DecodeWorker:
             choice = record.choices[point.choice]
             choice.rewind(point.next_index)
             outbox.mark(choice)
-        return outbox
+        return outbox, reader
 
     async def sweep(self) -> None:
         """Forgets what ended a lease ago and cancels what a vanished router left behind; runs until cancelled."""
@@ -251,16 +271,18 @@ class DecodeWorker:
                     del self._requests[request_id]
 
     async def _abandon(self, router_id: str) -> None:
+        # First, so that nothing more is submitted. A router that comes back gets a new outbox, and hears of the end.
+        del self._outboxes[router_id]
+        self.dispatches.pop(router_id, None)
         orphans = [r for r in self._requests.values() if r.router_id == router_id and not r.finished]
         if orphans:
             log.warning("router %s is silent for its lease: %d requests end", router_id, len(orphans))
         for record in orphans:
             await self.cancel(record.request.request_id, record.request.attempt)
-        del self._outboxes[router_id]
-        self.dispatches.pop(router_id, None)
 
     async def close(self) -> None:
-        """Ends every request with an error."""
+        """Admits nothing more and ends every request with an error."""
+        self.draining = True
         for record in list(self._requests.values()):
             if not record.finished:
                 self._end(record, FinishReason.ERROR, "the worker is shutting down")

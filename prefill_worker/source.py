@@ -15,7 +15,7 @@ from tandem.worker.process import Parts
 
 
 class PromisingSource:
-    """A `kvtransfer.KvSource`. Blocks of an accepted prompt are promised, so that the next request with this prefix comes here too."""
+    """A `kvtransfer.KvSource` that promises a prompt's blocks, so that the next request with this prefix comes here."""
 
     def __init__(self, source: EngineKvSource, parts: Parts, max_waiting: int) -> None:
         self._source = source
@@ -26,7 +26,13 @@ class PromisingSource:
         self._promised: dict[str, tuple[BlockHash, ...]] = {}
 
     async def open(
-        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: Callable[[int], None]
+        self,
+        ticket_id: str,
+        tokens: TokenIds,
+        salt: str,
+        adapter: str,
+        priority: int,
+        on_progress: Callable[[int], None],
     ) -> int:
         """See `KvSource.open`. Raises Overloaded when too many tickets are open."""
         if len(self._promised) >= self._max_waiting:

@@ -1,4 +1,4 @@
-"""What a worker offers to senders of KV: compute (or only look up) a prompt's KV and copy spans of it out of the pages."""
+"""What a worker offers to senders of KV: compute (or only look up) a prompt's KV and copy spans out of the pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Held:
 
 
 class EngineKvSource:
-    """A `kvtransfer.KvSource` on an engine. One prefill-only sequence per open ticket keeps its pages referenced until `close`.
+    """A `kvtransfer.KvSource` on an engine. A prefill-only sequence per open ticket keeps its pages until `close`.
 
     computes: a prefill worker computes what is missing; a decode worker only gives what it has.
     """
@@ -47,7 +47,7 @@ class EngineKvSource:
         priority: int,
         on_progress: Callable[[int], None],
     ) -> int:
-        """Starts computing the KV of `tokens` and returns how many of them are cached. Raises ContextTooLong, Unavailable."""
+        """Starts computing the KV of `tokens`; how many of them are cached. Raises ContextTooLong, Unavailable."""
         if len(tokens) > self._capacity:
             raise ContextTooLong(f"the prompt has {len(tokens)} tokens; this worker's pages hold {self._capacity}")
         seq = Seq(

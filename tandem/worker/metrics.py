@@ -43,16 +43,24 @@ class WorkerMetrics:
             ["place"],
             registry=registry,
         )
-        self.retractions = Counter("tandem_worker_retractions", "Sequences put back for want of pages", registry=registry)
+        self.retractions = Counter(
+            "tandem_worker_retractions", "Sequences put back for want of pages", registry=registry
+        )
         self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))
+        self._page: WSGIServer | None = None
 
     def serve(self, host: str, port: int) -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""
-        server: WSGIServer
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
-        return int(server.server_port)
+        self._page, _ = start_http_server(port, addr=host, registry=self.registry)
+        return int(self._page.server_port)
+
+    def close(self) -> None:
+        """Ends the page. Blocks for half a second at most."""
+        if self._page is not None:
+            self._page.shutdown()
+            self._page.server_close()
 
 
 class MoveCollector(Collector):

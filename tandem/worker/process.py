@@ -1,4 +1,4 @@
-"""One worker process from its settings to its exit: load, listen, register, serve, stop. The role plugs in its own services."""
+"""One worker process from its settings to its exit: load, listen, register, serve, stop. The role adds its services."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ Build = Callable[[Parts], RoleServices]
 
 
 class WorkerProcess:
-    """Everything of one worker; `start`, then `run` until told to stop. Several can live in one process, which tests use."""
+    """Everything of one worker: `start`, and `stop`. Several can live in one process, which tests use."""
 
     def __init__(self, config: WorkerConfig, role: Role, transport: str, build: Build) -> None:
         self.config = config
@@ -208,6 +208,7 @@ class WorkerProcess:
         await self.server.stop(STOP_GRACE_S)
         await self.services.close()
         await self.thread.stop()
+        await asyncio.to_thread(self.metrics.close)
 
     async def leaks(self) -> list[str]:
         """What is held although nothing runs: ask it when idle."""

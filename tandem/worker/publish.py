@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
@@ -23,7 +24,7 @@ Item = tuple[tuple[CacheEvent, ...], Status | None]
 
 
 class Publisher:
-    """Fans one ordered stream of updates out to watchers. All sequence numbers of a watcher are consecutive from 0, the snapshot."""
+    """Fans one ordered stream of updates out to watchers. A watcher's numbers are consecutive from 0, the snapshot."""
 
     def __init__(
         self, incarnation: str, engine: Engine, thread: EngineThread, compose: Callable[[EngineStatus], Status]
@@ -47,10 +48,10 @@ class Publisher:
     async def run(self) -> None:
         """Publishes until cancelled."""
         while True:
-            try:
-                await asyncio.wait_for(self._wake.wait(), HEARTBEAT_S)
-            except TimeoutError:
-                pass
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._wake.wait()
             self._wake.clear()
             if self._watchers:
                 async with self._lock:

@@ -57,7 +57,7 @@ class Registrar:
                 await self._leave(stub)
                 raise
 
-    async def _leave(self, stub: worker_pb2_grpc.RegistryStub) -> None:
+    async def _leave(self, stub: worker_pb2_grpc.RegistryAsyncStub) -> None:
         try:
             await stub.Register(worker_pb2.RegisterRequest(worker=self._worker, leaving=True), timeout=1.0)
         except grpc.aio.AioRpcError as error:

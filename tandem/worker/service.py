@@ -1,4 +1,4 @@
-"""What every worker answers over gRPC, whatever its role: who it is, and its updates. Thin: no decision is made here."""
+"""What every worker answers over gRPC, whatever its role: who it is, and its updates. No decision is made here."""
 
 from __future__ import annotations
 
