@@ -87,7 +87,7 @@ class Reference:
 
 
 def _worst(expected: torch.Tensor, tokens: Sequence[int], reported: Sequence[TokenLogprob]) -> float:
-    """The largest error against `expected[step]`, `[vocabulary]`: of tokens, and of alternatives by token and by rank."""
+    """The largest error against `expected[step]`, `[vocabulary]`: of tokens, of alternatives by token and by rank."""
     worst = 0.0
     for row, token, entry in zip(expected, tokens, reported, strict=False):
         if entry.token != token:
