@@ -45,17 +45,3 @@ def set_compute_threads(threads: int) -> int:
         except RuntimeError as error:
             log.warning("inter-op threads stay at %d: %s", torch.get_num_interop_threads(), error)
     return torch.get_num_threads()
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on an accelerator; None on a CPU, whose memory is shared with everything else."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits until everything submitted to `device` is done; on a CPU it already is."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,7 +15,6 @@ import torch
 
 from tandem.engine.philox import uniforms
 from tandem.engine.sequence import Seq
-from tandem.errors import BadRequest
 from tandem.types import SamplingParams, TokenLogprob
 
 TOP_CANDIDATES = 1024
@@ -33,15 +32,6 @@ class Filters(NamedTuple):
     top_p: torch.Tensor
     """float64"""
     min_p: torch.Tensor
-
-
-def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Raises BadRequest when a token id in `params` is outside the vocabulary (`params` checks its own ranges)."""
-    biased = tuple(token for token, _ in params.logit_bias)
-    for name, tokens in (("logit_bias", biased), ("stop_token_ids", params.stop_token_ids)):
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise BadRequest(f"{name} names token {token}; the vocabulary has ids 0 to {vocab_size - 1}", name)
 
 
 def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[tuple[int, TokenLogprob | None]]:
@@ -172,14 +162,20 @@ def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
 
 
 def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
-    """Adds the biases, then hides the ids that would end a sequence before its `min_tokens`; in place."""
-    biases = [(row, token, bias) for row, seq in enumerate(seqs) for token, bias in seq.sampling.logit_bias]
+    """Adds the biases, then hides the ids that would end a sequence before its `min_tokens`; in place.
+
+    Ids outside the vocabulary can never be sampled, so that there is nothing to do for them.
+    """
+    vocab = range(logits.shape[1])
+    biases = [
+        (row, token, bias) for row, seq in enumerate(seqs) for token, bias in seq.sampling.logit_bias if token in vocab
+    ]
     if biases:
         rows, tokens, values = zip(*biases, strict=True)
         where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
         logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
     early = [row for row, seq in enumerate(seqs) if seq.output_len < seq.sampling.min_tokens]
-    ends = [(row, token) for row in early for token in seqs[row].eos_ids]
+    ends = [(row, token) for row in early for token in seqs[row].eos_ids if token in vocab]
     if ends:
         rows, tokens = zip(*ends, strict=True)
         logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = -torch.inf
