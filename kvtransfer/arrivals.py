@@ -90,8 +90,8 @@ class Arrivals:
             manifests = [parse(raw) for raw in self._landing.poll()]
             for manifest in manifests:
                 self._take(manifest)
-        except Exception as error:  # noqa: BLE001 - one bad pair must not end the thread of all
-            log.warning("a landing is given up: %s", error)
+        except Exception as error:
+            log.debug("a landing is given up", exc_info=True)
             self._broken(str(error))
             return False
         return bool(manifests)

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeAlias
 
 import grpc.aio
@@ -178,8 +177,11 @@ class PairClient:
         self._landing = await in_thread(
             lambda: self._backend.landing(me.incarnation, self.peer, size), lambda landing: landing.close()
         )
-        soon = loop.call_soon_threadsafe
-        self._arrivals = Arrivals(self._landing, partial(soon, self._on_arrival), partial(soon, self._shut))
+        self._arrivals = Arrivals(
+            self._landing,
+            lambda arrival: loop.call_soon_threadsafe(self._on_arrival, arrival),
+            lambda reason: loop.call_soon_threadsafe(self._shut, reason),
+        )
         await self._thread.attach(self._arrivals)
         self._channel = grpc.aio.insecure_channel(self._address)
         call = rpc.HandOverStub(self._channel).Pair()
@@ -399,6 +401,7 @@ class PairClient:
         """Closes the pair once: fetches end now, the landing off the loop."""
         if self.closed:
             return
+        log.info("the hand-over from %s is closed: %s", self.peer, reason)
         self.reason = reason
         self._shutting = asyncio.get_running_loop().create_task(self._destroy())
         if self._warm is not None and not self._warm.done():

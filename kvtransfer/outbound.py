@@ -83,6 +83,7 @@ class OutboundPair:
     def shut(self, reason: str) -> None:
         """Closes the pair, once."""
         if self._closing is None:
+            log.info("the hand-over to %s is closed: %s", self.peer, reason)
             self.reason = reason
             self._closing = self._loop.create_task(self._close())
 

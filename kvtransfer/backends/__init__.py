@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The transports of a worker: it receives with `preferred` and sends with whichever of `all` a receiver asks for."""
+    """The transports of a worker: it receives with `preferred` and sends with what a receiver asks for."""
 
     preferred: Backend
     all: tuple[Backend, ...]

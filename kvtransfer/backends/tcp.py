@@ -119,7 +119,7 @@ class TcpLanding:
         head = bytearray(_FRAME.size)
         _receive(self._socket, memoryview(head))
         offset, length, manifest_length = _FRAME.unpack(head)
-        if not self._allows(offset, length):
+        if offset + length > self.memory.nbytes or not self._allows(offset, length):
             self._socket.close()
             raise TransportError(f"the peer wants to write {length} bytes at {offset} without a grant")
         manifest = bytearray(manifest_length)
