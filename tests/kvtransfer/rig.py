@@ -119,12 +119,18 @@ class Rig:
             quarantined=gauge("quarantined"),
         )
 
-    def client(self, me: Identity | None = None, peer: str = "", **settings: float) -> PairClient:
+    def client(
+        self, me: Identity | None = None, peer: str = "", lease_s: float = 0.0, quiesce_s: float = 0.0
+    ) -> PairClient:
         """A receiver that is not connected yet."""
         thread = TransferThread("receiving")
         thread.start()
         self.stack.callback(thread.close)
-        chosen = replace(self.settings, **settings)  # type: ignore[arg-type]
+        chosen = replace(
+            self.settings,
+            lease_s=lease_s or self.settings.lease_s,
+            quiesce_s=quiesce_s or self.settings.quiesce_s,
+        )
         client = PairClient(
             me or self.receiver, self.address, peer or self.sender.incarnation, self.backend, thread, self.budget,
             chosen, self.hooks(),
@@ -132,9 +138,9 @@ class Rig:
         self.stack.push_async_callback(client.close)
         return client
 
-    async def connected(self, **settings: float) -> PairClient:
+    async def connected(self, lease_s: float = 0.0, quiesce_s: float = 0.0) -> PairClient:
         """A receiver that is connected."""
-        client = self.client(**settings)
+        client = self.client(lease_s=lease_s, quiesce_s=quiesce_s)
         await client.connect()
         return client
 
@@ -169,7 +175,7 @@ async def make_rig(
         service = HandOverService(me, source, [senders or backend], thread, OutboundSettings(staging_mib))
         stack.push_async_callback(service.close)
         server = grpc.aio.server()
-        rpc.add_HandOverServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        rpc.add_HandOverServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         stack.push_async_callback(server.stop, None)

@@ -28,7 +28,7 @@ async def main(transport: str, incarnation: str, cached: int) -> None:
     me = Identity(incarnation, layout, "model-fingerprint")
     service = HandOverService(me, source, choose(transport).all, thread, OutboundSettings(staging_mib=0.25))
     server = grpc.aio.server()
-    rpc.add_HandOverServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    rpc.add_HandOverServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     sys.stdout.write(f"{port}\n")

@@ -5,6 +5,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from kvtransfer.backends.inproc import InprocBackend
 from kvtransfer.backends.tcp import TcpBackend
 from kvtransfer.base import Backend, Buffer, Landing, Link, TransportError
 from tandem.errors import ConfigError
+
+T = TypeVar("T")
 
 SLAB = 1 << 20
 STAGING: Buffer = np.random.default_rng(0).integers(0, 256, SLAB, dtype=np.uint8)
@@ -34,14 +37,19 @@ def pair(backend: Backend, allows: Callable[[int, int], bool] = lambda offset, l
     return landing, link
 
 
-def until(work: Callable[[], object]) -> object:
+def until(work: Callable[[], T]) -> T:
     """Polls until something comes, or raises."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if result := work():
             return result
-        time.sleep(0.001)  # noqa: the polling that the transfer thread does
+        time.sleep(0.001)
     raise AssertionError("nothing came")
+
+
+def done(link: Link, handle: Any) -> bool:
+    """Polls until the write is complete, or raises."""
+    return done(link, handle)
 
 
 def test_bytes_then_manifest_then_done(backend: Backend) -> None:
@@ -49,10 +57,10 @@ def test_bytes_then_manifest_then_done(backend: Backend) -> None:
     handles = [link.post(STAGING[i * 1000 : i * 1000 + 999], i * 2000, b"manifest %d" % i) for i in range(5)]
     got: list[bytes] = []
     while len(got) < 5:
-        got += until(landing.poll)  # type: ignore[operator]
+        got += until(landing.poll)
     assert got == [b"manifest %d" % i for i in range(5)]
     for i, handle in enumerate(handles):
-        until(lambda handle=handle: link.poll(handle))
+        done(link, handle)
         assert np.array_equal(landing.memory[i * 2000 : i * 2000 + 999], STAGING[i * 1000 : i * 1000 + 999])
         assert not landing.memory[i * 2000 + 999 : i * 2000 + 2000].any()
     link.close()
@@ -62,7 +70,7 @@ def test_bytes_then_manifest_then_done(backend: Backend) -> None:
 def test_a_large_write_and_then_a_closed_landing(backend: Backend) -> None:
     landing, link = pair(backend)
     handle = link.post(STAGING, 0, b"all")
-    until(lambda: link.poll(handle))
+    done(link, handle)
     assert landing.poll() == [b"all"]
     assert np.array_equal(landing.memory, STAGING)
     landing.close()
@@ -92,11 +100,11 @@ def test_connecting_to_nothing_fails(backend: Backend) -> None:
 
 def test_tcp_takes_no_write_without_a_grant_in_force() -> None:
     landing, link = pair(TcpBackend(), lambda offset, length: (offset, length) == (4096, 64))
-    until(lambda handle=link.post(STAGING[:64], 4096, b"granted"): link.poll(handle))
+    done(link, link.post(STAGING[:64], 4096, b"granted"))
     assert landing.poll() == [b"granted"]
     handle = link.post(STAGING[:64], 0, b"not granted")
     with pytest.raises(TransportError, match="TCP"):
-        until(lambda: link.poll(handle))
+        done(link, handle)
     with pytest.raises(TransportError, match="64 bytes at 0 without a grant"):
         until(landing.poll)
     assert not landing.memory[:4096].any()
@@ -130,7 +138,7 @@ def test_tcp_keeps_strangers_out_and_the_peer_gets_in_afterwards() -> None:
                 assert stranger.recv(1) == b""
     link = TcpBackend().link("peer", "me", STAGING)
     link.connect(metadata)
-    until(lambda handle=link.post(STAGING[:64], 0, b"m"): link.poll(handle))
+    done(link, link.post(STAGING[:64], 0, b"m"))
     assert landing.poll() == [b"m"]
     link.close()
     landing.close()

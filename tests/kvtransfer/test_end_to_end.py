@@ -80,9 +80,7 @@ async def test_cancelling_a_fetch_quiesces_and_gives_its_ranges_back() -> None:
         with pytest.raises(asyncio.CancelledError):
             await fetch
         client.check_integrity()
-        assert any("bytes of the slab" in line for line in client.leaks()), (
-            "a write is under way: its range is not free"
-        )
+        assert any("bytes of the slab" in line for line in client.leaks()), "its write is under way"
         backend.flowing.set()
         await rig.quiet(client)
         sink = FakeSink()
@@ -342,7 +340,7 @@ async def test_connecting_to_nobody_is_unavailable(backend: Backend) -> None:
     async with make_rig(backend) as rig:
         rig.address = "127.0.0.1:1"
         client = rig.client()
-        with pytest.raises(Unavailable, match="127.0.0.1:1"):
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
             await client.connect()
         assert client.leaks() == []
 
