@@ -75,15 +75,14 @@ class Answer:
             mine = self.choices[offset : offset + request.choices]
             follows.append(self._follow(accepted, mine, prompt, give))
             offset += request.choices
-        if len(follows) == 1:
-            await follows[0]
-            return
         try:
             async with asyncio.TaskGroup() as group:
                 for follow in follows:
                     group.create_task(follow)
-        except* TandemError as errors:
+        except ExceptionGroup as errors:
             raise _first(errors) from None
+        finally:
+            await asyncio.gather(*map(_close, self._accepted))
 
     def usage(self) -> TotalUsage:
         """Counts up to now. Cached tokens are what the worker reported at the end, and until then when it accepted."""
@@ -111,17 +110,14 @@ class Answer:
                         continue
                     if piece.error:
                         raise WorkerLost(piece.error)
-                    if piece.finish is not None:
-                        open_choices -= 1
-                        if not open_choices and delta.finish is None:
-                            await accepted.cancel()
-                            grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
                     give(piece)
+                    open_choices -= piece.finish is not None
+                    if not open_choices and delta.finish is None:
+                        grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
+                        await accepted.cancel()
         except TimeoutError:
             if not grace.expired():
                 raise
-        finally:
-            await _close(accepted)
         if open_choices:
             raise WorkerLost(f"the stream ended with {open_choices} choices unfinished")
         for choice in choices:
@@ -139,12 +135,9 @@ async def _close(accepted: Accepted) -> None:
             await aclose()
 
 
-def _first(errors: BaseExceptionGroup[TandemError]) -> TandemError:
-    found: BaseException = errors
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, TandemError)
-    return found
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    found = errors.exceptions[0]
+    return _first(found) if isinstance(found, ExceptionGroup) else found
 
 
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}

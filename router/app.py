@@ -30,7 +30,9 @@ def create_app(config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, 
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health),
+        ("HEAD", "/health", api.health),
         ("GET", "/ready", api.ready),
+        ("HEAD", "/ready", api.ready),
         ("GET", "/metrics", api.metrics_page),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)

@@ -29,22 +29,18 @@ async def read_body(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body has {int(declared)} bytes; at most {limit} are allowed")
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > limit:
+                body += message.get("body", b"")
+                if len(body) > limit:
                     raise TooLarge(f"the body has more than {limit} bytes, which is the most that is allowed")
-                if chunk:
-                    chunks.append(chunk)
                 if not message.get("more_body", False):
-                    return b"".join(chunks)
+                    return bytes(body)
     except TimeoutError:
         raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds") from None
 

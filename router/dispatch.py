@@ -15,11 +15,12 @@ from router.admission import Admission
 from router.dispatch_stream import WorkerStream
 from router.fleet import Fleet
 from router.fleet_link import Worker
-from router.open_request import OpenRequest
+from router.open_request import Chain, OpenRequest
 from router.policies import Policy, RequestInfo
 from router.policies.cost import EXPECTED_OUTPUT
 from router.prefix_index import PrefixIndex
 from router.snapshot import Load
+from router.tails import TailMemory
 from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
@@ -42,6 +43,9 @@ CANCEL_TRIES = 3
 CLOSE_S = 2.0
 """What workers get to hear of cancellations when the router stops; their lease ends the rest."""
 CANCEL_RETRY_S = 0.2
+
+MAX_TAILS = 65_536
+"""Finished sequences whose last, partial block is remembered."""
 
 Elsewhere = (Overloaded, Unavailable, Fenced, WorkerLost)
 """Refusals that another worker may not share."""
@@ -99,6 +103,7 @@ class Dispatcher:
         self, config: RouterConfig, fleet: Fleet, index: PrefixIndex, policy: Policy, clock: Callable[[], float]
     ) -> None:
         self.fleet = fleet
+        self.tails = TailMemory(MAX_TAILS, clock)
         self._config = config
         self._index = index
         self._policy = policy
@@ -132,10 +137,10 @@ class Dispatcher:
         """
         reference = self._check(request)
         self._admission.enter(request.request_id)
-        record = OpenRequest(request, self._config.stream_queue)
+        record = OpenRequest(request, self._config.stream_queue, self._chain(request, reference))
         self._open[request.request_id] = record
         try:
-            plan, reply = await self._place(record, self._hashes(request, reference))
+            plan, reply = await self._place(record)
         except BaseException:
             self._close(record)
             raise
@@ -151,17 +156,17 @@ class Dispatcher:
                 raise BadRequest(f"prompt has token id {token}; it must be in [0, {vocabulary})", param="prompt")
         return reference
 
-    def _hashes(self, request: GenerateRequest, reference: WorkerInfo) -> list[BlockHash]:
+    def _chain(self, request: GenerateRequest, reference: WorkerInfo) -> Chain:
         root = HashRoot(
             cluster_key=self._config.cluster_key,
             model_fingerprint=reference.model.fingerprint,
             kv_dtype=reference.kv_dtype,
             adapter=request.adapter,
             salt=request.salt,
-        )
-        return block_hashes(root.digest(), request.prompt)
+        ).digest()
+        return Chain(root, tuple(block_hashes(root, request.prompt)))
 
-    async def _place(self, record: OpenRequest, hashes: Sequence[BlockHash]) -> tuple[Plan, Reply]:
+    async def _place(self, record: OpenRequest) -> tuple[Plan, Reply]:
         """Finds a decode worker that takes the request: the plan's, then others, each planned anew."""
         request = record.request
         self._ordinal += 1
@@ -173,9 +178,10 @@ class Dispatcher:
             fleet = self.fleet.snapshot().without(refused)
             if refused and all(view.draining for view in fleet.decode):
                 break
-            plan = self._policy.plan(info, fleet, self._index.match(hashes), self._clock())
+            matches = self.tails.extend(self._index.match(record.chain.hashes), record.chain, request.prompt)
+            plan = self._policy.plan(info, fleet, matches, self._clock())
             try:
-                return plan, await self._submit(record, plan, hashes)
+                return plan, await self._submit(record, plan)
             except Elsewhere as error:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
                 refused[plan.decode] = error
@@ -184,14 +190,14 @@ class Dispatcher:
                 raise WorkerLost(f"{MAX_CRASHES} decode workers were lost while they were taking this request")
         raise _refusal(list(refused.values()))
 
-    async def _submit(self, record: OpenRequest, plan: Plan, hashes: Sequence[BlockHash]) -> Reply:
+    async def _submit(self, record: OpenRequest, plan: Plan) -> Reply:
         """One submission. Raises what the worker refused with; Unavailable when it cannot be reached."""
         worker, stream = self.fleet.worker(plan.decode), self._streams.get(plan.decode)
         if worker is None or stream is None:
             raise Unavailable(f"decode worker {plan.decode} is gone")
         await stream.ready(STREAM_S)
         record.decode = plan.decode
-        self._book(record, plan.candidates[0], hashes)
+        self._book(record, plan.candidates[0])
         try:
             reply = await self._call_submit(worker, self._submission(record, plan))
         except BaseException:
@@ -244,8 +250,8 @@ class Dispatcher:
 
     # Load -----------------------------------------------------------------------------------------------------------
 
-    def _book(self, record: OpenRequest, chosen: Candidate, hashes: Sequence[BlockHash]) -> None:
-        request = record.request
+    def _book(self, record: OpenRequest, chosen: Candidate) -> None:
+        request, hashes = record.request, record.chain.hashes
         computable = len(request.prompt) - 1
         output = request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
         here = computable - chosen.decode_cached if chosen.prefill is None else 0
@@ -266,6 +272,10 @@ class Dispatcher:
     def _close(self, record: OpenRequest) -> None:
         """Forgets a request; what it was sent stays readable."""
         self._release(record)
+        if record.answered and record.decode is not None and self.fleet.worker(record.decode) is not None:
+            for sequence in record.sequences():
+                # The last sampled token has no KV.
+                self.tails.remember(record.decode, record.chain, len(record.request.prompt), sequence[:-1])
         if self._open.get(record.request.request_id) is record:
             del self._open[record.request.request_id]
             self._admission.leave(record.request.request_id)
@@ -359,6 +369,7 @@ class Dispatcher:
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         """Ends what a dead worker ran. What it had not answered yet goes elsewhere when its call fails."""
+        self.tails.drop(incarnation)
         stream = self._streams.pop(incarnation, None)
         if stream is not None:
             stream.close()

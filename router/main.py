@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from router.app import create_app
 from router.control import ControlPlane
 from router.fleet_metrics import FleetMetrics
+from router.http_limits import LimitedHttp
 from router.metrics import RouterMetrics
 from router.texts import ModelTexts
 from tandem.config import RouterConfig
@@ -87,7 +88,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=LimitedHttp,
                 ws="none",
                 log_config=None,
                 log_level="warning",

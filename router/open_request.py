@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from router.load import Booking
 from tandem.cluster import Incarnation
-from tandem.types import Delta, FinishReason, GenerateRequest
+from tandem.kv import BlockHash
+from tandem.types import Delta, FinishReason, GenerateRequest, TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How the cluster names a prompt: the root of its hash chain, and the hashes of its whole blocks."""
+
+    root: bytes
+    hashes: tuple[BlockHash, ...]
 
 
 @dataclass(slots=True)
 class _Choice:
-    next_index: int = 0
+    tokens: list[int] = field(default_factory=list)
     finished: bool = False
+
+    @property
+    def next_index(self) -> int:
+        return len(self.tokens)
 
 
 class OpenRequest(AsyncIterator[Delta]):
@@ -24,7 +37,8 @@ class OpenRequest(AsyncIterator[Delta]):
     max_buffered: tokens that may wait for the reader.
     """
 
-    def __init__(self, request: GenerateRequest, max_buffered: int) -> None:
+    def __init__(self, request: GenerateRequest, max_buffered: int, chain: Chain) -> None:
+        self.chain = chain
         self.request = request
         """The current attempt; deltas of older ones are fenced."""
         self.decode: Incarnation | None = None
@@ -43,6 +57,10 @@ class OpenRequest(AsyncIterator[Delta]):
     def finished(self) -> bool:
         """Whether every choice has ended."""
         return all(choice.finished for choice in self._choices)
+
+    def sequences(self) -> list[TokenIds]:
+        """Prompt and output of every choice, as far as they have come."""
+        return [(*self.request.prompt, *choice.tokens) for choice in self._choices]
 
     def resume_points(self) -> list[tuple[int, int]]:
         """(choice, next output index) of every choice that has not ended."""
@@ -70,7 +88,7 @@ class OpenRequest(AsyncIterator[Delta]):
             return ""
         if self._buffered and self._buffered + _weight(delta) > self._max_buffered:
             return f"the client reads too slowly: more than {self._max_buffered} tokens wait for it"
-        choice.next_index += len(delta.tokens)
+        choice.tokens += delta.tokens
         choice.finished = delta.finish is not None
         self._put(delta)
         return ""

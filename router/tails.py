@@ -9,8 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from router.open_request import Chain
 from tandem.cluster import Incarnation
-from tandem.kv import BLOCK_TOKENS, BlockHash
+from tandem.kv import BLOCK_TOKENS, block_hashes
 from tandem.types import TokenIds
 
 AHEAD_OF_EVENTS_S = 2.0
@@ -41,7 +42,15 @@ class TailMemory:
     def __len__(self) -> int:
         return len(self._tails)
 
-    def remember(self, worker: Incarnation, parent: bytes, tokens: TokenIds) -> None:
+    def remember(self, worker: Incarnation, chain: Chain, prompt_len: int, sequence: TokenIds) -> None:
+        """A worker has the KV of `sequence`, which starts with the `prompt_len` tokens that `chain` names."""
+        known = min(len(chain.hashes), prompt_len // BLOCK_TOKENS)
+        parent = chain.hashes[known - 1] if known else b""
+        hashes = block_hashes(chain.root, sequence[known * BLOCK_TOKENS :], parent=parent)
+        whole = (known + len(hashes)) * BLOCK_TOKENS
+        self.add(worker, (hashes or [parent])[-1] or chain.root, sequence[whole:])
+
+    def add(self, worker: Incarnation, parent: bytes, tokens: TokenIds) -> None:
         """A worker has `tokens` after block `parent`. Tails that differ in their first token are kept beside each other."""
         key = (parent, worker, tokens[0] if tokens else -1)
         self._forget(key)
@@ -50,13 +59,11 @@ class TailMemory:
         while len(self._tails) > self._max_tails:
             self._forget(next(iter(self._tails)))
 
-    def extend(
-        self, matches: Mapping[Incarnation, int], root: bytes, hashes: Sequence[BlockHash], prompt: TokenIds
-    ) -> dict[Incarnation, int]:
+    def extend(self, matches: Mapping[Incarnation, int], chain: Chain, prompt: TokenIds) -> dict[Incarnation, int]:
         """Tokens at the prompt's front that each worker has: what the index knows (in blocks), and the tails behind it."""
         tokens = {worker: blocks * BLOCK_TOKENS for worker, blocks in matches.items()}
         trusted_after = self._clock() - AHEAD_OF_EVENTS_S
-        for blocks, parent in enumerate((root, *hashes)):
+        for blocks, parent in enumerate((chain.root, *chain.hashes)):
             for key in self._by_parent.get(parent, ()):
                 tail = self._tails[key]
                 if tail.since >= trusted_after or matches.get(tail.worker, 0) >= blocks:

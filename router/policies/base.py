@@ -14,7 +14,7 @@ from tandem.errors import Unavailable
 from tandem.kv import BLOCK_TOKENS
 
 Matches = Mapping[Incarnation, int]
-"""Per worker, the prompt's blocks at its front that the prefix index believes cached there."""
+"""Per worker, the tokens at the prompt's front that are believed cached there."""
 
 KEPT = 4
 """Prefill workers kept as alternatives for each decode worker, and decode workers kept in a plan: best first."""
@@ -38,7 +38,7 @@ class RequestInfo:
 
     def cached_tokens(self, matches: Matches, view: WorkerView) -> int:
         """Prompt tokens believed cached on a worker."""
-        return min(matches.get(view.incarnation, 0) * BLOCK_TOKENS, self.computable)
+        return min(matches.get(view.incarnation, 0), self.computable)
 
 
 class Policy(ABC):
@@ -50,7 +50,7 @@ class Policy(ABC):
     def plan(self, request: RequestInfo, fleet: FleetSnapshot, matches: Matches, now: float) -> Plan:
         """Chooses a decode worker and a prefill worker or none. Raises Unavailable when no decode worker can be chosen.
 
-        matches: from the prefix index. now: seconds, the clock of the fleet.
+        matches: what the prefix index and the memory of tails know. now: seconds, the clock of the fleet.
         """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,13 +14,16 @@ import pytest
 import pytest_asyncio
 import uvicorn
 
+from router import http_limits
+from router.http_limits import LimitedHttp
+
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 ANSWER = "Hello, world! 🙂"
 
 
 @pytest_asyncio.fixture
 async def port(world: Any) -> AsyncIterator[int]:
-    config = uvicorn.Config(world.app, port=0, log_config=None, lifespan="off", http="httptools", ws="none")
+    config = uvicorn.Config(world.app, port=0, log_config=None, lifespan="off", http=LimitedHttp, ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -145,5 +149,34 @@ async def test_a_declared_length_is_refused_before_the_body_comes(port: int) -> 
     assert b"connection: close" in head
     length = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0])
     assert b"request_too_large" in await reader.readexactly(length)
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_endless_headers_are_refused(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(64):
+            writer.write(b"x" * 65536)
+            await writer.drain()
+    with contextlib.suppress(ConnectionError):
+        answer = await reader.read()
+        assert b" 400 " in answer or answer == b""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/health", headers={"x-fine": "y" * 8000})).status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+async def test_headers_that_never_end_are_given_up(
+    port: int, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head)
+    assert b" 400 " in await asyncio.wait_for(reader.read(), 20)
     writer.close()
     await writer.wait_closed()

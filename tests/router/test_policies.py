@@ -45,8 +45,12 @@ def request(blocks: int = 10, request_id: str = "r", **fields: Any) -> RequestIn
     return RequestInfo(request_id, blocks * BLOCK_TOKENS + 1, fields.pop("max_tokens", 64), **fields)
 
 
+def in_tokens(blocks: dict[str, int]) -> dict[str, int]:
+    return {worker: count * BLOCK_TOKENS for worker, count in blocks.items()}
+
+
 def cost_plan(fleet: FleetSnapshot, matches: dict[str, int] | None = None, **fields: Any) -> Plan:
-    return CostPolicy().plan(request(**fields), fleet, matches or {}, 0.0)
+    return CostPolicy().plan(request(**fields), fleet, in_tokens(matches or {}), 0.0)
 
 
 def same_load_fleet(names: list[str], **status: Any) -> FleetSnapshot:
@@ -90,7 +94,7 @@ def test_every_plan_is_sound(
         prefill(f"p{i}", queued_tokens=n, draining=data.draw(st.booleans())) for i, n in enumerate(queued)
     )
     fleet = FleetSnapshot(prefillers, decoders)
-    matches = {v.incarnation: data.draw(st.integers(0, 60)) for v in (*decoders, *prefillers)}
+    matches = {v.incarnation: data.draw(st.integers(0, 60)) * BLOCK_TOKENS for v in (*decoders, *prefillers)}
     asked = request(blocks, request_id=str(seed), ordinal=seed)
     policy = POLICIES[name]()
     if all(v.draining for v in decoders):

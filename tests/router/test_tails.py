@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from router.open_request import Chain
 from router.tails import AHEAD_OF_EVENTS_S, TailMemory, common_prefix
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 
@@ -21,18 +22,29 @@ class Clock:
 
 def test_the_second_turn_of_a_short_chat_is_recognised() -> None:
     memory = TailMemory(8, Clock())
-    memory.remember("d0", ROOT, tuple(range(20)))
+    memory.add("d0", ROOT, tuple(range(20)))
     prompt = (*range(20), 99, 98)
-    assert memory.extend({}, ROOT, [], prompt) == {"d0": 20}
-    assert memory.extend({}, ROOT, [], (0, 1, 50)) == {"d0": 2}
+    assert memory.extend({}, Chain(ROOT, ()), prompt) == {"d0": 20}
+    assert memory.extend({}, Chain(ROOT, ()), (0, 1, 50)) == {"d0": 2}
+
+
+def test_a_finished_sequence_is_recognised_whatever_its_length() -> None:
+    for prompt_len in (3, BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 5, 3 * BLOCK_TOKENS):
+        for output_len in (0, 1, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 7):
+            memory, sequence = TailMemory(8, Clock()), tuple(range(prompt_len + output_len))
+            prompt = sequence[:prompt_len]
+            memory.remember("d0", Chain(ROOT, tuple(block_hashes(ROOT, prompt))), prompt_len, sequence)
+            following = (*sequence, 9999, 9998)
+            found = memory.extend({}, Chain(ROOT, tuple(block_hashes(ROOT, following))), following)
+            assert found == {"d0": len(sequence)}
 
 
 def test_a_tail_adds_to_what_the_index_knows() -> None:
     memory, sequence = TailMemory(8, Clock()), tuple(range(BLOCK_TOKENS + 10))
     hashes = block_hashes(ROOT, sequence)
-    memory.remember("d0", hashes[-1], sequence[BLOCK_TOKENS:])
+    memory.add("d0", hashes[-1], sequence[BLOCK_TOKENS:])
     prompt = (*sequence, 7, 7, 7)
-    found = memory.extend({"d0": 1, "d1": 1}, ROOT, block_hashes(ROOT, prompt), prompt)
+    found = memory.extend({"d0": 1, "d1": 1}, Chain(ROOT, tuple(block_hashes(ROOT, prompt))), prompt)
     assert found == {"d0": BLOCK_TOKENS + 10, "d1": BLOCK_TOKENS}
 
 
@@ -40,20 +52,20 @@ def test_whole_blocks_are_vouched_for_only_until_events_had_time_to_come() -> No
     clock = Clock()
     memory, sequence = TailMemory(8, clock), tuple(range(BLOCK_TOKENS + 10))
     hashes = block_hashes(ROOT, sequence)
-    memory.remember("d0", hashes[-1], sequence[BLOCK_TOKENS:])
+    memory.add("d0", hashes[-1], sequence[BLOCK_TOKENS:])
     clock.now = AHEAD_OF_EVENTS_S / 2
-    assert memory.extend({}, ROOT, hashes, sequence) == {"d0": BLOCK_TOKENS + 10}
+    assert memory.extend({}, Chain(ROOT, tuple(hashes)), sequence) == {"d0": BLOCK_TOKENS + 10}
     clock.now = AHEAD_OF_EVENTS_S * 2
-    assert memory.extend({}, ROOT, hashes, sequence) == {}
-    assert memory.extend({"d0": 1}, ROOT, hashes, sequence) == {"d0": BLOCK_TOKENS + 10}
+    assert memory.extend({}, Chain(ROOT, tuple(hashes)), sequence) == {}
+    assert memory.extend({"d0": 1}, Chain(ROOT, tuple(hashes)), sequence) == {"d0": BLOCK_TOKENS + 10}
 
 
 def test_a_dead_worker_is_forgotten_and_the_oldest_goes_first() -> None:
     memory = TailMemory(2, Clock())
     for number, worker in enumerate(("d0", "d1", "d1")):
-        memory.remember(worker, ROOT, (number, 1))
+        memory.add(worker, ROOT, (number, 1))
     assert len(memory) == 2
-    assert memory.extend({}, ROOT, [], (0, 1)) == {"d1": 0}
+    assert memory.extend({}, Chain(ROOT, ()), (0, 1)) == {"d1": 0}
     memory.drop("d1")
     assert len(memory) == 0
     memory.check_integrity()
@@ -74,13 +86,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("abc"), parent=st.sampled_from([b"x", b"y"]), first=st.integers(0, 3))
     def remember(self, worker: str, parent: bytes, first: int) -> None:
-        self.memory.remember(worker, parent, (first, 1, 2))
-        assert self.memory.extend({}, parent, [], (first, 1, 2, 3))[worker] == 3
+        self.memory.add(worker, parent, (first, 1, 2))
+        assert self.memory.extend({}, Chain(parent, ()), (first, 1, 2, 3))[worker] == 3
 
     @rule(worker=st.sampled_from("abc"))
     def drop(self, worker: str) -> None:
         self.memory.drop(worker)
-        assert worker not in self.memory.extend({}, b"x", [], (0,))
+        assert worker not in self.memory.extend({}, Chain(b"x", ()), (0,))
 
     @invariant()
     def sound(self) -> None:

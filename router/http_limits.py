@@ -1,0 +1,63 @@
+"""Limits on what a client may send before there is a request: the size of its headers and the time it takes for them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_BYTES = 64 << 10
+"""Request line and headers; beyond it, what one read of the socket brings."""
+HEAD_TIMEOUT_S = 30.0
+"""Seconds from a connection's start, or a request's first byte, to the end of its headers."""
+
+
+class LimitedHttp(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1 protocol, which by itself keeps headers of any size and waits for them for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        """asyncio.Protocol"""
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol"""
+        super().data_received(data)
+        if self._deadline is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self._give_up(f"the headers have more than {HEAD_BYTES} bytes")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol"""
+        self._head_complete()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """The end of its headers."""
+        self._head_complete()
+        super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        self._head_complete()
+        self._head_bytes = 0
+        late = f"the headers did not arrive within {HEAD_TIMEOUT_S:g} seconds"
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up, late)
+
+    def _head_complete(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self, reason: str) -> None:
+        self._head_complete()
+        if not self.transport.is_closing():
+            self.send_400_response(reason)
