@@ -1,10 +1,10 @@
-"""Workers in this process, joined by real gRPC on loopback and a transport of choice, with a client that speaks to them as a router does."""
+"""Workers in this process, joined by real gRPC on loopback, with a client that speaks to them as a router does."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, T
 from tandem.wire import codec
 from tandem.wire.v1 import decode_pb2, decode_pb2_grpc
 from tandem.worker.process import WorkerProcess
+
+ROUTER = "test"
+"""The router id of the stream."""
 
 
 @dataclass
@@ -42,28 +45,41 @@ class Pair:
     def __init__(self, decode: WorkerProcess, prefill: Sequence[WorkerProcess]) -> None:
         self.decode = decode
         self.prefill = list(prefill)
+        self._gone: list[WorkerProcess] = []
         self._open: dict[str, list[Answer]] = {}
-        self._done: dict[str, asyncio.Event] = {}
+        self._ended: set[str] = set()
+        self._arrived = asyncio.Event()
+        self._broken: Exception | None = None
         self._dispatch = 0
 
     async def connect(self) -> None:
-        """Opens the token stream."""
+        """Opens the token stream; after `disconnect` it goes on where every open choice was left."""
         self._channel = grpc.aio.insecure_channel(self.decode.info.address)
-        self._stub = decode_pb2_grpc.DecodeStub(self._channel)
-        call = self._stub.Stream(decode_pb2.StreamRequest(router_id="test"))
+        self.stub = decode_pb2_grpc.DecodeStub(self._channel)
+        resume = [
+            decode_pb2.ResumePoint(request_id=name, choice=index, next_index=len(answer.tokens))
+            for name, answers in self._open.items()
+            for index, answer in enumerate(answers)
+            if answer.finish is None
+        ]
+        call = self.stub.Stream(decode_pb2.StreamRequest(router_id=ROUTER, resume=resume))
         await call.read()
         self._reader = asyncio.create_task(self._read(call))
 
-    async def close(self) -> None:
-        """Closes the stream."""
+    async def disconnect(self) -> None:
+        """Closes the stream, as a router does that dies."""
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close()
 
     async def _read(self, call: Any) -> None:
-        while (message := await call.read()) is not grpc.aio.EOF:
-            for delta in message.deltas:
-                self._take(codec.delta_from_wire(delta))
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                for delta in message.deltas:
+                    self._take(codec.delta_from_wire(delta))
+        except (AssertionError, KeyError, grpc.aio.AioRpcError) as error:
+            self._broken = error
+            self._arrived.set()
 
     def _take(self, delta: Delta) -> None:
         answers = self._open[delta.request_id]
@@ -75,33 +91,47 @@ class Pair:
         answer.prompt_logprobs = delta.prompt_logprobs or answer.prompt_logprobs
         answer.finish, answer.error, answer.usage = delta.finish, delta.error, delta.usage
         if all(each.finish is not None for each in answers):
-            self._done[delta.request_id].set()
+            self._ended.add(delta.request_id)
+        self._arrived.set()
 
     async def submit(
         self, prompt: Sequence[int], sampling: SamplingParams, choices: int = 1, hand_over: bool = True, salt: str = ""
     ) -> str:
         """Submits and returns the request id; with `hand_over` all prefill workers are named in order."""
         request = GenerateRequest(new_id(), "test", tuple(prompt), sampling, choices=choices, salt=salt)
-        self._open[request.request_id] = [Answer() for _ in range(choices)]
-        self._done[request.request_id] = asyncio.Event()
+        await self.send(request, hand_over)
+        return request.request_id
+
+    async def send(self, request: GenerateRequest, hand_over: bool = True) -> None:
+        """Submits a request as it is; expects its tokens from the start."""
         self._dispatch += 1
         message = decode_pb2.SubmitRequest(
-            router_id="test",
+            router_id=ROUTER,
             dispatch=self._dispatch,
             incarnation=self.decode.info.incarnation,
             request=codec.generate_request_to_wire(request),
         )
-        if hand_over:
-            for worker in self.prefill:
-                message.prefill.add(incarnation=worker.info.incarnation, address=worker.info.address)
-        await self._stub.Submit(message)
-        return request.request_id
+        for worker in self.prefill if hand_over else ():
+            message.prefill.add(incarnation=worker.info.incarnation, address=worker.info.address)
+        self._open.setdefault(request.request_id, [Answer() for _ in range(request.choices)])
+        await self.stub.Submit(message)
 
     async def answer(self, request_id: str) -> list[Answer]:
         """Waits for the end of a request; one answer for each choice."""
-        await self._done[request_id].wait()
-        del self._done[request_id]
+        await self._until(lambda: request_id in self._ended)
+        self._ended.remove(request_id)
         return self._open.pop(request_id)
+
+    async def tokens(self, request_id: str, count: int) -> None:
+        """Waits until every choice of a request has `count` tokens."""
+        await self._until(lambda: all(len(answer.tokens) >= count for answer in self._open[request_id]))
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            if self._broken is not None:
+                raise self._broken
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, **more: Any) -> list[Answer]:
         """`submit` and `answer`."""
@@ -109,11 +139,16 @@ class Pair:
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels; whether the worker knew the request."""
-        return bool((await self._stub.Cancel(decode_pb2.CancelRequest(request_id=request_id))).known)
+        return bool((await self.stub.Cancel(decode_pb2.CancelRequest(request_id=request_id))).known)
+
+    async def stop_prefill(self, index: int) -> None:
+        """Ends a prefill worker, which stays in the list of those that are named."""
+        self._gone.append(self.prefill[index])
+        await self.prefill[index].stop()
 
     async def check_leaks(self, within_s: float = 5.0) -> None:
         """Raises AssertionError unless all workers soon hold nothing, and their stores are sound."""
-        workers = [self.decode, *self.prefill]
+        workers = [worker for worker in (self.decode, *self.prefill) if worker not in self._gone]
         deadline = asyncio.get_running_loop().time() + within_s
         while leaks := [leak for worker in workers for leak in await worker.leaks()]:
             assert asyncio.get_running_loop().time() < deadline, leaks
@@ -155,6 +190,7 @@ async def pair(
         await made.check_leaks()
     finally:
         if decode in started:
-            await made.close()
+            await made.disconnect()
         for worker in reversed(started):
-            await worker.stop()
+            if not worker.stopping.is_set():
+                await worker.stop()
