@@ -10,7 +10,7 @@ from router.backend import Accepted, Dispatcher
 from router.job import Job
 from router.metrics import RequestTimer
 from router.stream import ChoiceStream, Piece
-from tandem.errors import TandemError, WorkerLost
+from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
 from tandem.text.prompt import Prompt, PromptTokenizer
 from tandem.types import FinishReason

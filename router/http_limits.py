@@ -1,4 +1,4 @@
-"""Limits on what a client may send before there is a request: the size of its headers and the time it takes for them."""
+"""Limits on what a client may send before there is a request: the size of its headers, and the time they take."""
 
 from __future__ import annotations
 
@@ -59,5 +59,9 @@ class LimitedHttp(HttpToolsProtocol):
 
     def _give_up(self, reason: str) -> None:
         self._head_complete()
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._head_bytes:
             self.send_400_response(reason)
+        else:
+            self.transport.close()  # an idle connection: there is nothing to answer

@@ -56,7 +56,7 @@ class PromptTokenizer:
 
     async def chat(self, messages: Sequence[Message], salt: str = "") -> Prompt:
         """A conversation that the model is to go on with. Raises BadRequest when the template refuses it."""
-        return await self.rendered(self.tokenizer.render(messages), salt)
+        return await self.rendered(await self.tokenizer.render_async(messages), salt)
 
     async def rendered(self, text: str, salt: str = "") -> Prompt:
         """A conversation as the template wrote it. The ids decode to the same text as those of a plain encoding."""

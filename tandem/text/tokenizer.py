@@ -44,7 +44,7 @@ def import_transformers_without_torch() -> None:
 
 
 class Tokenizer:
-    """A checkpoint's tokeniser. Immutable after construction and safe to use from several threads."""
+    """A checkpoint's tokeniser. Safe to use from several threads."""
 
     def __init__(self, wrapped: Any) -> None:
         """wrapped: a transformers tokeniser with a Rust backend (`PreTrainedTokenizerFast`)."""
@@ -59,6 +59,8 @@ class Tokenizer:
         """Every token is a string of bytes (GPT-2's scheme), so that tokens can be decoded one at a time."""
         self.size: int = self.backend.get_vocab_size(with_added_tokens=True)
         """Ids are below this; the model's own vocabulary may be padded to more."""
+        self._bytes: dict[int, bytes] = {}
+        """Memory of `token_bytes`; at most one entry for each token that there is."""
 
     @classmethod
     def load(cls, path: str) -> Tokenizer:
@@ -114,6 +116,12 @@ class Tokenizer:
             raise BadRequest(f"the chat template refused the messages: {_one_line(error)}", "messages") from error
         return rendered
 
+    async def render_async(self, messages: Sequence[Message]) -> str:
+        """As `render`, for messages of any length: long ones are rendered in a thread."""
+        if sum(len(str(message.get("content", ""))) for message in messages) < LONG_TEXT:
+            return self.render(messages)
+        return await asyncio.to_thread(self.render, messages)
+
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id without a token."""
         spelling: str | None = self.backend.id_to_token(token_id)
@@ -121,9 +129,15 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes an id stands for, for reports on single tokens; empty for an id without a token."""
-        spelling = self.token(token_id)
-        if spelling is None:
-            return b""
+        known = self._bytes.get(token_id)
+        if known is None:
+            spelling = self.token(token_id)
+            if spelling is None:
+                return b""
+            known = self._bytes[token_id] = self._bytes_of(spelling)
+        return known
+
+    def _bytes_of(self, spelling: str) -> bytes:
         if self.byte_level:
             return byte_level_bytes(spelling)
         if match := BYTE_TOKEN.fullmatch(spelling):

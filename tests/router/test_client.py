@@ -171,12 +171,11 @@ async def test_endless_headers_are_refused(port: int) -> None:
 
 
 @pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
-async def test_headers_that_never_end_are_given_up(
-    port: int, head: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_headers_that_never_end_are_given_up(port: int, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.05)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head)
-    assert b" 400 " in await asyncio.wait_for(reader.read(), 20)
+    answer = await asyncio.wait_for(reader.read(), 20)
+    assert (b" 400 " in answer) if head else answer == b""
     writer.close()
     await writer.wait_closed()
