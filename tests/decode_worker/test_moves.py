@@ -1,0 +1,31 @@
+"""What was moved is counted by pair and transport, and its rate follows the recent past."""
+
+from __future__ import annotations
+
+import pytest
+
+from decode_worker.moves import MoveLedger
+from tandem.cluster import MoveStat
+
+
+def test_moves_are_counted_by_pair_and_transport() -> None:
+    ledger = MoveLedger("d")
+    for sender, transport, size, seconds in [("p", "tcp", 100, 1.0), ("p", "tcp", 50, 0.5), ("q", "tcp", 7, 0.25)]:
+        ledger.add(sender, transport, size, seconds)
+    ledger.add("p", "nixl", 1, 0.125)
+    ledger.add("p", "nixl", 0, 9.0)
+    assert set(ledger.stats()) == {
+        MoveStat("p", "d", "tcp", 150, 1.5, 2),
+        MoveStat("q", "d", "tcp", 7, 0.25, 1),
+        MoveStat("p", "d", "nixl", 1, 0.125, 1),
+    }
+
+
+def test_the_rate_follows_what_is_measured() -> None:
+    ledger = MoveLedger("d")
+    assert ledger.bytes_per_ms() == 0.0
+    ledger.add("p", "tcp", 1000, 0.01)
+    assert ledger.bytes_per_ms() == pytest.approx(100.0)
+    for _ in range(60):
+        ledger.add("p", "tcp", 1000, 0.1)
+    assert ledger.bytes_per_ms() == pytest.approx(10.0, rel=0.01)

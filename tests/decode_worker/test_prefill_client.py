@@ -1,0 +1,159 @@
+"""One prefill worker of a plan after another; what all of them failed to bring is left to be computed here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from decode_worker.prefill_client import Outcome, PrefillClient, Target
+from kvtransfer.base import FetchResult, SpanSink
+from tandem.cluster import Ticket
+from tandem.errors import Overloaded, Unavailable
+from tandem.testing.kv import FakeSink
+from tandem.types import GenerateRequest, SamplingParams, TokenIds
+
+PROMPT = tuple(range(10))
+REQUEST = GenerateRequest("a" * 32, "m", PROMPT, SamplingParams(), attempt=3, salt="tenant", priority=2)
+A, B, C = (Target(letter * 32, f"host-{letter}:1") for letter in "abc")
+
+
+@dataclass
+class FakePair:
+    """A pair whose connection and fetches end as scripted."""
+
+    peer: str
+    results: list[FetchResult] = field(default_factory=list)
+    refuse: Exception | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Holds `connect` back while clear."""
+    connected: int = 0
+    closed: bool = False
+    asked: list[tuple[Ticket, TokenIds, str, str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def connect(self) -> None:
+        self.connected += 1
+        await self.gate.wait()
+        if self.refuse is not None:
+            raise self.refuse
+
+    async def fetch(
+        self, ticket: Ticket, tokens: TokenIds, salt: str, adapter: str, priority: int, sink: SpanSink
+    ) -> FetchResult:
+        self.asked.append((ticket, tokens, salt, adapter, priority))
+        return self.results.pop(0) if self.results else FetchResult(len(tokens))
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def leaks(self) -> list[str]:
+        return [f"pair {self.peer} leaks"]
+
+
+class Rig:
+    """A client over fake pairs, one for each incarnation."""
+
+    def __init__(self, *pairs: FakePair) -> None:
+        self.pairs = {pair.peer: pair for pair in pairs}
+        self.made: list[str] = []
+        self.failures: list[str] = []
+        self.client = PrefillClient("d" * 32, "layout", self._make, 3.0, 4.0, self.failures.append)
+
+    def _make(self, incarnation: str, address: str) -> Any:
+        self.made.append(address)
+        return self.pairs[incarnation]
+
+    async def fetch(self, targets: Sequence[Target]) -> Outcome:
+        return await self.client.fetch(REQUEST, PROMPT[:-1], targets, FakeSink())
+
+
+async def test_the_first_target_that_manages_is_enough() -> None:
+    rig = Rig(FakePair(A.incarnation, [FetchResult(9, sender_cached=4)]), FakePair(B.incarnation))
+    assert await rig.fetch([A, B]) == Outcome(sender_cached=4, tried=1, complete=True)
+    assert (rig.made, rig.failures) == ([A.address], [])
+    ((ticket, tokens, salt, adapter, priority),) = rig.pairs[A.incarnation].asked
+    assert (ticket.request_id, ticket.attempt, ticket.sender, ticket.receiver) == ("a" * 32, 3, "a" * 32, "d" * 32)
+    assert (ticket.layout_digest, ticket.queue_deadline_s, ticket.transfer_deadline_s) == ("layout", 3.0, 4.0)
+    assert (tokens, salt, adapter, priority) == (PROMPT[:-1], "tenant", "", 2)
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("not there"), Overloaded("slab cap")])
+async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception) -> None:
+    rig = Rig(FakePair(A.incarnation, refuse=refusal), FakePair(B.incarnation, [FetchResult(9)]))
+    assert await rig.fetch([A, B]) == Outcome(0, 2, complete=True)
+    assert rig.failures == ["hand_over"]
+
+
+async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:
+    first = FakePair(A.incarnation, [FetchResult(5, sender_cached=6, error="the sender died")])
+    rig = Rig(first, FakePair(B.incarnation, [FetchResult(9, sender_cached=2)]))
+    assert await rig.fetch([A, B]) == Outcome(sender_cached=6, tried=2, complete=True)
+    assert first.asked[0][0].ticket_id != rig.pairs[B.incarnation].asked[0][0].ticket_id
+
+
+async def test_when_all_fail_the_request_goes_on_without_them() -> None:
+    rig = Rig(
+        FakePair(A.incarnation, refuse=Unavailable("gone")),
+        FakePair(B.incarnation, [FetchResult(3, error="digest")]),
+        FakePair(C.incarnation, [FetchResult(0, error="refused")]),
+    )
+    assert await rig.fetch([A, B, C]) == Outcome(0, 3, complete=False)
+    assert rig.failures == ["hand_over"] * 3
+
+
+async def test_a_pair_is_used_again_and_a_broken_one_made_anew() -> None:
+    rig = Rig(FakePair(A.incarnation))
+    await rig.fetch([A])
+    await rig.fetch([A])
+    assert len(rig.made) == 1
+    rig.pairs[A.incarnation].closed = True
+    rig.pairs[A.incarnation] = FakePair(A.incarnation)
+    assert (await rig.fetch([A])).complete
+    assert len(rig.made) == 2
+
+
+async def test_requests_share_one_connection_and_one_s_end_is_not_the_other_s() -> None:
+    pair = FakePair(A.incarnation)
+    pair.gate.clear()
+    rig = Rig(pair)
+    given_up, patient = (asyncio.create_task(rig.fetch([A])) for _ in range(2))
+    while not pair.connected:
+        await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    pair.gate.set()
+    assert (await patient).complete
+    assert given_up.cancelled()
+    assert (pair.connected, len(pair.asked)) == (1, 1)
+
+
+async def test_discovered_workers_are_connected_once_and_failures_are_borne() -> None:
+    rig = Rig(FakePair(A.incarnation), FakePair(B.incarnation, refuse=Unavailable("starting")))
+    named = [(target.incarnation, target.address) for target in (A, B)]
+    rig.client.discovered(named)
+    rig.client.discovered(named)
+    while not all(pair.connected for pair in rig.pairs.values()):
+        await asyncio.sleep(0)
+    assert (await rig.fetch([A])).complete
+    assert rig.made == [A.address, B.address]
+    assert rig.client.leaks() == [f"pair {A.incarnation} leaks"]
+    await rig.client.close()
+    assert rig.pairs[A.incarnation].closed
+
+
+async def test_a_connection_under_way_is_closed_with_the_client() -> None:
+    pair = FakePair(A.incarnation)
+    pair.gate.clear()
+    rig = Rig(pair)
+    rig.client.discovered([(A.incarnation, A.address)])
+    while not pair.connected:
+        await asyncio.sleep(0)
+    await rig.client.close()
+    assert pair.closed
+    assert rig.client.leaks() == []
