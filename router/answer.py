@@ -90,7 +90,8 @@ class Answer:
         offset = 0
         for accepted, request in zip(self._accepted, self.job.requests, strict=True):
             reported = [c.usage.cached_tokens for c in self.choices[offset : offset + request.choices] if c.usage]
-            cached += max(reported) if reported else accepted.reply.cached_tokens
+            # The last prompt token is always computed: its logits choose the first output token.
+            cached += min(*(reported or [accepted.reply.cached_tokens]), len(request.prompt) - 1)
             offset += request.choices
         prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
         return TotalUsage(prompt_tokens, sum(len(choice.tokens) for choice in self.choices), cached)

@@ -49,6 +49,8 @@ class FakeAccepted:
                 for choice, tokens in enumerate(self._tokens):
                     if step < len(tokens):
                         yield self._delta(choice, step)
+                if self.cancelled.is_set() and self._owner.silent_cancel:
+                    return
                 if self.cancelled.is_set():
                     for choice, tokens in enumerate(self._tokens):
                         if step + 1 < len(tokens):
@@ -104,6 +106,8 @@ class FakeDispatcher:
         """The worker dies before this token."""
         self.drop_after: int | None = None
         """Streams just end before this token."""
+        self.silent_cancel = False
+        """A cancelled stream ends without a word on usage."""
         self.skip_at: int | None = None
         """This token gets lost."""
         self.cached_tokens = 0

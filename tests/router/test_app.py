@@ -100,6 +100,17 @@ async def test_a_stop_string_ends_the_answer_and_the_work(client: httpx.AsyncCli
     assert "".join(each["choices"][0]["delta"].get("content", "") for each in got) == "The cat sat on the "
 
 
+async def test_cached_tokens_of_a_stopped_answer_are_those_at_acceptance(client: httpx.AsyncClient, world: Any) -> None:
+    world.dispatcher.cached_tokens = 3
+    world.dispatcher.silent_cancel = True
+    body = (await client.post("/v1/chat/completions", json={**CHAT, "stop": "wor"})).json()
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    world.dispatcher.cached_tokens = 1000
+    body = (await client.post("/v1/chat/completions", json={**CHAT, "stop": "wor"})).json()
+    used = body["usage"]["prompt_tokens"]
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": used - 1}
+
+
 async def test_stop_strings_wait_for_min_tokens(client: httpx.AsyncClient, world: Any) -> None:
     world.answers[:] = ["cat cat cat cat"]
     first = len(world.tokenizer.encode("cat cat"))
