@@ -76,9 +76,8 @@ def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.T
     if floor is not None:
         weights.masked_fill_(scaled < floor[:, None], 0.0)
     cumulative = weights.double().cumsum_(dim=-1)
-    total = cumulative[:, -1]
-    # The product may round up to the total itself, behind which there is no token.
-    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Noise of at most 1 - 2^-53 keeps the product below the total. `right` passes over tokens of no weight.
+    target = noise * cumulative[:, -1]
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 

@@ -82,7 +82,12 @@ def test_any_batch_is_attended_as_its_rows_are(
     check(rows, kv_heads, group, page_size, "float32", 1e-5)
 
 
-MIXES = ([(40, 1), (40, 1)], [(17, 1), (3, 1), (0, 9)], [(0, 20), (0, 20)], [(5, 12), (31, 2)])
+MIXES = ([(40, 1), (40, 1)], [(17, 1), (3, 1), (0, 9)], [(0, 20), (0, 23)], [(5, 12), (7, 11)])
+
+
+@pytest.mark.parametrize("rows", MIXES)
+def test_padded_rows_stay_apart(rows: list[tuple[int, int]]) -> None:
+    check(rows, 2, 4, 16, "float32", 1e-5)
 
 
 @pytest.mark.parametrize("rows", MIXES)

@@ -45,6 +45,9 @@ def test_prompt_logprobs_are_those_of_the_whole_prompt(chunk: int, loaded: Loade
         assert found.top[0][1] == pytest.approx(float(expected[position].max()), abs=1e-4)
         assert len(found.top) == (2 if position < len(PROMPT) - 1 else 1)
     assert other.prompt_logprobs == []
+    first, seq.computed, seq.prompt_logprobs = seq.prompt_logprobs, 0, []
+    loop.step([seq], 1000)  # computed anew, its output now among the tokens: those are no prompt
+    assert [found.token for found in seq.prompt_logprobs if found] == [found.token for found in first if found]
 
 
 def test_rows_that_do_not_sample_return_nothing_and_no_sequence_is_touched(loaded: LoadedModel) -> None:

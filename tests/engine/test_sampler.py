@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tandem.engine import sampler
 from tandem.engine.philox import uniforms
-from tandem.engine.sampler import sample
+from tandem.engine.sampler import Filters, draw, sample
 from tandem.engine.sequence import Seq
 from tandem.types import SamplingParams
 
@@ -116,6 +116,15 @@ def test_positions_and_choices_draw_as_distributed(params: SamplingParams, kept:
     assert set(counts) <= kept
     statistic = sum((counts[token] - expected[token]) ** 2 / expected[token] for token in kept)
     assert statistic < 26.0, "chi-square of at most 5 degrees of freedom, exceeded by chance once in 10,000"
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 1), (1.0 - 2.0**-53, 4)])
+def test_the_ends_of_the_noise_fall_on_tokens_that_are_kept(noise: float, expected: int) -> None:
+    logits = torch.tensor([[-9.0, 1.0, -9.0, -9.0, 1.0, -9.0]]) * torch.linspace(0.9, 1.1, 500)[:, None]
+    rows = len(logits)
+    keep_two = Filters(torch.ones(rows), torch.full((rows,), 2), torch.ones(rows).double(), torch.zeros(rows))
+    drawn = draw(logits, keep_two, torch.full((rows,), noise, dtype=torch.float64))
+    assert set(drawn.tolist()) == {expected}
 
 
 def test_a_draw_does_not_depend_on_the_batch_around_it() -> None:
