@@ -42,19 +42,15 @@ class Landing(Protocol):
 
     def metadata(self) -> bytes:
         """What the peer's `Link.connect` needs."""
-        ...
 
     def guard(self, allows: Callable[[int, int], bool]) -> None:
         """Transports that can refuse single writes ask `allows(offset, length)` before each, on any thread."""
-        ...
 
     def poll(self) -> list[bytes]:
         """Manifests of writes that have landed since the last call; never blocks. Raises TransportError."""
-        ...
 
     def close(self) -> None:
         """Makes it impossible for the peer ever to write here again. May block; afterwards the memory is safe."""
-        ...
 
 
 class Link(Protocol):
@@ -62,19 +58,15 @@ class Link(Protocol):
 
     def connect(self, metadata: bytes) -> None:
         """Reaches the landing. May block. Raises TransportError."""
-        ...
 
     def post(self, view: Buffer, offset: int, manifest: bytes) -> Any:
         """Starts to write `view`, a part of the staging, at the slab's `offset`; the manifest arrives after it."""
-        ...
 
     def poll(self, handle: Any) -> bool:
         """Whether the write is complete at the receiver. Raises TransportError."""
-        ...
 
     def close(self) -> None:
         """Gives the link up; afterwards the staging is not read any more. May block."""
-        ...
 
 
 class Backend(Protocol):
@@ -83,15 +75,12 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """nixl, tcp or inproc."""
-        ...
 
     def landing(self, me: Incarnation, peer: Incarnation, slab_bytes: int) -> Landing:
         """A landing for one peer incarnation."""
-        ...
 
     def link(self, me: Incarnation, peer: Incarnation, staging: Buffer) -> Link:
         """A link, not yet connected, that sends from `staging`."""
-        ...
 
 
 OnProgress = Callable[[int], None]
@@ -108,15 +97,12 @@ class KvSource(Protocol):
         `on_progress(computed)` may be called from any thread whenever tokens `[0, computed)` can be exported. Raises
         TandemError when the prompt is refused; the text goes to the receiver.
         """
-        ...
 
     async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
         """Gathers the span's KV in the canonical order into `out`; returns when `out` is complete."""
-        ...
 
     async def close(self, ticket_id: str) -> None:
         """Ends a ticket. Called exactly once after each `open`, also when that raised or was cancelled."""
-        ...
 
 
 class SpanSink(Protocol):
@@ -124,11 +110,9 @@ class SpanSink(Protocol):
 
     async def reserve(self) -> int | None:
         """Waits for room for the whole prompt; returns the first token still wanted, or None to give up."""
-        ...
 
     async def land(self, span: Span, data: Buffer) -> None:
         """Takes a verified span. Spans come one at a time, not always in order; `data` belongs to the sink."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

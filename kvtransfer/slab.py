@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvtransfer.base import Buffer
+from kvtransfer.base import MIB, Buffer
 from tandem.errors import Overloaded
 
 ALIGN = 64
@@ -18,7 +18,7 @@ ALIGN = 64
 
 
 def allocate_memory(size: int) -> Buffer:
-    """Zeroed anonymous memory whose pages have been touched: a first write into untouched ones is many times slower."""
+    """Zeroed anonymous memory whose pages have been touched: first writes into untouched ones are many times slower."""
     memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
     memory[:] = 0
     return memory
@@ -37,7 +37,7 @@ class Ranges:
 
     def __init__(self, size: int) -> None:
         self.size = size // ALIGN * ALIGN
-        self._free = [Range(0, self.size)] if self.size else []
+        self._free = [Range(0, self.size)]
         self._used: dict[int, Range] = {}
 
     @property
@@ -52,10 +52,9 @@ class Ranges:
             raise ValueError(f"a range of {length} bytes does not fit into {self.size}")
         for index, hole in enumerate(self._free):
             if hole.size >= size:
-                rest = Range(hole.offset + size, hole.size - size)
-                self._free[index : index + 1] = [rest] if rest.size else []
-                taken = Range(hole.offset, size)
-                self._used[taken.offset] = taken
+                rest = [Range(hole.offset + size, hole.size - size)] if hole.size > size else []
+                self._free[index : index + 1] = rest
+                taken = self._used[hole.offset] = Range(hole.offset, size)
                 return taken
         return None
 
@@ -64,26 +63,24 @@ class Ranges:
         if self._used.get(taken.offset) != taken:
             raise ValueError(f"range {taken} is not in use")
         del self._used[taken.offset]
-        index = bisect_left(self._free, taken)
-        before = self._free[index - 1] if index else None
-        after = self._free[index] if index < len(self._free) else None
+        first = last = bisect_left(self._free, taken)
         low, high = taken.offset, taken.offset + taken.size
-        if after is not None and after.offset == high:
-            high += after.size
-            del self._free[index]
-        if before is not None and before.offset + before.size == low:
-            low = before.offset
-            del self._free[index - 1]
-        insort(self._free, Range(low, high - low))
+        if last < len(self._free) and self._free[last].offset == high:
+            high += self._free[last].size
+            last += 1
+        if first and self._free[first - 1].offset + self._free[first - 1].size == low:
+            first -= 1
+            low = self._free[first].offset
+        self._free[first:last] = [Range(low, high - low)]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless free and used ranges tile the memory and no two free ones touch."""
-        position, last_free = 0, False
-        free = set(self._free)
+        position, after_free = 0, False
         for part in sorted([*self._free, *self._used.values()]):
-            assert part.offset == position and part.size > 0, f"gap or overlap at {position}: {part}"
-            assert not (last_free and part in free), f"free neighbours at {position}"
-            position, last_free = position + part.size, part in free
+            is_free = part.offset not in self._used
+            assert part.offset == position, f"gap or overlap at {position}: {part}"
+            assert not (after_free and is_free), f"free neighbours at {position}"
+            position, after_free = position + part.size, is_free
         assert position == self.size, f"ranges end at {position} of {self.size}"
 
 
@@ -93,12 +90,10 @@ class Staging:
     def __init__(self, size: int) -> None:
         self.memory = allocate_memory(size)
         self._ranges = Ranges(size)
-        self._waiting: deque[tuple[int, asyncio.Future[Range]]] = deque()
-
-    @property
-    def size(self) -> int:
+        self.size = self._ranges.size
         """Bytes of the largest range there can be."""
-        return self._ranges.size
+        self._waiting: deque[tuple[int, asyncio.Future[Range]]] = deque()
+        self.check_integrity = self._ranges.check_integrity
 
     @property
     def used_bytes(self) -> int:
@@ -107,16 +102,15 @@ class Staging:
 
     async def obtain(self, length: int) -> Range:
         """Waits for a range. Raises ValueError when it never fits."""
-        if not self._waiting and (taken := self._ranges.allocate(length)) is not None:
-            return taken
         if length > self.size:
             raise ValueError(f"a span of {length} bytes does not fit into {self.size} bytes of staging")
         future: asyncio.Future[Range] = asyncio.get_running_loop().create_future()
         self._waiting.append((length, future))
+        self._serve()
         try:
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            if not future.cancelled():  # it was served in the same moment
                 self.release(future.result())
             raise
 
@@ -127,17 +121,16 @@ class Staging:
     def release(self, taken: Range) -> None:
         """Gives a range back and serves those who wait."""
         self._ranges.release(taken)
+        self._serve()
+
+    def _serve(self) -> None:
         while self._waiting:
             length, future = self._waiting[0]
             if not future.done():
-                if (next_taken := self._ranges.allocate(length)) is None:
+                if (taken := self._ranges.allocate(length)) is None:
                     return
-                future.set_result(next_taken)
+                future.set_result(taken)
             self._waiting.popleft()
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError when the ranges are inconsistent."""
-        self._ranges.check_integrity()
 
 
 class SlabBudget:
@@ -166,28 +159,26 @@ class SlabBudget:
     @property
     def stuck(self) -> bool:
         """Whether quarantine alone keeps a slab of the usual size from being made: the worker should drain and exit."""
-        largest = max(self._charged.values(), default=0)
-        return bool(self._quarantined) and self.quarantined_bytes + largest > self.max_bytes
+        return self.quarantined_bytes + max(self._charged.values(), default=0) > self.max_bytes
 
     def take(self, size: int) -> int:
         """Charges a slab and returns its key. Raises Overloaded over the cap."""
         if self.used_bytes + size > self.max_bytes:
             raise Overloaded(
                 f"landing slabs use {self.used_bytes} bytes ({self.quarantined_bytes} quarantined); "
-                f"{size} more exceed slabs_max_mib = {self.max_bytes / (1 << 20):g}"
+                f"{size} more exceed slabs_max_mib = {self.max_bytes / MIB:g}"
             )
         self._next += 1
         self._charged[self._next] = size
         return self._next
 
     def quarantine(self, key: int) -> None:
-        """The slab's peer was given up. Raises KeyError for an unknown slab."""
-        if key not in self._charged:
-            raise KeyError(key)
+        """The slab's peer was given up."""
+        assert key in self._charged, f"slab {key} is unknown"
         self._quarantined.add(key)
 
     def release(self, key: int) -> None:
-        """The slab's landing is closed. Raises KeyError for an unknown slab."""
+        """The slab's landing is closed."""
         del self._charged[key]
         self._quarantined.discard(key)
 

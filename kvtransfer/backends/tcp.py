@@ -38,12 +38,11 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
         into = into[count:]
 
 
-def _hang_up(connection: socket.socket | None) -> None:
-    """Wakes the thread that waits for this socket."""
-    if connection is not None:
-        with contextlib.suppress(OSError):  # not connected any more
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
+def _hang_up(connection: socket.socket) -> None:
+    """Closes a socket and wakes the thread that waits for it."""
+    with contextlib.suppress(OSError):  # not connected any more
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 class TcpLanding:
@@ -61,8 +60,8 @@ class TcpLanding:
         self._port = self._socket.getsockname()[1]
         self._allows: Callable[[int, int], bool] = lambda offset, length: False
         self._arrived: deque[bytes] = deque()
-        self._error, self._closed, self._lock = "", False, threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="tcp-landing", daemon=True)
+        self._violation, self._closed, self._lock = "", False, threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="transfer-landing", daemon=True)
         self._thread.start()
 
     def metadata(self) -> bytes:
@@ -74,9 +73,9 @@ class TcpLanding:
         self._allows = allows
 
     def poll(self) -> list[bytes]:
-        """Manifests of complete frames."""
-        if self._error:
-            raise TransportError(self._error)
+        """Manifests of complete frames. A lost connection is no error here: the sender notices, and says so."""
+        if self._violation:
+            raise TransportError(self._violation)
         return [self._arrived.popleft() for _ in range(len(self._arrived))]
 
     def close(self) -> None:
@@ -87,32 +86,28 @@ class TcpLanding:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while not self._greet():
                 pass
-            while True:
+            while not self._violation:
                 self._frame()
-        except (OSError, TransportError) as error:
-            self._error = f"TCP: {error}"
+        self._socket.close()
 
     def _greet(self) -> bool:
         """Accepts a connection and keeps it, instead of the listening socket, if it shows the token."""
         connection, _ = self._socket.accept()
         token = bytearray(_TOKEN_BYTES)
         connection.settimeout(_STRANGER_S)
-        try:
+        with contextlib.suppress(OSError):
             _receive(connection, memoryview(token))
-        except OSError:
-            connection.close()
-            return False
         with self._lock:
             if self._closed or not hmac.compare_digest(bytes(token), self._token):
                 connection.close()
                 return False
-            connection.settimeout(None)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listener, self._socket = self._socket, connection
         listener.close()
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return True
 
     def _frame(self) -> None:
@@ -120,8 +115,8 @@ class TcpLanding:
         _receive(self._socket, memoryview(head))
         offset, length, manifest_length = _FRAME.unpack(head)
         if offset + length > self.memory.nbytes or not self._allows(offset, length):
-            self._socket.close()
-            raise TransportError(f"the peer wants to write {length} bytes at {offset} without a grant")
+            self._violation = f"TCP: the peer wants to write {length} bytes at {offset} without a grant"
+            return
         manifest = bytearray(manifest_length)
         _receive(self._socket, memoryview(manifest))
         _receive(self._socket, self.memory[offset : offset + length].data)
@@ -133,14 +128,15 @@ class TcpLink:
     """One connection to a landing; its thread sends a frame and waits for the acknowledgement, one after the other."""
 
     def __init__(self) -> None:
-        self._socket: socket.socket | None = None
+        self._socket = socket.socket()
         self._frames: queue.SimpleQueue[tuple[bytes, Buffer] | None] = queue.SimpleQueue()
         self._posted = self._done = 0
         self._error = ""
-        self._thread = threading.Thread(target=self._run, name="tcp-link", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="transfer-link", daemon=True)
 
     def connect(self, metadata: bytes) -> None:
         """Connects and shows the token. Raises TransportError."""
+        self._socket.close()
         try:
             (port,) = struct.unpack_from("<H", metadata)
             token, host = metadata[2 : 2 + _TOKEN_BYTES], metadata[2 + _TOKEN_BYTES :].decode()
@@ -173,13 +169,11 @@ class TcpLink:
             self._thread.join()
 
     def _run(self) -> None:
-        assert self._socket is not None
         ack = memoryview(bytearray(1))
         try:
             while (frame := self._frames.get()) is not None:
-                head, view = frame
-                self._socket.sendall(head)
-                self._socket.sendall(view.data)
+                self._socket.sendall(frame[0])
+                self._socket.sendall(frame[1].data)
                 _receive(self._socket, ack)
                 self._done += 1
         except OSError as error:

@@ -49,7 +49,7 @@ def until(work: Callable[[], T]) -> T:
 
 def done(link: Link, handle: Any) -> bool:
     """Polls until the write is complete, or raises."""
-    return done(link, handle)
+    return until(lambda: link.poll(handle))
 
 
 def test_bytes_then_manifest_then_done(backend: Backend) -> None:
