@@ -13,7 +13,6 @@ from router.stream import ChoiceStream, Piece
 from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
 from tandem.text.prompt import Prompt, PromptTokenizer
-from tandem.types import FinishReason
 
 CANCEL_GRACE_S = 1.0
 """Seconds to wait for the usage of a request whose last choice was ended here, by a stop string."""
@@ -139,7 +138,3 @@ async def _close(accepted: Accepted) -> None:
 def _first(errors: ExceptionGroup[Exception]) -> Exception:
     found = errors.exceptions[0]
     return _first(found) if isinstance(found, ExceptionGroup) else found
-
-
-FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
-"""OpenAI's words for the ends that a client sees as success."""

@@ -221,6 +221,7 @@ def _account(timer: RequestTimer, error: BaseException) -> None:
         case BadRequest() | Overloaded():
             timer.end("refused", error.code or error.type)
         case TandemError():
+            log.warning("a request failed: %s", error)
             timer.end("failed", error.code or error.type)
         case Exception() if not isinstance(error, ClientGone):
             timer.end("failed", Internal.type)

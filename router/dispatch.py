@@ -180,6 +180,7 @@ class Dispatcher:
                 break
             matches = self.tails.extend(self._index.match(record.chain.hashes), record.chain, request.prompt)
             plan = self._policy.plan(info, fleet, matches, self._clock())
+            log.debug("plan of %s, cached %s: %s", request.request_id, matches, plan.candidates)
             try:
                 return plan, await self._submit(record, plan)
             except Elsewhere as error:
@@ -262,23 +263,29 @@ class Dispatcher:
             blocks = hashes[: computable // BLOCK_TOKENS]
             record.prefill_booking = self.fleet.book(chosen.prefill, load, blocks)
 
-    def _release(self, record: OpenRequest) -> None:
-        self.fleet.release(record.decode_booking)
+    def _release(self, record: OpenRequest) -> bool:
+        """Ends the bookings; whether the decode worker's was still open: its last status does not include the request."""
+        unreported = self.fleet.release(record.decode_booking)
         self.fleet.release(record.prefill_booking)
         record.decode_booking = record.prefill_booking = None
+        return unreported
 
     # Ends -----------------------------------------------------------------------------------------------------------
 
     def _close(self, record: OpenRequest) -> None:
         """Forgets a request; what it was sent stays readable."""
-        self._release(record)
+        unreported = self._release(record)
+        request = record.request
+        if self._open.get(request.request_id) is not record:
+            return
+        del self._open[request.request_id]
+        self._admission.leave(request.request_id)
         if record.answered and record.decode is not None and self.fleet.worker(record.decode) is not None:
             for sequence in record.sequences():
                 # The last sampled token has no KV.
-                self.tails.remember(record.decode, record.chain, len(record.request.prompt), sequence[:-1])
-        if self._open.get(record.request.request_id) is record:
-            del self._open[record.request.request_id]
-            self._admission.leave(record.request.request_id)
+                self.tails.remember(record.decode, record.chain, len(request.prompt), sequence[:-1])
+            if not unreported:
+                self.fleet.ended(record.decode, Load(sequences=request.choices))
 
     async def cancel(self, record: OpenRequest) -> None:
         """Ends a request here at once, and returns when its worker has let go of it; nothing if it has ended."""

@@ -116,11 +116,16 @@ class Fleet:
             load, last_block, self._index.predictions.add(incarnation, hashes) if hashes else None
         )
 
-    def release(self, booking: Booking | None) -> None:
-        """Ends a booking, if it has not ended yet."""
+    def release(self, booking: Booking | None) -> bool:
+        """Ends a booking; whether it had not ended yet."""
         worker = None if booking is None else self._workers.get(booking.incarnation)
-        if booking is not None and worker is not None:
-            worker.ledger.release(booking)
+        return booking is not None and worker is not None and worker.ledger.release(booking)
+
+    def ended(self, incarnation: Incarnation, load: Load) -> None:
+        """A request that the worker's status includes has ended; the next status will know."""
+        worker = self._workers.get(incarnation)
+        if worker is not None:
+            worker.ledger.ended(load)
 
     def _booking_closed(self, booking: Booking) -> None:
         if booking.prediction is not None:

@@ -33,8 +33,8 @@ class LoadLedger:
         self._on_close = on_close
         self._open: dict[int, Booking] = {}
         self._last = 0
-        self.pending = Load()
-        """Sum over open bookings."""
+        self._booked = Load()
+        self._ended = Load()
 
     def __len__(self) -> int:
         """Open bookings."""
@@ -45,8 +45,17 @@ class LoadLedger:
         self._last += 1
         booking = Booking(self._incarnation, self._last, load, last_block, prediction)
         self._open[booking.number] = booking
-        self.pending += load
+        self._booked += load
         return booking
+
+    @property
+    def pending(self) -> Load:
+        """What the last status lacks: open bookings, less what has ended since."""
+        return self._booked + self._ended
+
+    def ended(self, load: Load) -> None:
+        """A request that the last status includes has ended: without this, a worker would look busy to its own next turn."""
+        self._ended += load.negated()
 
     def observe(self, events: Iterable[CacheEvent]) -> None:
         """Notes promises: the next status includes the requests that they were made for."""
@@ -60,16 +69,17 @@ class LoadLedger:
 
     def reported(self, last_dispatch: int) -> None:
         """A status arrived that includes the dispatches up to `last_dispatch`, and the promises seen before it."""
+        self._ended = Load()
         for booking in [b for b in self._open.values() if b.number <= last_dispatch or b.promised]:
             self.release(booking)
 
-    def release(self, booking: Booking) -> None:
-        """Ends a booking; a second time does nothing."""
+    def release(self, booking: Booking) -> bool:
+        """Ends a booking; False when it had ended before."""
         if self._open.pop(booking.number, None) is None:
-            return
-        load = booking.load
-        self.pending += Load(-load.sequences, -load.prefill_tokens, -load.kv_tokens)
+            return False
+        self._booked += booking.load.negated()
         self._on_close(booking)
+        return True
 
     def close(self) -> None:
         """Ends all bookings: the worker is gone."""
@@ -78,4 +88,4 @@ class LoadLedger:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the sum is wrong; for tests."""
-        assert self.pending == sum((b.load for b in self._open.values()), Load())
+        assert self._booked == sum((b.load for b in self._open.values()), Load())

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
-from router.answer import FINISH_REASONS, TotalUsage
+from router.answer import TotalUsage
 from router.job import Job
 from router.stream import Piece, PlacedLogprob
 from tandem.text.tokenizer import Tokenizer
@@ -45,28 +46,8 @@ def usage_json(usage: TotalUsage) -> Json:
     }
 
 
-class Format(Protocol):
-    """One API's way to write an answer."""
-
-    def opening(self) -> list[bytes]:
-        """Chunks that are sent before any text."""
-        ...
-
-    def chunk(self, piece: Piece) -> bytes:
-        """The SSE events for a piece."""
-        ...
-
-    def usage_chunk(self, usage: TotalUsage) -> bytes:
-        """The last event before [DONE], when the client asked for usage."""
-        ...
-
-    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
-        """The answer in one object; pieces: those of each choice, in order."""
-        ...
-
-
-class _Base:
-    """What chat completions and completions have in common."""
+class Format(ABC):
+    """One API's way to write an answer; what chat completions and completions have in common is here."""
 
     prefix: str
     stream_object: str
@@ -89,8 +70,30 @@ class _Base:
             "system_fingerprint": f"fp_{self.job.model.fingerprint[:12]}",
         }
 
+    @abstractmethod
+    def opening(self) -> list[bytes]:
+        """Events that are sent before any text."""
+
+    @abstractmethod
+    def chunk(self, piece: Piece) -> bytes:
+        """The events for a piece."""
+
+    @abstractmethod
+    def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
+        """What a choice of a whole answer says beside its index and its end. text, placed: those of all its pieces."""
+
+    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
+        """The answer in one object; pieces: those of each choice, in order."""
+        choices = []
+        for index, mine in enumerate(pieces):
+            text = "".join(piece.text for piece in mine)
+            placed = tuple(entry for piece in mine for entry in piece.logprobs)
+            finish = {"finish_reason": finish_word(mine[-1]), "stop_reason": mine[-1].stop}
+            choices.append({"index": index, **self.whole_choice(mine, text, placed), **finish})
+        return {**self.head(self.whole_object), "choices": choices, "usage": usage_json(usage)}
+
     def usage_chunk(self, usage: TotalUsage) -> bytes:
-        """See `Format`."""
+        """The last event before [DONE], when the client asked for usage."""
         return event({**self.head(self.stream_object), "choices": [], "usage": usage_json(usage)})
 
     def before_choice(self) -> bytes:
@@ -118,7 +121,7 @@ class _Base:
         }
 
 
-class ChatFormat(_Base):
+class ChatFormat(Format):
     """`/v1/chat/completions`"""
 
     prefix = "chatcmpl"
@@ -151,30 +154,19 @@ class ChatFormat(_Base):
             out = self._chunk(piece.choice, {}, None, None, extra) + out
         if piece.finish is not None:
             extra = {"stop_reason": piece.stop} if piece.stop is not None else {}
-            out += self._chunk(piece.choice, {}, None, FINISH_REASONS[piece.finish], extra)
+            out += self._chunk(piece.choice, {}, None, finish_word(piece), extra)
         return out
+
+    def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
+        """See `Format`."""
+        logprobs = self._logprobs(placed) if self.job.options.logprobs is not None else None
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
 
     def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
         """See `Format`."""
-        choices = []
-        for index, mine in enumerate(pieces):
-            placed = tuple(entry for piece in mine for entry in piece.logprobs)
-            last = mine[-1]
-            assert last.finish is not None
-            choices.append(
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": "".join(p.text for p in mine), "refusal": None},
-                    "logprobs": self._logprobs(placed) if self.job.options.logprobs is not None else None,
-                    "finish_reason": FINISH_REASONS[last.finish],
-                    "stop_reason": last.stop,
-                }
-            )
-        whole = {**self.head(self.whole_object), "choices": choices, "usage": usage_json(usage)}
-        prompt = next((piece.prompt_logprobs for piece in pieces[0] if piece.prompt_logprobs), ())
-        if prompt:
-            whole["prompt_logprobs"] = self.prompt_logprobs(prompt)
-        return whole
+        prompt = first_prompt_logprobs(pieces[0])
+        extra = {"prompt_logprobs": self.prompt_logprobs(prompt)} if prompt else {}
+        return {**super().whole(pieces, usage), **extra}
 
     def _chunk(
         self, index: int, delta: Json, logprobs: Json | None, finish: str | None, extra: Json | None = None
@@ -195,7 +187,7 @@ class ChatFormat(_Base):
         return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
-class CompletionFormat(_Base):
+class CompletionFormat(Format):
     """`/v1/completions`"""
 
     prefix = "cmpl"
@@ -223,28 +215,14 @@ class CompletionFormat(_Base):
         extra: Json = {"stop_reason": piece.stop} if piece.stop is not None else {}
         if piece.prompt_logprobs:
             extra["prompt_logprobs"] = self.prompt_logprobs(piece.prompt_logprobs)
-        finish = None if piece.finish is None else FINISH_REASONS[piece.finish]
-        return self._chunk(piece.choice, piece.text, logprobs, finish, extra)
+        return self._chunk(piece.choice, piece.text, logprobs, finish_word(piece), extra)
 
-    def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
+    def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
         """See `Format`."""
-        choices = []
-        for index, mine in enumerate(pieces):
-            placed = tuple(entry for piece in mine for entry in piece.logprobs)
-            prompt = next((piece.prompt_logprobs for piece in mine if piece.prompt_logprobs), ())
-            last = mine[-1]
-            assert last.finish is not None
-            choice: Json = {
-                "index": index,
-                "text": self._echo[index] + "".join(piece.text for piece in mine),
-                "logprobs": self._logprobs(placed, index) if self.job.options.logprobs is not None else None,
-                "finish_reason": FINISH_REASONS[last.finish],
-                "stop_reason": last.stop,
-            }
-            if prompt:
-                choice["prompt_logprobs"] = self.prompt_logprobs(prompt)
-            choices.append(choice)
-        return {**self.head(self.whole_object), "choices": choices, "usage": usage_json(usage)}
+        index, prompt = pieces[0].choice, first_prompt_logprobs(pieces)
+        logprobs = self._logprobs(placed, index) if self.job.options.logprobs is not None else None
+        extra = {"prompt_logprobs": self.prompt_logprobs(prompt)} if prompt else {}
+        return {"text": self._echo[index] + text, "logprobs": logprobs, **extra}
 
     def _chunk(
         self, index: int, text: str, logprobs: Json | None, finish: str | None, extra: Json | None = None
@@ -267,6 +245,16 @@ class CompletionFormat(_Base):
             "top_logprobs": tops,
             "text_offset": [len(self._echo[index]) + each.offset for each in placed],
         }
+
+
+def finish_word(piece: Piece) -> str | None:
+    """OpenAI's `finish_reason`; pieces that end otherwise never get here."""
+    return None if piece.finish is None else piece.finish.value
+
+
+def first_prompt_logprobs(pieces: list[Piece]) -> tuple[TokenLogprob | None, ...]:
+    """The prompt's log-probabilities, which come with one of a choice's pieces if they were asked for."""
+    return next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), ())
 
 
 def finite(logprob: float) -> float:

@@ -25,6 +25,10 @@ class Load:
             self.kv_tokens + other.kv_tokens,
         )
 
+    def negated(self) -> Load:
+        """What takes this load away again."""
+        return Load(-self.sequences, -self.prefill_tokens, -self.kv_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
@@ -44,12 +48,12 @@ class WorkerView:
     @property
     def sequences(self) -> int:
         """Sequences in its batch, waiting, and on the way."""
-        return self.status.running + self.status.waiting + self.pending.sequences
+        return max(self.status.running + self.status.waiting + self.pending.sequences, 0)
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens to be computed there, and on the way."""
-        return self.status.queued_tokens + self.pending.prefill_tokens
+        return max(self.status.queued_tokens + self.pending.prefill_tokens, 0)
 
     @property
     def free_tokens(self) -> int:

@@ -74,12 +74,12 @@ class ChoiceStream:
         for index in range(seen, len(delta.tokens)):
             text += self._token(delta, index)
             if self._stops.hit is not None:
-                return self._end(FinishReason.STOP, text, self._stops.hit)
+                return self._end(FinishReason.STOP, text, self._stops.hit, delta)
         if delta.finish is not None:
             self.stop_token = delta.stop_token
             tail = self._through_stops(self._detokenizer.finish())
             if self._stops.hit is not None:
-                return self._end(FinishReason.STOP, text + tail, self._stops.hit)
+                return self._end(FinishReason.STOP, text + tail, self._stops.hit, delta)
             named = None if delta.stop_token in self._eos else delta.stop_token
             return self._end(delta.finish, text + tail + self._stops.finish(), named, delta)
         prompt_logprobs = delta.prompt_logprobs
@@ -110,16 +110,15 @@ class ChoiceStream:
             return text
         return self._stops.feed(text)
 
-    def _end(self, finish: FinishReason, text: str, stop: str | int | None, delta: Delta | None = None) -> Piece:
+    def _end(self, finish: FinishReason, text: str, stop: str | int | None, delta: Delta) -> Piece:
         self.finish = finish
         cut = self._given + len(text)
         if self._stops.hit is not None:
             self._logprobs = deque(placed for placed in self._logprobs if placed.offset < cut)
         error = ""
         if finish is FinishReason.ERROR or finish is FinishReason.CANCELLED:
-            error = (delta.error if delta else "") or "the request was cancelled by the cluster"
-        prompt_logprobs = delta.prompt_logprobs if delta else ()
-        return self._piece(text, finish, stop, error, prompt_logprobs)
+            error = delta.error or "the request was cancelled by the cluster"
+        return self._piece(text, finish, stop, error, delta.prompt_logprobs)
 
     def _piece(
         self,

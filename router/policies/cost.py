@@ -4,15 +4,16 @@
 
 beside the decode-only alternative, where D's own queue and prefill take P's place and prefilling slows D's batch down.
 All terms are milliseconds of this request or of requests it delays, so they can be added. Coefficients are what workers
-measured; where one has not measured yet, the mean of those that have stands in, else the defaults below. Joint cost
+measured, smoothed over the fleet; before any has measured, the defaults below. Joint cost
 routing after Mooncake (Qin et al. 2024) and Dynamo, with measured times in place of weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from router.policies.base import KEPT, Matches, Policy, RequestInfo, eligible, eligible_decode, tie_break
 from router.snapshot import FleetSnapshot, WorkerView
@@ -24,6 +25,9 @@ DEFAULT_MOVE_BYTES_PER_MS = 200_000.0
 """Until any hand-over was measured: 200 MB/s, a slow TCP link."""
 HAND_OVER_MS = 3.0
 """A hand-over's fixed price: two control messages, a grant, the landing copy and its digest."""
+OUTLIER = 3.0
+"""A worker that measures this many times more or less than the fleet's median is believed to differ."""
+TYPICAL_STEP_TOKENS = 64
 EXPECTED_OUTPUT = 128
 """Output tokens assumed of a request that allows more: most answers end before their limit."""
 RESOLUTION_MS = 1e-3
@@ -92,19 +96,25 @@ def _rounded(cost: float) -> float:
 
 
 class _Coefficients:
-    """Measured coefficients of every worker, and what stands in for those not measured."""
+    """Measured coefficients: the fleet's typical ones, and a worker's own where it is clearly another kind of machine.
+
+    Two equal workers never measure the same. Taken at their word, a millisecond of noise would outweigh a cached prefix.
+    """
 
     def __init__(self, fleet: FleetSnapshot) -> None:
         views = (*fleet.prefill, *fleet.decode)
         measured = [view.status.timing for view in views if view.status.timing is not None]
         self._timing = DEFAULT_TIMING
         if measured:
-            self._timing = StepTiming(_mean(t.base_ms for t in measured), _mean(t.per_token_ms for t in measured))
+            self._timing = StepTiming(median(t.base_ms for t in measured), median(t.per_token_ms for t in measured))
         rates = [view.status.move_bytes_per_ms for view in views if view.status.move_bytes_per_ms > 0]
-        self._rate = _mean(rates) if rates else DEFAULT_MOVE_BYTES_PER_MS
+        self._rate = median(rates) if rates else DEFAULT_MOVE_BYTES_PER_MS
 
     def timing(self, view: WorkerView) -> StepTiming:
-        return view.status.timing or self._timing
+        own = view.status.timing
+        if own is None or _alike(_typical_step_ms(own), _typical_step_ms(self._timing)):
+            return self._timing
+        return own
 
     def prefill_ms(self, view: WorkerView, tokens: int) -> float:
         """Time to compute `tokens` prompt tokens in full steps."""
@@ -114,13 +124,17 @@ class _Coefficients:
     def move_ms(self, view: WorkerView, tokens: int) -> float:
         if tokens <= 0:
             return 0.0
-        rate = view.status.move_bytes_per_ms if view.status.move_bytes_per_ms > 0 else self._rate
+        own = view.status.move_bytes_per_ms
+        rate = own if own > 0 and not _alike(own, self._rate) else self._rate
         return HAND_OVER_MS + view.info.layout.span_bytes(tokens) / rate
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _typical_step_ms(timing: StepTiming) -> float:
+    return timing.base_ms + TYPICAL_STEP_TOKENS * timing.per_token_ms
+
+
+def _alike(own: float, typical: float) -> bool:
+    return typical / OUTLIER <= own <= typical * OUTLIER
 
 
 def _helper(request: RequestInfo, view: WorkerView, matches: Matches, model: _Coefficients) -> _Helper:

@@ -61,3 +61,14 @@ def test_a_promise_ends_a_booking_with_the_next_status() -> None:
     ledger.reported(0)
     assert closed == [booking]
     assert ledger.pending == kept.load
+
+
+def test_what_ended_since_the_last_status_is_taken_off_until_the_next_one() -> None:
+    ledger = LoadLedger("w", lambda booking: None)
+    booking = ledger.book(Load(1, 64), None, None)
+    ledger.reported(booking.number)
+    assert not ledger.release(booking)
+    ledger.ended(Load(sequences=1))
+    assert ledger.pending == Load(-1)
+    ledger.reported(booking.number)
+    assert ledger.pending == Load()

@@ -225,3 +225,22 @@ def test_workers_that_refused_are_left_out() -> None:
     fleet = FleetSnapshot((prefill("p"),), (decode("d0"), decode("d1")))
     assert [v.incarnation for v in fleet.without({"d0"}).decode] == ["d1"]
     assert replace(fleet, decode=()).without({"p"}).prefill == ()
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_noise_in_measured_times_does_not_outweigh_a_cached_prefix(data: st.DataObject) -> None:
+    """Equal machines never measure the same step time; that alone must not move a conversation elsewhere."""
+    noisy = st.builds(StepTiming, base_ms=st.floats(7.0, 14.0), per_token_ms=st.floats(0.15, 0.29))
+    rate = st.floats(FAST_LINK * 0.7, FAST_LINK * 1.4)
+    decoders = tuple(decode(f"d{i}", timing=data.draw(noisy), move_bytes_per_ms=data.draw(rate)) for i in range(3))
+    prefillers = tuple(prefill(f"p{i}", timing=data.draw(noisy), move_bytes_per_ms=data.draw(rate)) for i in range(3))
+    plan = cost_plan(FleetSnapshot(prefillers, decoders), {"d1": 9, "p2": 9}, request_id=data.draw(st.text(max_size=4)))
+    assert (plan.decode, plan.prefill) == ("d1", None)
+
+
+def test_a_machine_of_another_kind_is_believed() -> None:
+    slow = StepTiming(base_ms=100.0, per_token_ms=2.0)
+    fleet = FleetSnapshot((), (decode("d0"), decode("d1"), decode("d2", timing=slow)))
+    assert cost_plan(fleet, {"d2": 8}).decode != "d2"
+    assert cost_plan(fleet, {"d2": 10}).decode == "d2"

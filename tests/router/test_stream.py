@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -100,3 +101,12 @@ def test_ends_that_are_no_success_carry_an_error(finish: FinishReason) -> None:
     piece = stream.feed(delta(0, [], finish))
     assert piece is not None
     assert piece.error
+
+
+def test_prompt_logprobs_survive_a_stop_string_in_the_first_delta() -> None:
+    stream = ChoiceStream(0, TOKENIZER, OutputOptions(stop=("H",)), (), (END_ID,))
+    asked = replace(delta(0, TOKENIZER.encode("Hello")), prompt_logprobs=(None, TokenLogprob(1, -1.0)))
+    piece = stream.feed(asked)
+    assert piece is not None
+    assert piece.finish is FinishReason.STOP
+    assert piece.prompt_logprobs == asked.prompt_logprobs
