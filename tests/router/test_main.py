@@ -16,6 +16,10 @@ from tandem.config import child_environment
 COMMAND = (sys.executable, "-m", "tandem.cli", "router", "--control-port", "0", "--log-format", "json", "--port")
 
 
+def mapped_files(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
 async def start(port: int) -> asyncio.subprocess.Process:
     environment = child_environment({"PYTHONUNBUFFERED": "1"})
     return await asyncio.create_subprocess_exec(*COMMAND, str(port), stderr=asyncio.subprocess.PIPE, env=environment)
@@ -32,7 +36,7 @@ async def test_the_router_serves_and_stops_in_order() -> None:
             assert (await client.get("/health")).status_code == 200
             assert (await client.get("/ready")).status_code == 503
             assert "tandem_requests_running 0.0" in (await client.get("/metrics")).text
-        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in mapped_files(process.pid)
         process.send_signal(signal.SIGTERM)
         rest = (await process.stderr.read()).decode()
         assert await process.wait() == 0, rest

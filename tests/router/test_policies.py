@@ -236,7 +236,7 @@ def test_noise_in_measured_times_does_not_outweigh_a_cached_prefix(data: st.Data
     decoders = tuple(decode(f"d{i}", timing=data.draw(noisy), move_bytes_per_ms=data.draw(rate)) for i in range(3))
     prefillers = tuple(prefill(f"p{i}", timing=data.draw(noisy), move_bytes_per_ms=data.draw(rate)) for i in range(3))
     plan = cost_plan(FleetSnapshot(prefillers, decoders), {"d1": 9, "p2": 9}, request_id=data.draw(st.text(max_size=4)))
-    assert (plan.decode, plan.prefill) == ("d1", None)
+    assert plan.decode == "d1" and plan.prefill in (None, "p2")
 
 
 def test_a_machine_of_another_kind_is_believed() -> None:
