@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Iterable
 from wsgiref.simple_server import WSGIServer
 
@@ -50,17 +53,26 @@ class WorkerMetrics:
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))
         self._page: WSGIServer | None = None
+        self._host = ""
 
     def serve(self, host: str, port: int) -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""
         self._page, _ = start_http_server(port, addr=host, registry=self.registry)
+        self._host = host
         return int(self._page.server_port)
 
     def close(self) -> None:
-        """Ends the page. Blocks for half a second at most."""
-        if self._page is not None:
-            self._page.shutdown()
-            self._page.server_close()
+        """Ends the page. Blocks for half a second at most, in which its thread looks whether it is to end."""
+        if self._page is None:
+            return
+        ending = threading.Thread(target=self._page.shutdown)
+        ending.start()
+        # A connection wakes the page's thread at once.
+        with contextlib.suppress(OSError):
+            socket.create_connection((self._host, self._page.server_port), timeout=1.0).close()
+        ending.join()
+        self._page.server_close()
+        self._page = None
 
 
 class MoveCollector(Collector):

@@ -82,7 +82,7 @@ async def test_a_new_reader_gets_what_was_rewound_and_the_former_ends() -> None:
     outbox.mark(choice)
     outbox.flush()
     await read(messages)  # lost on the way
-    ended = asyncio.create_task(anext(messages, None))  # type: ignore[arg-type]
+    ended = asyncio.create_task(anext(messages, None))
     await asyncio.sleep(0)
     newer = outbox.attach()
     choice.rewind(4)
