@@ -19,7 +19,7 @@ from tandem.engine.protocols import PoolLike, RunnerLike
 from tandem.engine.scheduler import Plan, Scheduler
 from tandem.engine.sequence import Sampled, Seq, SeqState
 from tandem.errors import ContextTooLong
-from tandem.kv import Span
+from tandem.kv import KvLayout, Span
 from tandem.types import FinishReason
 
 
@@ -39,6 +39,11 @@ class Engine:
         self._clock = clock
         self._admitted = 0
         self._retractions = 0
+
+    @property
+    def layout(self) -> KvLayout:
+        """What one token's KV consists of."""
+        return self._pool.layout
 
     @property
     def capacity_tokens(self) -> int:

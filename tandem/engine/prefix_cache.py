@@ -45,7 +45,7 @@ class PrefixCache:
         self.evictable_pages = 0
         """Those that no handle keeps."""
         self.version = 0
-        """Raised whenever a match may have become longer."""
+        """Raised whenever a match may have become longer, or a duplicate may have been freed."""
         self._pool = pool
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[bytes, Node] = {}
@@ -93,7 +93,6 @@ class PrefixCache:
 
     def hold(self, node: Node) -> None:
         """One more handle on a node's path."""
-        self._tick += 1
         step: Node | None = node
         while step is not None:
             self._hold_one(step)
@@ -103,7 +102,6 @@ class PrefixCache:
         if node.refs == 0:
             self.evictable_pages -= len(node.pages)
         node.refs += 1
-        node.last_used = self._tick
 
     def release(self, node: Node) -> None:
         """Gives a handle back; pages without one may be evicted from now on."""
@@ -123,7 +121,7 @@ class PrefixCache:
 
         packed: their tokens. Where the tree has them already, its own pages are returned and the given ones freed.
         """
-        self._tick += 1
+        self.version += 1
         node, at, owned = handle, 0, list[int]()
         while at < len(packed):
             child = node.children.get(packed[at : at + self._page_bytes])
@@ -144,13 +142,12 @@ class PrefixCache:
     def _append(self, node: Node, packed: bytes, pages: list[int]) -> Node:
         """Adds pages after `node`: to it where nobody else uses it, else as a child with one handle."""
         if node.parent is None or node.children or node.refs > 1:
-            child = Node(node, node.end, refs=1, last_used=self._tick)
+            child = Node(node, node.end, refs=1)
             node.attach(packed[: self._page_bytes], child)
             node = child
         node.key += packed
         node.pages += pages
         self.num_pages += len(pages)
-        self.version += 1
         self._journal.grew(node)
         return node
 

@@ -59,7 +59,7 @@ class Node:
     refs: int = 0
     """Handles on this node or below it."""
     last_used: int = 0
-    """Tick of the last lock or unlock: the least goes first."""
+    """Tick of the last release: the least goes first."""
     hashes: list[BlockHash] = field(default_factory=list)
     """Hashes of the blocks that end in `key`, as far as they were announced."""
     children: dict[bytes, Node] = field(default_factory=dict)

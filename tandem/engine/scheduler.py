@@ -37,9 +37,7 @@ class Standstill:
     """Why nobody could be admitted in the last step. While it holds, sorting the queue again would change nothing."""
 
     changes: tuple[int, int]
-    """Versions of the queue and of the cache."""
-    available: int
-    """Pages; fewer cannot help."""
+    """Versions of the queue and of the cache; while both are the same, no page was given back."""
     until: float
     """When the next sequence becomes aged."""
 
@@ -210,7 +208,7 @@ class Scheduler:
     def _stands_still(self, now: float) -> bool:
         was = self._standstill
         self._standstill = None
-        if was is None or was.changes != self._versions() or self._memory.available > was.available or now >= was.until:
+        if was is None or was.changes != self._versions() or now >= was.until:
             return False
         self._standstill = was
         return True
@@ -220,7 +218,7 @@ class Scheduler:
         ageing_s = self._config.ageing_s
         young = (item.seq.arrival for item in self._queue.values() if not is_aged(item.seq, now, ageing_s))
         until = min(young, default=math.inf) + ageing_s
-        self._standstill = Standstill(self._versions(), self._memory.available, until)
+        self._standstill = Standstill(self._versions(), until)
 
     def _versions(self) -> tuple[int, int]:
         return self._changes, self._memory.cache.version
@@ -233,8 +231,7 @@ class Scheduler:
         def key(item: Queued) -> QueueKey:
             return queue_key(item.seq, item.ready, now, self._config.ageing_s)
 
-        rested = (item for item in self._queue.values() if item.seq not in plan.retracted)
-        return sorted((item for item in rested if not self._yields(item.seq, now)), key=key)
+        return sorted((item for item in self._queue.values() if not self._yields(item.seq, now)), key=key)
 
     def _yields(self, seq: Seq, now: float) -> bool:
         """Whether a sequence without pages has to leave them to an older one that waits for KV."""

@@ -138,12 +138,14 @@ def test_prompt_logprobs_compute_the_whole_prompt(budget: int) -> None:
 
 
 def test_prompt_logprobs_survive_retraction_in_mid_prompt() -> None:
-    engine, _, _ = make(pages=60, page_size=1, max_batch_tokens=6)
+    engine, _, runner = make(pages=53, page_size=1, max_batch_tokens=2)
     old = make_seq("old", [1, 2], max_tokens=50)
     engine.add(old)
     engine.step()
-    young = make_seq("young", PROMPT * 2, sampling=SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=2))
+    young = make_seq("young", PROMPT * 3, sampling=SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=2))
     run(engine, [young])
+    starts = [start for rows in runner.batches for name, start, _ in rows if name == "young"]
+    assert starts.index(0, 1) < young.prompt_len
     assert [output_of(old), output_of(young)] == [expected(old), expected(young)]
     assert young.prompt_logprobs == [None, *(TokenLogprob(token, -1.0) for token in young.tokens[1 : young.prompt_len])]
 

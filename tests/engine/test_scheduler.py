@@ -137,35 +137,51 @@ def test_what_others_computed_meanwhile_counts_in_the_queue() -> None:
     assert [bench.step()[0] for _ in range(3)] == [("a", 0, 5), ("c", 4, 1), ("b", 0, 6)]
 
 
-def test_an_aged_sequence_that_lacks_pages_keeps_younger_ones_from_taking_them() -> None:
-    bench = Bench(pages=8, page_size=4, ageing_s=1.0)
-    bench.add("runs", [1] * 12, max_tokens=4)
+def crowd() -> Bench:
+    """An engine with 20 pages, of which one that runs has four, and so 16 but for the pages it has to be left."""
+    bench = Bench(pages=20, page_size=4, ageing_s=1.0)
+    bench.add("runs", [1] * 12, max_tokens=20)
     bench.step()
-    large = bench.add("large", [2] * 20, max_tokens=4)
+    return bench
+
+
+def test_an_aged_sequence_that_lacks_pages_keeps_younger_ones_from_taking_them() -> None:
+    bench = crowd()
+    large = bench.add("large", [2] * 56, max_tokens=4)
+    reserved = make_seq("reserved", [4] * 3, max_tokens=1)
     bench.clock.now += 5.0
     bench.step()
-    assert bench.engine.scheduler.blocked is large
-    small = bench.add("small", [3] * 3, max_tokens=1)
-    reserved = make_seq("reserved", [4] * 3, max_tokens=1)
     assert bench.engine.reserve(reserved) is None
+    small = bench.add("small", [3] * 3, max_tokens=1)
     bench.step()
-    assert (small.state, large.state) == (SeqState.WAITING, SeqState.WAITING)
-    bench.engine.cancel("reserved")
-    bench.drain()
+    assert bench.states(large, small) == [SeqState.WAITING, SeqState.WAITING]
+    bench.engine.cancel("large")
+    assert bench.engine.reserve(reserved) == 0
+    bench.engine.landed(reserved, 0)
+    bench.drain(reserved, small)
 
 
 def test_an_older_sequence_that_waits_for_kv_and_pages_goes_before_younger_local_ones() -> None:
-    bench = Bench(pages=8, page_size=4, ageing_s=1.0)
-    bench.add("runs", [1] * 12, max_tokens=8)
-    bench.step()
-    moved = make_seq("moved", [2] * 20, max_tokens=4)
+    bench = crowd()
+    moved = make_seq("moved", [2] * 56, max_tokens=4)
     assert bench.engine.reserve(moved) is None
-    small = bench.add("small", [3] * 3, max_tokens=1)
     bench.clock.now += 5.0
+    small = bench.add("small", [3] * 3, max_tokens=1)
     bench.step()
-    assert small.state is SeqState.WAITING
+    assert bench.states(moved, small) == [SeqState.WAITING_KV, SeqState.WAITING]
+    assert bench.engine.reserve(make_seq("younger", [5], max_tokens=1)) is None
+    bench.engine.cancel("younger")
     bench.engine.landed(moved, 0)
     bench.drain(moved, small)
+
+
+def test_a_reservation_that_is_not_aged_yet_keeps_nobody_waiting() -> None:
+    bench = crowd()
+    assert bench.engine.reserve(make_seq("moved", [2] * 56, max_tokens=4)) is None
+    bench.add("small", [3] * 3, max_tokens=1)
+    assert ("small", 0, 3) in bench.step()
+    bench.engine.cancel("moved")
+    bench.drain()
 
 
 def test_retraction_takes_the_youngest_and_loses_no_token() -> None:
