@@ -8,7 +8,7 @@
 #   make clean    remove .venv and everything built
 #
 # Variables: PORT (demo), PY (an interpreter that has everything, instead of .venv), PYTEST_ARGS (test),
-# PIP_ARGS (every installation), TORCH_INDEX (where a CPU build of torch is looked for; empty for none).
+# PIP_ARGS (every installation; an --extra-index-url with CPU builds of torch saves gigabytes where there is no GPU).
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,7 +21,6 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 PYTEST_ARGS ?=
 PIP_ARGS ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 OUT ?= .
 BIN = $(abspath $(dir $(PY)))
 
@@ -54,15 +53,10 @@ $(VENV)/.created:
 	touch $@
 
 # Quiet but for the large downloads; everything is in the log, and its end is shown when something fails.
-# Without an NVIDIA driver a CPU build of torch is asked for, where its index can be reached.
 define install
 	@echo "Installing $(1) (once; log: $(VENV)/install.log)"; \
-	extra=(); \
-	if [ -n "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null && $(VENV)/bin/python -c \
-	  'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/torch/", timeout=5)' "$(TORCH_INDEX)" 2>/dev/null; \
-	then extra=(--extra-index-url "$(TORCH_INDEX)"); fi; \
 	if ! $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off $(PIP_ARGS) \
-	  "$${extra[@]}" -e "$(1)" 2>&1 | tee -a $(VENV)/install.log \
+	  -e "$(1)" 2>&1 | tee -a $(VENV)/install.log \
 	  | { grep --line-buffered -oE '(Downloading|Processing) .*torch-.*|Downloading .*\([0-9]{2,}[.0-9]* [MG]B\)|Building .*' || true; }; \
 	then echo "Installation failed:" >&2; tail -n 15 $(VENV)/install.log >&2; exit 1; fi
 endef
