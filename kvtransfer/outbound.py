@@ -141,7 +141,8 @@ class OutboundPair:
         try:
             view = self._sender.staging.view(taken, length)
             manifest = Manifest(WARM_TICKET, 0, 0, 0, 0, length, NO_DIGEST)
-            await self._sender.thread.write(self._link, view, grant.offset, manifest)
+            if self._closing is None:
+                await self._sender.thread.write(self._link, view, grant.offset, manifest)
         except (TransportError, TandemError) as error:
             self.shut(f"warm-up: {error}")
             await self._link_gone.wait()

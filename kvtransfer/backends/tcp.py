@@ -163,6 +163,7 @@ class TcpLink:
 
     def close(self) -> None:
         """Closes the connection and waits for the thread, which then reads the staging no more."""
+        self._error = "TCP: the link is closed"
         _hang_up(self._socket)
         self._frames.put(None)
         if self._thread.is_alive():
@@ -177,7 +178,7 @@ class TcpLink:
                 _receive(self._socket, ack)
                 self._done += 1
         except OSError as error:
-            self._error = f"TCP: {error}"
+            self._error = self._error or f"TCP: {error}"
 
 
 class TcpBackend:

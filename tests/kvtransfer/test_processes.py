@@ -165,6 +165,23 @@ async def test_a_killed_sender_ends_fetches_and_its_successor_serves(backend: Ba
         await eventually(lambda: not client.leaks())
 
 
+def test_the_memory_of_a_nixl_slab_is_only_ever_a_slab_again(backend: Backend) -> None:
+    if backend.name != "nixl":
+        pytest.skip("only NIXL's peers write into this process's addresses")
+    first = backend.landing("me", "peer", 1 << 16)
+    address = first.memory.ctypes.data
+    other = backend.landing("me", "peer", 1 << 16)
+    assert other.memory.ctypes.data != address
+    first.close()
+    first.close()
+    again = backend.landing("me", "another", 1 << 16)
+    fresh = backend.landing("me", "another", 1 << 16)
+    assert again.memory.ctypes.data == address
+    assert fresh.memory.ctypes.data not in (address, other.memory.ctypes.data)
+    for landing in (other, again, fresh):
+        landing.close()
+
+
 async def test_a_stopped_sender_is_given_up_after_its_lease(backend: Backend, receive: Receiver) -> None:
     async with sender(backend.name, cached=300) as peer:
         client = await receive(peer)

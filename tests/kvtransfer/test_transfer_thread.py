@@ -62,7 +62,8 @@ async def test_it_sleeps_while_nothing_is_open_and_polls_while_something_is(thre
     arrivals = Arrivals(landing, lambda _: None, lambda _: None)
     await thread.attach(arrivals)
     before = thread.polls
-    await asyncio.sleep(0.05)
+    for _ in range(5):
+        await thread.abandon(link)  # a round through the thread
     assert thread.polls == before
     arrivals.expect(Expected(TICKET, 0, 0, 0, 8, 0, 1024))
     thread.wake()
