@@ -17,6 +17,7 @@ from urllib.error import URLError
 
 import grpc
 
+from tandem import obs
 from tandem.cli.up import free_ports
 from tandem.config import child_environment
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
@@ -84,7 +85,10 @@ class Cluster:
 
     def metric(self, name: str) -> float:
         """Sum over all label values of a series on the router's page."""
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
+        page = self.get("/metrics")
+        family = name.removesuffix("_count").removesuffix("_total")
+        assert f"# TYPE {family}" in page, f"no metric {name}"
+        lines = [line for line in page.splitlines() if line.startswith((name + "{", name + " "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def wait_ready(self) -> None:
@@ -104,7 +108,7 @@ class Cluster:
         deadline = time.monotonic() + within_s
         while True:
             leaks = {process.name: self.audit(process) for process in alive}
-            inflight = self.metric("tandem_router_inflight_requests")
+            inflight = self.metric(obs.REQUESTS_RUNNING) + self.metric(obs.REQUESTS_QUEUED)
             if not any(leaks.values()) and inflight == 0:
                 return
             assert time.monotonic() < deadline, f"leaks: {leaks}, requests in flight at the router: {inflight}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from openai import APIError, AsyncOpenAI
 
+from tandem import obs
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, cluster
 
@@ -129,7 +130,7 @@ async def test_killing_a_decode_worker_harms_only_its_own(model: Path, tmp_path:
     with cluster(model, tmp_path, prefill=1, decode=2, worker_args=["--kv-mib", "16"]) as running:
         async with client(running) as openai:
             streams = [asyncio.create_task(_stream(openai, seed, 400)) for seed in range(16)]
-            while running.metric("tandem_router_time_to_first_token_seconds_count") < 16:
+            while running.metric(obs.FIRST_TOKEN_SECONDS + "_count") < 16:
                 await asyncio.sleep(0.02)
             running.workers["decode-0"].kill()
             results = await asyncio.gather(*streams)
