@@ -1,6 +1,6 @@
 """The same load on the same cores: disaggregated beside aggregated, alternating, medians.
 
-    python -m benchmarks.forms --rounds 3
+python -m benchmarks.forms --rounds 3
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMS = {
 START_S = 120.0
 
 
-def measure(model: str, form: tuple[str, ...], load: tuple[int, int, int, int, int]) -> Report:
+def measure(model: str, form: tuple[str, ...], concurrency: int, requests: int, shape: tuple[int, int, int]) -> Report:
     """Starts a cluster, warms it with a tenth of the load, measures, stops it."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -40,9 +40,9 @@ def measure(model: str, form: tuple[str, ...], load: tuple[int, int, int, int, i
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the cluster {' '.join(form)} did not start")
             time.sleep(0.2)
-        concurrency, requests, *rest = load
-        asyncio.run(run(url, concurrency, max(requests // 10, concurrency), *rest, seed=1))
-        return asyncio.run(run(url, concurrency, requests, *rest, seed=2))
+        prompt, output, shared = shape
+        asyncio.run(run(url, concurrency, max(requests // 10, concurrency), prompt, output, shared, seed=1))
+        return asyncio.run(run(url, concurrency, requests, prompt, output, shared, seed=2))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
@@ -71,11 +71,11 @@ def main(
     shared_tokens: int = 0,
 ) -> None:
     """Every form once a round, in turn; the table shows medians over rounds."""
-    load = (concurrency, requests, prompt_tokens, output_tokens, shared_tokens)
+    shape = (prompt_tokens, output_tokens, shared_tokens)
     found: dict[str, list[Report]] = {name: [] for name in FORMS}
     for _ in range(rounds):
         for name, form in FORMS.items():
-            found[name].append(measure(model, form, load))
+            found[name].append(measure(model, form, concurrency, requests, shape))
     title = f"{model}: {prompt_tokens} in ({shared_tokens} shared), {output_tokens} out, concurrency {concurrency}"
     show({name: medians(reports) for name, reports in found.items()}, f"{title}, medians of {rounds}")
 

@@ -1,6 +1,6 @@
 """A closed-loop load on any OpenAI-compatible endpoint: black box, over HTTP, streamed.
 
-    python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --requests 64 --prompt-tokens 300 --output-tokens 64
+python -m benchmarks.load --concurrency 8 --requests 64 --prompt-tokens 300 --output-tokens 64
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
 
 
 async def run(
-    url: str, concurrency: int, requests: int, prompt_tokens: int, output_tokens: int, shared_tokens: int, seed: int
+    url: str,
+    concurrency: int,
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    shared_tokens: int = 0,
+    seed: int = 0,
 ) -> Report:
     """`concurrency` clients, each sending its next request when the last one ended, until `requests` were sent."""
     rng = random.Random(seed)
@@ -132,7 +138,9 @@ def show(rows: dict[str, Report], title: str) -> None:
     for column in ("", *Report.__dataclass_fields__):
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values()))
+        table.add_row(
+            name, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values())
+        )
     Console(width=200).print(table)
     print(json.dumps({name: asdict(row) for name, row in rows.items()}))
 

@@ -18,6 +18,11 @@ from tandem.wire.v1 import decode_pb2, decode_pb2_grpc
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def attach(server: grpc.aio.Server, worker: DecodeWorker) -> None:
+    """Makes `server` answer the calls of `Decode`."""
+    decode_pb2_grpc.add_DecodeServicer_to_server(DecodeService(worker), server)
+
+
 class DecodeService(decode_pb2_grpc.DecodeServicer):
     """`Decode` of proto/tandem/wire/v1/decode.proto."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from decode_worker.moves import MoveLedger
 from decode_worker.prefill_client import PrefillClient
-from decode_worker.service import DecodeService
+from decode_worker.service import attach
 from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Hooks, Identity
@@ -17,7 +17,6 @@ from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from tandem.config import DecodeConfig
 from tandem.engine.output import StepOutput
-from tandem.wire.v1 import decode_pb2_grpc, handover_pb2_grpc
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
@@ -62,8 +61,8 @@ class DecodeServices:
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=Hooks(failed=hooks.failed),
         )
-        decode_pb2_grpc.add_DecodeServicer_to_server(DecodeService(self.worker), parts.server)
-        handover_pb2_grpc.add_HandOverServicer_to_server(self._handover, parts.server)
+        attach(parts.server, self.worker)
+        self._handover.attach(parts.server)
 
     def _pair(self, incarnation: str, address: str) -> PairClient:
         return PairClient(

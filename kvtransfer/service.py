@@ -54,6 +54,10 @@ class HandOverService(rpc.HandOverServicer):
         self._pairs: dict[Incarnation, OutboundPair] = {}
         self._closing = False
 
+    def attach(self, server: grpc.aio.Server) -> None:
+        """Makes `server` answer the calls of `HandOver`."""
+        rpc.add_HandOverServicer_to_server(self, server)
+
     async def Pair(  # type: ignore[override]  # a coroutine that writes is the other form gRPC takes
         self,
         request_iterator: AsyncIterator[pb.ToSender],

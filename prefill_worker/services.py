@@ -12,7 +12,6 @@ from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
 from tandem.config import PrefillConfig
 from tandem.engine.output import StepOutput
-from tandem.wire.v1 import handover_pb2_grpc
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
@@ -35,7 +34,7 @@ class PrefillServices:
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=Hooks(failed=lambda kind: parts.metrics.failures.labels(kind).inc()),
         )
-        handover_pb2_grpc.add_HandOverServicer_to_server(self._handover, parts.server)
+        self._handover.attach(parts.server)
 
     def on_step(self, output: StepOutput) -> None:
         """Passes on how far each prompt has come."""

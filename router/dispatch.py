@@ -24,7 +24,7 @@ from router.tails import TailMemory
 from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
-from tandem.kv import BLOCK_TOKENS, BlockHash, HashRoot, block_hashes
+from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
@@ -264,7 +264,7 @@ class Dispatcher:
             record.prefill_booking = self.fleet.book(chosen.prefill, load, blocks)
 
     def _release(self, record: OpenRequest) -> bool:
-        """Ends the bookings; whether the decode worker's was still open: its last status does not include the request."""
+        """Ends the bookings; whether the decode worker's was open: its last status does not include the request."""
         unreported = self.fleet.release(record.decode_booking)
         self.fleet.release(record.prefill_booking)
         record.decode_booking = record.prefill_booking = None

@@ -54,7 +54,7 @@ class LoadLedger:
         return self._booked + self._ended
 
     def ended(self, load: Load) -> None:
-        """A request that the last status includes has ended: without this, a worker would look busy to its own next turn."""
+        """A request that the last status includes has ended: else a worker looks busy to its own next turn."""
         self._ended += load.negated()
 
     def observe(self, events: Iterable[CacheEvent]) -> None:

@@ -1,6 +1,7 @@
-"""What finished requests left behind a worker's last whole block: the router's own knowledge, since events speak of whole blocks only.
+"""What finished requests left behind a worker's last whole block.
 
-Without it the second turn of a short conversation could not be told from any other request, and would go anywhere.
+It is the router's own knowledge, since events speak of whole blocks only. Without it the second turn of a short
+conversation could not be told from any other request, and would go anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Tail:
 
 
 class TailMemory:
-    """Tails by the hash of the block before them (the root's digest at a sequence's start). Bounded; the least recent go first.
+    """Tails by the hash of the block before them (the root's digest at the start). Bounded; the least recent go.
 
     clock: seconds, monotonic.
     """
@@ -51,7 +52,7 @@ class TailMemory:
         self.add(worker, (hashes or [parent])[-1] or chain.root, sequence[whole:])
 
     def add(self, worker: Incarnation, parent: bytes, tokens: TokenIds) -> None:
-        """A worker has `tokens` after block `parent`. Tails that differ in their first token are kept beside each other."""
+        """A worker has `tokens` after block `parent`. Tails with different first tokens are kept beside each other."""
         key = (parent, worker, tokens[0] if tokens else -1)
         self._forget(key)
         self._tails[key] = Tail(worker, tokens, self._clock())
@@ -60,7 +61,7 @@ class TailMemory:
             self._forget(next(iter(self._tails)))
 
     def extend(self, matches: Mapping[Incarnation, int], chain: Chain, prompt: TokenIds) -> dict[Incarnation, int]:
-        """Tokens at the prompt's front that each worker has: what the index knows (in blocks), and the tails behind it."""
+        """Tokens at the prompt's front that each worker has: what the index knows (blocks), and tails behind it."""
         tokens = {worker: blocks * BLOCK_TOKENS for worker, blocks in matches.items()}
         trusted_after = self._clock() - AHEAD_OF_EVENTS_S
         for blocks, parent in enumerate((chain.root, *chain.hashes)):

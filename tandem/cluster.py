@@ -1,4 +1,4 @@
-"""The nouns of the cluster: who is there, what they report, what is decided and what is leased. Standard library only."""
+"""The nouns of the cluster: who is there, what is reported, decided and leased. Standard library only."""
 
 from __future__ import annotations
 

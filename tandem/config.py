@@ -1,4 +1,4 @@
-"""The settings of every process: one schema for flags, environment (`TANDEM_*`) and YAML, and the only reader of the environment.
+"""The settings of every process: one schema for flags, environment (`TANDEM_*`) and YAML; the only environment reader.
 
 Precedence: flag, then environment, then the YAML file named by `--config`, then the default.
 """
@@ -56,28 +56,40 @@ class RouterConfig(_Settings):
     """`tandem router`"""
 
     model: str | None = Field(None, description="model folder or hub id; default: what the workers report")
-    served_model_name: str | None = Field(None, description="name clients use; default: the last part of the model's path")
+    served_model_name: str | None = Field(
+        None, description="name clients use; default: the last part of the model's path"
+    )
     host: str = Field("127.0.0.1", description="address of the HTTP port")
     port: Port = Field(8000, description="HTTP port")
     control_host: str = Field("127.0.0.1", description="address of the gRPC port that workers register at")
     control_port: Port = Field(8001, description="gRPC port that workers register at")
     workers: tuple[str, ...] = Field((), description="host:port of workers, for clusters without registration")
-    policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field("cost", description="how plans are made")
+    policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
+        "cost", description="how plans are made"
+    )
     cluster_key: str = Field("tandem", description="part of every block hash; equal on all processes of a cluster")
     max_body_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="largest request body, MiB")
     max_inflight: Annotated[int, Field(ge=1)] = Field(1024, description="requests admitted at once; more get 429")
     index_max_blocks: Annotated[int, Field(ge=1)] = Field(4_000_000, description="blocks the prefix index keeps")
-    index_max_age_s: Annotated[float, Field(gt=0)] = Field(14_400.0, description="seconds an unused index entry is kept")
+    index_max_age_s: Annotated[float, Field(gt=0)] = Field(
+        14_400.0, description="seconds an unused index entry is kept"
+    )
     lease_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds after which a silent worker is forgotten")
-    stream_queue: Annotated[int, Field(ge=1)] = Field(4096, description="tokens buffered for one slow reader before it is cut")
-    retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="other workers tried before a first token was made")
+    stream_queue: Annotated[int, Field(ge=1)] = Field(
+        4096, description="tokens buffered for one slow reader before it is cut"
+    )
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        2, description="other workers tried before a first token was made"
+    )
 
 
 class WorkerConfig(_Settings):
     """Settings that both kinds of worker share."""
 
     model: str = Field(description="model folder or hub id")
-    served_model_name: str | None = Field(None, description="name clients use; default: the last part of the model's path")
+    served_model_name: str | None = Field(
+        None, description="name clients use; default: the last part of the model's path"
+    )
     host: str = Field("127.0.0.1", description="address of the gRPC port")
     port: Port = Field(0, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one")
@@ -92,31 +104,49 @@ class WorkerConfig(_Settings):
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
     max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
     max_waiting: Annotated[int, Field(ge=1)] = Field(1024, description="requests queued before more get 429")
-    ageing_s: Annotated[float, Field(gt=0)] = Field(2.0, description="wait after which a request goes first, whatever its prefix")
+    ageing_s: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="wait after which a request goes first, whatever its prefix"
+    )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="compute threads; 0 takes all cores")
     transport: Transport = Field("auto", description="KV backend; auto takes nixl where it is installed, else tcp")
-    lease_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds after which a silent peer or router is given up")
+    lease_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="seconds after which a silent peer or router is given up"
+    )
     quiesce_s: Annotated[float, Field(gt=0)] = Field(5.0, description="seconds to wait for a peer's `quiesced`")
 
 
 class PrefillConfig(WorkerConfig):
     """`tandem prefill`"""
 
-    staging_mib: Annotated[float, Field(gt=0)] = Field(32.0, description="registered memory that spans are sent from, MiB")
+    staging_mib: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="registered memory that spans are sent from, MiB"
+    )
 
 
 class DecodeConfig(WorkerConfig):
     """`tandem decode`"""
 
-    staging_mib: Annotated[float, Field(gt=0)] = Field(8.0, description="registered memory that spans are sent from, MiB")
+    staging_mib: Annotated[float, Field(gt=0)] = Field(
+        8.0, description="registered memory that spans are sent from, MiB"
+    )
     slab_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="landing slab for each prefill worker, MiB")
-    slabs_max_mib: Annotated[float, Field(gt=0)] = Field(256.0, description="landing slabs in all; over it the worker drains and exits")
+    slabs_max_mib: Annotated[float, Field(gt=0)] = Field(
+        256.0, description="landing slabs in all; over it the worker drains and exits"
+    )
     span_tokens: Annotated[int, Field(ge=1)] = Field(256, description="tokens pushed at once")
-    local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(32, description="misses up to this are always computed locally")
-    queue_deadline_s: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds a prefill worker may queue a ticket")
-    handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds for connecting to a prefill worker")
-    transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds without progress of an open ticket")
+    local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
+        32, description="misses up to this are always computed locally"
+    )
+    queue_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="seconds a prefill worker may queue a ticket"
+    )
+    handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="seconds for connecting to a prefill worker"
+    )
+    transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="seconds without progress of an open ticket"
+    )
 
 
 class UpConfig(_Settings):
@@ -127,12 +157,16 @@ class UpConfig(_Settings):
     decode: Annotated[int, Field(ge=1, le=64)] = Field(1, description="decode workers")
     port: Port = Field(8000, description="HTTP port of the router")
     host: str = Field("127.0.0.1", description="address of the HTTP port")
-    served_model_name: str | None = Field(None, description="name clients use; default: the last part of the model's path")
+    served_model_name: str | None = Field(
+        None, description="name clients use; default: the last part of the model's path"
+    )
     dtype: Dtype = Field("auto", description="weights and KV; auto takes the checkpoint's")
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = Field(16, description="tokens in a KV page")
     kv_mib: Annotated[float, Field(gt=0)] = Field(256.0, description="memory for KV pages of each worker, MiB")
     transport: Transport = Field("auto", description="KV backend; auto takes nixl where it is installed, else tcp")
-    policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field("cost", description="how plans are made")
+    policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
+        "cost", description="how plans are made"
+    )
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

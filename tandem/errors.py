@@ -1,17 +1,17 @@
 """The exception tree, and the one table that maps it to HTTP and gRPC.
 
-    TandemError
-    ├── BadRequest            the client's fault: 400
-    │   ├── ContextTooLong
-    │   ├── UnknownModel      404
-    │   └── TooLarge          413
-    ├── Overloaded            429: try again later
-    ├── Unavailable           503: no worker can serve this now
-    ├── WorkerLost            502: the worker died and the request could not go on
-    ├── Fenced                a message of an old attempt or incarnation
-    ├── CheckpointError       start-up: the checkpoint cannot be served
-    ├── ConfigError           start-up: a setting is wrong
-    └── Internal              500
+TandemError
+├── BadRequest            the client's fault: 400
+│   ├── ContextTooLong
+│   ├── UnknownModel      404
+│   └── TooLarge          413
+├── Overloaded            429: try again later
+├── Unavailable           503: no worker can serve this now
+├── WorkerLost            502: the worker died and the request could not go on
+├── Fenced                a message of an old attempt or incarnation
+├── CheckpointError       start-up: the checkpoint cannot be served
+├── ConfigError           start-up: a setting is wrong
+└── Internal              500
 """
 
 from __future__ import annotations

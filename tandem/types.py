@@ -144,7 +144,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice of one request. `first_index` counts output tokens, so that a reader can drop repeats."""
+    """New tokens of one choice. `first_index` counts output tokens, so that a reader can drop repeats."""
 
     request_id: str
     attempt: int

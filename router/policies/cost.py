@@ -98,7 +98,7 @@ def _rounded(cost: float) -> float:
 class _Coefficients:
     """Measured coefficients: the fleet's typical ones, and a worker's own where it is clearly another kind of machine.
 
-    Two equal workers never measure the same. Taken at their word, a millisecond of noise would outweigh a cached prefix.
+    Two equal workers never measure the same: taken at their word, noise would outweigh a cached prefix.
     """
 
     def __init__(self, fleet: FleetSnapshot) -> None:

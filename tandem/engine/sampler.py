@@ -180,9 +180,7 @@ def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
         logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = -torch.inf
 
 
-def _output_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq]
-) -> list[TokenLogprob | None]:
+def _output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq]) -> list[TokenLogprob | None]:
     asked = {row: seq.sampling.logprobs for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
     found: list[TokenLogprob | None] = [None] * len(seqs)
     if asked:

@@ -26,8 +26,8 @@ class SeqState(Enum):
 class Seq:
     """A token sequence, what is computed of it, and the pages that hold its KV.
 
-    Invariants (checked by `check`): `computed <= len(tokens)`; pages cover at least `computed` tokens; only the last token of a
-    decoding sequence is not computed.
+    Invariants (checked by `check`): `computed <= len(tokens)`; pages cover at least `computed` tokens; only the last
+    token of a decoding sequence is not computed.
     """
 
     seq_id: str
@@ -56,7 +56,7 @@ class Seq:
     pages: list[int] = field(default_factory=list)
     """Page numbers, in token order; token p lies at slot `pages[p // page_size] * page_size + p % page_size`."""
     shared_pages: int = 0
-    """The first so many pages belong to the prefix cache (referenced through `node`), the rest to the sequence alone."""
+    """The first so many pages belong to the prefix cache (held through `node`), the rest to the sequence alone."""
     node: object | None = None
     """The prefix cache's handle that keeps the shared pages from being evicted."""
     cached_tokens: int = 0

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -23,7 +24,12 @@ from tandem.config import child_environment
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 
 START_S = 60.0
-THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @dataclass
@@ -92,10 +98,21 @@ class Cluster:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def wait_ready(self) -> None:
-        """Waits until the router is ready and every worker that lives answers."""
+        """Waits until every worker answers and the router sees them all."""
         self._until(lambda: "ready" in self.get("/ready"), "the router is not ready")
         for process in self.workers.values():
-            self._until(lambda process=process: self.audit(process) is not None, f"{process.name} does not answer")  # type: ignore[misc]
+            self._until(partial(self.answers, process), f"{process.name} does not answer")
+
+        self._until(self.complete, "the router does not see every worker")
+
+    def complete(self) -> bool:
+        """Whether the router's page shows as many workers as there are."""
+        return self.get("/metrics").count("\ntandem_fleet_pages{") == len(self.workers)
+
+    def answers(self, process: Process) -> bool:
+        """Whether a worker answers; raises grpc.RpcError when it does not."""
+        self.audit(process)
+        return True
 
     def audit(self, process: Process) -> list[str]:
         """What a worker still holds; raises grpc.RpcError when it does not answer."""
@@ -116,16 +133,17 @@ class Cluster:
 
     def logs(self) -> str:
         """The end of every process's output."""
-        parts = []
-        for process in (self.router, *self.workers.values()):
-            parts.append(f"--- {process.name}\n" + "\n".join(process.log.read_text().splitlines()[-40:]))
-        return "\n".join(parts)
+        processes = (self.router, *self.workers.values())
+        ends = (process.log.read_text().splitlines()[-40:] for process in processes)
+        return "\n".join(
+            line for process, end in zip(processes, ends, strict=True) for line in (f"--- {process.name}", *end)
+        )
 
-    def _until(self, condition: object, message: str) -> None:
+    def _until(self, condition: Callable[[], bool], message: str) -> None:
         deadline = time.monotonic() + START_S
         while True:
             with contextlib.suppress(URLError, grpc.RpcError, ConnectionError, TimeoutError):
-                if condition():  # type: ignore[operator]
+                if condition():
                     return
             dead = [p.name for p in (self.router, *self.workers.values()) if p.popen and p.popen.poll() is not None]
             assert not dead and time.monotonic() < deadline, f"{message}; ended: {dead}\n{self.logs()}"

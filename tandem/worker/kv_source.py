@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,10 @@ class _Held:
     seq: Seq
     on_progress: Callable[[int], None]
     reported: int = 0
+    """The most ever told; it never goes back."""
+    computed: int = 0
+    """What can be exported now."""
+    advanced: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class EngineKvSource:
@@ -74,35 +78,52 @@ class EngineKvSource:
         return cached
 
     def _begin(self, seq: Seq) -> int:
-        cached = self._engine.match_len(seq.root, seq.tokens)
-        if not self._computes and cached < len(seq.tokens):
+        if not self._computes and (cached := self._engine.match_len(seq.root, seq.tokens)) < len(seq.tokens):
             raise Unavailable(f"only {cached} of {len(seq.tokens)} tokens are cached here")
         self._engine.add(seq)
         # What is cached can be sent before the rest had its turn.
-        self._engine.open_cached(seq)
-        return min(cached, len(seq.tokens))
+        return self._engine.open_cached(seq)
 
     def on_step(self, output: StepOutput) -> None:
         """Passes on how far each open ticket has come; called on the event loop after every step."""
+        for seq in output.retracted:
+            # It gave its pages to an older sequence and is computed again in its turn.
+            if (held := self._held.get(seq.seq_id)) is not None:
+                held.computed = 0
         for progress in output.progress:
             self._report(progress.seq.seq_id, progress.computed)
 
     def _report(self, ticket_id: str, computed: int) -> None:
         held = self._held.get(ticket_id)
-        if held is not None and computed > held.reported:
+        if held is None:
+            return
+        held.computed = max(held.computed, computed)
+        held.advanced.set()
+        if computed > held.reported:
             held.reported = computed
             held.on_progress(computed)
 
     async def export(self, ticket_id: str, span: Span, out: np.ndarray | memoryview) -> None:
         """Copies a computed span in canonical order into `out`, `layout.span_bytes(span.count)` bytes."""
-        held = self._held.get(ticket_id)
-        if held is None:
-            raise Unavailable(f"ticket {ticket_id} is closed")
-        await self._thread.call(self._engine.export_span, held.seq, span, out)
+        while (held := self._held.get(ticket_id)) is not None:
+            held.advanced.clear()
+            if held.computed >= span.end and await self._thread.call(self._export, held.seq, span, out):
+                return
+            await held.advanced.wait()
+        raise Unavailable(f"ticket {ticket_id} is closed")
+
+    def _export(self, seq: Seq, span: Span, out: np.ndarray | memoryview) -> bool:
+        """False when the pages were given away in this moment: they will be computed again."""
+        if seq.computed < span.end:
+            return False
+        self._engine.export_span(seq, span, out)
+        return True
 
     async def close(self, ticket_id: str) -> None:
         """Lets go of the ticket's pages, whatever its state; idempotent."""
-        if self._held.pop(ticket_id, None) is not None:
+        held = self._held.pop(ticket_id, None)
+        if held is not None:
+            held.advanced.set()
             await self._thread.call(self._engine.cancel, ticket_id)
 
     def leaks(self) -> list[str]:

@@ -22,12 +22,11 @@ from tandem.engine.output import EngineStatus, StepOutput
 from tandem.errors import ConfigError
 from tandem.kv import HashRoot, KvLayout
 from tandem.types import ModelInfo
-from tandem.wire.v1 import worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
-from tandem.worker.service import SERVER_OPTIONS, WorkerService
+from tandem.worker.service import SERVER_OPTIONS, WorkerService, attach
 from tandem.worker.timing import TimingFit
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ class WorkerProcess:
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
         parts = Parts(self.info, root, self.engine, self.thread, self.metrics, self.publisher, self.server)
         self.services = self._build(parts)
-        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self.info, self.publisher, self.leaks), self.server)
+        attach(self.server, WorkerService(self.info, self.publisher, self.leaks))
         self.thread.start()
         await self.server.start()
         self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background()]

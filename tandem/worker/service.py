@@ -22,6 +22,11 @@ SERVER_OPTIONS = (
 """Without SO_REUSEPORT a taken port is an error; prompts of a million tokens fit into a message."""
 
 
+def attach(server: grpc.aio.Server, service: WorkerService) -> None:
+    """Makes `server` answer the calls of `Worker`."""
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+
+
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """`Worker` of proto/tandem/wire/v1/worker.proto."""
 

@@ -10,8 +10,19 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 NOUNS = {"tandem/types.py", "tandem/kv.py", "tandem/cluster.py", "tandem/errors.py"}
-MESSAGE_MODULES = {"service", "dispatch", "fleet", "prefill_client", "publish", "codec"}
-MESSAGE_PACKAGES = ("kvtransfer/", "tandem/wire/", "tests/")
+MESSAGE_MODULES = {
+    "service",
+    "dispatch",
+    "dispatch_stream",
+    "fleet",
+    "fleet_link",
+    "prefill_client",
+    "publish",
+    "register",
+    "registry",
+    "codec",
+}
+MESSAGE_PACKAGES = ("kvtransfer/", "tandem/wire/", "tandem/testing/", "tests/")
 
 
 def _imported(text: str) -> list[str]:

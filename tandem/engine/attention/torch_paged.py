@@ -106,9 +106,7 @@ class TorchPagedAttention:
 class TorchPagedPlan:
     """See `AttentionPlan`."""
 
-    def __init__(
-        self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket], workspace: torch.Tensor
-    ) -> None:
+    def __init__(self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket], workspace: torch.Tensor) -> None:
         self._pool = pool
         self._slots = slots
         self._buckets = buckets
