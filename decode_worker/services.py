@@ -20,12 +20,14 @@ from tandem.engine.output import StepOutput
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
+SLAB_CHECK_S = 1.0
+
 
 class DecodeServices:
     """`RoleServices` of a decode worker."""
 
     def __init__(self, config: DecodeConfig, transports: Chosen, parts: Parts) -> None:
-        self._config = config
+        self._give_up = parts.give_up
         self._backend = transports.preferred
         self._identity = Identity.of(parts.info)
         self._transfers = TransferThread()
@@ -93,7 +95,17 @@ class DecodeServices:
 
     def background(self) -> Sequence[asyncio.Task[None]]:
         """Lease keeping."""
-        return (asyncio.create_task(self.worker.sweep()),)
+        return (asyncio.create_task(self.worker.sweep()), asyncio.create_task(self._watch_slabs()))
+
+    async def _watch_slabs(self) -> None:
+        """Drains and gives up when quarantined slabs leave no room for new ones: only a new process has new memory."""
+        while True:
+            await asyncio.sleep(SLAB_CHECK_S)
+            if self._budget.stuck:
+                self.worker.draining = True
+                if not self.worker.open_requests:
+                    self._give_up(f"{self._budget.quarantined_bytes} bytes of landing slabs are quarantined")
+                    await asyncio.Event().wait()
 
     async def finish(self) -> None:
         """Ends every request."""

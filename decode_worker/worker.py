@@ -291,6 +291,11 @@ class DecodeWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    @property
+    def open_requests(self) -> int:
+        """Requests admitted and not yet ended."""
+        return sum(not record.finished for record in self._requests.values())
+
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""
         open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]

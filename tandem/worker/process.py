@@ -80,6 +80,8 @@ class Parts:
     metrics: WorkerMetrics
     publisher: Publisher
     server: grpc.aio.Server
+    give_up: Callable[[str], None]
+    """Ends the process with an error: the role cannot go on. A supervisor starts it anew."""
 
 
 Build = Callable[[Parts], RoleServices]
@@ -112,7 +114,9 @@ class WorkerProcess:
         self.info = self._describe(model, loaded.layout, port, threads)
         root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
-        parts = Parts(self.info, root, self.engine, self.thread, self.metrics, self.publisher, self.server)
+        parts = Parts(
+            self.info, root, self.engine, self.thread, self.metrics, self.publisher, self.server, self._give_up
+        )
         self.services = self._build(parts)
         attach(self.server, WorkerService(self.info, self.publisher, self.leaks))
         self.thread.start()
@@ -165,6 +169,11 @@ class WorkerProcess:
             self.metrics.retractions.inc(len(output.retracted))
         self.services.on_step(output)
         self.publisher.poke()
+
+    def _give_up(self, reason: str) -> None:
+        log.error("this worker cannot go on: %s", reason)
+        self.failed = True
+        self.stopping.set()
 
     def _on_failure(self, error: BaseException) -> None:
         self.failed = True
