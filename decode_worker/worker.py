@@ -19,7 +19,7 @@ from tandem.engine.output import SeqOutput, StepOutput
 from tandem.engine.sequence import SeqState
 from tandem.errors import Fenced
 from tandem.kv import HashRoot, block_hashes
-from tandem.types import FinishReason, GenerateRequest
+from tandem.types import FinishReason, GenerateRequest, TokenIds
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
@@ -104,14 +104,9 @@ class DecodeWorker:
             )
             and request.sampling.prompt_logprobs is None
         )
-        self._promise(record, root)
+        self._announce(EventKind.PROMISED, root, request.prompt)
         self._start(record, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
-
-    def _promise(self, record: Request, root: bytes) -> None:
-        hashes = tuple(block_hashes(root, record.request.prompt))
-        self._publisher.announce((CacheEvent(EventKind.PROMISED, hashes),))
-        self._publisher.poke()
 
     def _start(self, record: Request, targets: Sequence[Target]) -> None:
         request_id = record.request.request_id
@@ -233,7 +228,12 @@ class DecodeWorker:
         """Takes the promise back; what was stored meanwhile stays stored."""
         request = record.request
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
-        self._publisher.announce((CacheEvent(EventKind.WITHDRAWN, tuple(block_hashes(root, request.prompt))),))
+        self._announce(EventKind.WITHDRAWN, root, request.prompt)
+
+    def _announce(self, kind: EventKind, root: bytes, prompt: TokenIds) -> None:
+        # Without a cache nothing is ever stored, and no promise would be kept.
+        if self._config.prefix_cache and (hashes := tuple(block_hashes(root, prompt))):
+            self._publisher.announce((CacheEvent(kind, hashes),))
         self._publisher.poke()
 
     # Routers --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class PromisingSource:
             raise Overloaded(f"{len(self._promised)} prompts wait here; at most {self._max_waiting} are taken")
         hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
         self._promised[ticket_id] = hashes
-        self._publisher.announce((CacheEvent(EventKind.PROMISED, hashes),))
+        self._announce(EventKind.PROMISED, hashes)
         cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress)
         self._metrics.prompt_tokens.inc(len(tokens))
         self._metrics.prefix_hits.labels("prefill").inc(cached)
@@ -51,8 +51,13 @@ class PromisingSource:
 
     async def close(self, ticket_id: str) -> None:
         """See `KvSource.close`. What was stored closed its promise; the rest is taken back."""
-        hashes = self._promised.pop(ticket_id, ())
+        hashes = self._promised.pop(ticket_id, None)
+        if hashes is None:  # refused before the engine heard of it
+            return
         await self._source.close(ticket_id)
+        self._announce(EventKind.WITHDRAWN, hashes)
+
+    def _announce(self, kind: EventKind, hashes: tuple[BlockHash, ...]) -> None:
         if hashes:
-            self._publisher.announce((CacheEvent(EventKind.WITHDRAWN, hashes),))
+            self._publisher.announce((CacheEvent(kind, hashes),))
             self._publisher.poke()
