@@ -141,10 +141,10 @@ class Pair:
         """Cancels; whether the worker knew the request."""
         return bool((await self.stub.Cancel(decode_pb2.CancelRequest(request_id=request_id))).known)
 
-    async def stop_prefill(self, index: int) -> None:
-        """Ends a prefill worker, which stays in the list of those that are named."""
-        self._gone.append(self.prefill[index])
-        await self.prefill[index].stop()
+    async def stop(self, worker: WorkerProcess) -> None:
+        """Ends a worker in an orderly way; a prefill worker stays among those that are named."""
+        self._gone.append(worker)
+        await worker.stop()
 
     async def check_leaks(self, within_s: float = 5.0) -> None:
         """Raises AssertionError unless all workers soon hold nothing, and their stores are sound."""
@@ -192,5 +192,5 @@ async def pair(
         if decode in started:
             await made.disconnect()
         for worker in reversed(started):
-            if not worker.stopping.is_set():
+            if worker not in made._gone:
                 await worker.stop()

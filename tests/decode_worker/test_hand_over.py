@@ -105,7 +105,7 @@ async def test_a_sender_that_is_gone_is_passed_over(stopped: int, small_model: P
     async with pair(small_model, prefill=2, decode_settings=SPANS) as workers:
         tokens = await expected(workers)
         for index in range(stopped):
-            await workers.stop_prefill(index)
+            await workers.stop(workers.prefill[index])
         (answer,) = await workers.generate(PROMPT, GREEDY)
         assert usage_of(answer, tokens).moved_tokens == (199 if stopped == 1 else 0)
         assert failures(workers) == stopped
@@ -132,7 +132,7 @@ async def test_a_sender_that_stops_in_the_middle_is_made_up_for(
         await exports.reached.wait()
         while len(landed) < 2:
             await asyncio.sleep(0.001)
-        stopping = asyncio.create_task(workers.stop_prefill(0))
+        stopping = asyncio.create_task(workers.stop(workers.prefill[0]))
         (answer,) = await workers.answer(name)
         exports.open.set()
         await stopping

@@ -1,0 +1,175 @@
+"""Updates come to every watcher in one order without a gap; a watcher that lags is cut alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, cast
+
+import pytest
+
+from tandem.cluster import CacheEvent, EventKind, Status, WorkerUpdate
+from tandem.kv import block_hashes
+from tandem.testing.engine import make_seq
+from tandem.worker import publish
+from tandem.worker.publish import MAX_BACKLOG, Publisher
+
+PROMPT = tuple(range(40)) * 4
+HASHES = tuple(block_hashes(b"root", PROMPT))
+PROMISE = CacheEvent(EventKind.PROMISED, (b"p" * 16,))
+
+
+class Rigs(Protocol):
+    def __call__(
+        self, pages: int = 64, page_size: int = 16, start: bool = True
+    ) -> AbstractAsyncContextManager[Any]: ...
+
+
+Updates = AsyncGenerator[WorkerUpdate, None]
+
+
+@asynccontextmanager
+async def publishing(rig: Any, patch: pytest.MonkeyPatch) -> AsyncIterator[Publisher]:
+    """A publisher that runs, without the pause between two publications."""
+    patch.setattr(publish, "INTERVAL_S", 0.0)
+    publisher = Publisher("i" * 32, rig.engine, rig.thread, lambda now: Status("i" * 32, free_pages=now.free_pages))
+    running = asyncio.create_task(publisher.run())
+    try:
+        yield publisher
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def watch(publisher: Publisher) -> Updates:
+    return cast(Updates, publisher.watch())
+
+
+async def compute(rig: Any, name: str, prompt: tuple[int, ...] = PROMPT) -> None:
+    """Runs a sequence to its end."""
+    await rig.thread.call(rig.engine.add, make_seq(name, prompt, max_tokens=1))
+    while not any(made.seq.seq_id == name and made.finish for step in rig.steps for made in step.outputs):
+        await asyncio.sleep(0.001)
+
+
+async def take(updates: Updates, kind: EventKind) -> tuple[list[int], list[CacheEvent]]:
+    """Sequence numbers and events up to the first update with an event of a kind."""
+    numbers, events = list[int](), list[CacheEvent]()
+    async with asyncio.timeout(10):
+        async for update in updates:
+            numbers.append(update.sequence)
+            events += update.events
+            if any(event.kind is kind for event in update.events):
+                return numbers, events
+    raise AssertionError("the subscription ended")
+
+
+def stored(events: list[CacheEvent]) -> list[bytes]:
+    return [each for event in events if event.kind is EventKind.STORED for each in event.hashes]
+
+
+async def test_a_snapshot_then_every_change_numbered_without_a_gap(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        updates = watch(publisher)
+        first = await anext(updates)
+        assert (first.sequence, first.snapshot, first.events) == (0, True, ())
+        assert first.status == Status("i" * 32, free_pages=64)
+        publisher.announce((PROMISE,))
+        await compute(rig, "a")
+        publisher.poke()
+        numbers, events = await take(updates, EventKind.STORED)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert events[0] == PROMISE
+        assert stored(events) == list(HASHES)
+        await updates.aclose()
+
+
+async def test_who_comes_later_gets_the_whole_cache_and_the_same_future(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        early = watch(publisher)
+        await anext(early)
+        await compute(rig, "a")
+        late = watch(publisher)
+        snapshot = await anext(late)
+        assert snapshot.snapshot
+        assert stored(list(snapshot.events)) == list(HASHES)
+        publisher.announce((PROMISE,))
+        _, events = await take(early, EventKind.PROMISED)
+        assert stored(events) == list(HASHES), "what the snapshot showed one watcher, another one heard"
+        numbers, events = await take(late, EventKind.PROMISED)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert stored(events) == []
+        await early.aclose()
+        await late.aclose()
+
+
+async def test_evicted_blocks_are_told(rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig_maker(pages=12) as rig, publishing(rig, monkeypatch) as publisher:
+        updates = watch(publisher)
+        await anext(updates)
+        await compute(rig, "a")
+        publisher.poke()
+        await take(updates, EventKind.STORED)
+        await compute(rig, "b", tuple(reversed(PROMPT)))
+        publisher.poke()
+        _, events = await take(updates, EventKind.EVICTED)
+        assert {each for event in events if event.kind is EventKind.EVICTED for each in event.hashes} == set(HASHES)
+        await updates.aclose()
+
+
+async def test_a_watcher_that_lags_ends_and_the_other_goes_on(rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        slow, quick = watch(publisher), watch(publisher)
+        await anext(slow)
+        await anext(quick)
+        seen = 0
+        for _ in range(MAX_BACKLOG + 1):
+            publisher.announce((PROMISE,))
+            update = await anext(quick)
+            seen += len(update.events)
+        assert seen == MAX_BACKLOG + 1
+        numbers = [update.sequence async for update in slow]
+        assert numbers == list(range(1, MAX_BACKLOG + 1)), "it gets what it had, then the end: it subscribes anew"
+        publisher.announce((PROMISE,))
+        assert (await anext(quick)).events == (PROMISE,)
+        await quick.aclose()
+
+
+async def test_a_status_comes_even_when_nothing_happens(rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "HEARTBEAT_S", 0.01)
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        updates = watch(publisher)
+        for _ in range(4):
+            assert (await anext(updates)).status == Status("i" * 32, free_pages=64)
+        await updates.aclose()
+
+
+async def test_a_watcher_that_left_is_forgotten(rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        updates = watch(publisher)
+        await anext(updates)
+        assert len(publisher._watchers) == 1
+        await updates.aclose()
+        assert publisher._watchers == {}
+
+
+async def test_a_cancellation_that_comes_with_an_event_is_not_lost(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`wait_for` of Python 3.11 swallows it, and the worker's stop would wait for ever."""
+    async with rig_maker() as rig:
+        publisher = Publisher("i" * 32, rig.engine, rig.thread, lambda _: Status("i" * 32))
+        for _ in range(20):
+            running = asyncio.create_task(publisher.run())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            publisher.poke()
+            await asyncio.sleep(0)
+            running.cancel()
+            done, _ = await asyncio.wait([running], timeout=5)
+            assert done
