@@ -18,7 +18,7 @@ import httpx
 import typer
 
 from benchmarks.load import Report, run, show
-from tandem.cli.up import free_ports
+from tandem.ports import free_ports
 
 FORMS = {
     "1 prefill + 1 decode": ("--prefill", "1", "--decode", "1"),

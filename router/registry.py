@@ -9,6 +9,7 @@ import grpc.aio
 
 from router.fleet import Fleet
 from tandem.errors import BadRequest, ConfigError, TandemError
+from tandem.ports import authority, check_port
 from tandem.wire import codec
 from tandem.wire.failures import abort_with
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
@@ -45,11 +46,12 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
 
 async def serve_registry(fleet: Fleet, host: str, port: int) -> tuple[grpc.aio.Server, int]:
     """Starts the control port; returns the server and the port taken. Raises ConfigError when it is not free."""
+    check_port(host, port, "--control-port")
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(fleet), server)
     try:
-        taken = server.add_insecure_port(f"{host}:{port}")
+        taken = server.add_insecure_port(authority(host, port))
     except RuntimeError as error:
-        raise ConfigError(f"control_port: cannot listen on {host}:{port}: {error}", param="control_port") from None
+        raise ConfigError(f"--control-port: {authority(host, port)}: {error}", param="control_port") from None
     await server.start()
     return server, taken

@@ -1,41 +1,62 @@
-"""Commands and their exit codes: 0 ended as asked, 1 failed at work, 2 wrong settings, 3 a checkpoint that cannot be served."""
+"""The commands, and how they end.
+
+Exit codes: 0 ended as asked, 1 failed at work, 2 wrong settings, 3 a checkpoint that cannot be served.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TypeVar
 
 import typer
 
 from tandem.cli.options import command
-from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig
+from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig, WorkerConfig
 from tandem.errors import CheckpointError, ConfigError, TandemError
+from tandem.hub import resolve_model, served_name
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_CHECKPOINT = 1, 2, 3
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for an unknown flag or command; the class itself has moved between its versions."""
 
+W = TypeVar("W", bound=WorkerConfig)
+
+
+# Packages are imported late: `tandem router` must not import torch, and `tandem --help` must be quick.
 def _up(config: UpConfig) -> None:
     from tandem.cli.up import up
 
     raise typer.Exit(up(config))
 
 
-# The processes import their packages late: `tandem router` must not import torch, and `tandem --help` must be quick.
 def _router(config: RouterConfig) -> None:
     from router.main import run
 
-    raise typer.Exit(run(config))
+    # The router needs the tokenizer alone.
+    model = None if config.model is None else resolve_model(config.model, weights=False)
+    raise typer.Exit(run(config.model_copy(update={"model": model})))
 
 
 def _prefill(config: PrefillConfig) -> None:
+    config = _with_folder(config)
     from prefill_worker.main import run
 
     raise typer.Exit(run(config))
 
 
 def _decode(config: DecodeConfig) -> None:
+    config = _with_folder(config)
     from decode_worker.main import run
 
     raise typer.Exit(run(config))
+
+
+def _with_folder(config: W) -> W:
+    """The settings with the model's folder in place of its name, and the name that was lost by that."""
+    name = config.served_model_name or served_name(config.model)
+    return config.model_copy(update={"model": resolve_model(config.model), "served_model_name": name})
 
 
 def make_app() -> typer.Typer:
@@ -54,11 +75,21 @@ def make_app() -> typer.Typer:
     return app
 
 
-def main() -> None:
-    """Entry point of the `tandem` script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `tandem` script; always leaves by SystemExit. Known failures are one line on stderr."""
     try:
-        make_app()()
+        status = make_app()(arguments, standalone_mode=False)
+    except USAGE_ERROR as error:
+        _say(error.format_message() if isinstance(error, typer.BadParameter) else str(error))
+        status = EXIT_SETTINGS
     except (TandemError, OSError) as error:
-        sys.stderr.write(f"tandem: {error}\n")
+        _say(str(error))
         codes = {CheckpointError: EXIT_CHECKPOINT, ConfigError: EXIT_SETTINGS}
-        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
+        status = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED)
+    sys.exit(status)
+
+
+def _say(text: str) -> None:
+    """One line, whatever a library's message looks like."""
+    if line := " ".join(text.split()):
+        sys.stderr.write(f"tandem: {line}\n")

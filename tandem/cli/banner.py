@@ -1,46 +1,69 @@
-"""What `tandem up` shows once everything stands."""
+"""What `tandem up` shows once everything stands: plain lines, readable in 80 columns and in a log file."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from tandem.cluster import Role, WorkerInfo
-from tandem.config import UpConfig
+from tandem.ports import authority
 
 
-def banner(config: UpConfig, model_path: str, workers: Sequence[WorkerInfo], names: Sequence[str]) -> RenderableType:
-    """Topology, model, pages, transport, threads, URL and a request to paste."""
-    url = f"http://{config.host}:{config.port}"
-    model = workers[0].model
-    roles = Counter(worker.role for worker in workers)
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A cluster that stands."""
+
+    host: str
+    port: int
+    router_pid: int
+    model_path: str
+    workers: Sequence[tuple[str, WorkerInfo]]
+    """Names, and what the workers say of themselves; at least one decode worker."""
+
+
+def banner(cluster: Standing) -> str:
+    """Topology, model, KV, addresses, a line for each process, and a request to paste."""
+    url = f"http://{authority(cluster.host, cluster.port)}"
+    infos = [info for _, info in cluster.workers]
+    first, roles = infos[0], Counter(info.role for info in infos)
+    moved = ", ".join(sorted({info.transport for info in infos})) if roles[Role.PREFILL] else "none needed"
     form = "disaggregated" if roles[Role.PREFILL] else "aggregated: decode workers prefill locally"
-    transports = ", ".join(sorted({worker.transport for worker in workers}))
-    head = Table.grid(padding=(0, 2))
-    for label, value in (
-        ("topology", f"1 router, {roles[Role.PREFILL]} prefill, {roles[Role.DECODE]} decode ({form})"),
-        ("model", f"{model.name}, {workers[0].kv_dtype}, context {model.max_context} tokens, from {model_path}"),
-        ("KV transport", transports if roles[Role.PREFILL] else "none needed"),
-        ("listening on", f"{url}  (loopback, no authentication)"),
-        ("metrics", f"{url}/metrics"),
-    ):
-        head.add_row(Text(label, style="bold"), Text(value))
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for title in ("process", "address", "pid", "compute threads", "KV pages", "metrics port"):
-        table.add_column(title, no_wrap=True)
-    table.add_row("router", f"{config.host}:{config.port}", "", "0", "", str(config.port))
-    for name, worker in zip(names[1:], workers, strict=True):
-        pages = f"{worker.total_pages} x {worker.page_size} tokens"
-        row = (name, worker.address, str(worker.pid), str(worker.threads), pages, str(worker.metrics_port))
-        table.add_row(*row)
-    ask = (
-        f"curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '"
-        f'{{"model": "{model.name}", "stream": true, "messages": [{{"role": "user", "content": "What is Tandem?"}}]}}\''
-    )
-    return Group(
-        Text("\nTandem is up\n", style="bold"), head, Text(), table, Text(), Text(ask), Text("\nCtrl-C stops everything.")
-    )
+    facts = {
+        "topology": f"1 router, {roles[Role.PREFILL]} prefill, {roles[Role.DECODE]} decode ({form})",
+        "model": f"{first.model.name}, context {first.model.max_context} tokens",
+        "folder": cluster.model_path,
+        "KV": f"{first.kv_dtype}, pages of {first.page_size} tokens",
+        "KV transport": moved,
+        "listening on": f"{url} (loopback, no authentication)",
+        "metrics": f"{url}/metrics",
+    }
+    lines = ["", "Tandem is up", ""]
+    lines += [f"  {label:<13} {value}" for label, value in facts.items()]
+    lines += ["", *_processes(cluster), "", "Ask it something:", "", *_curl(url, first.model.name), ""]
+    return "\n".join([*lines, "Ctrl-C stops everything."])
+
+
+def _processes(cluster: Standing) -> list[str]:
+    rows = [["router", authority(cluster.host, cluster.port), f"pid {cluster.router_pid}"]]
+    for name, info in cluster.workers:
+        threads = f"{info.threads} thread" + ("s" if info.threads > 1 else "")
+        pages, metrics = f"{info.total_pages} pages", f"metrics {info.metrics_port}"
+        rows.append([name, info.address, f"pid {info.pid}", threads, pages, metrics])
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return ["  " + "  ".join(f"{text:<{widths[at]}}" for at, text in enumerate(row)).rstrip() for row in rows]
+
+
+def _curl(url: str, model: str) -> list[str]:
+    """A chat completion, as a shell command over four lines."""
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "What is Tandem?"}]})
+    before, after = shlex.quote(body).split('"messages"', 1)
+    return [
+        f"curl -N {url}/v1/chat/completions \\",
+        "  -H 'content-type: application/json' \\",
+        f"  -d {before.rstrip()}",
+        f'      "messages"{after}',
+    ]

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tandem.config import child_environment
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal the kernel sends a process when its parent dies."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass(slots=True)
@@ -27,8 +17,10 @@ class Child:
     """One process of the cluster and how to start it again."""
 
     name: str
+    address: str
+    """host:port it serves at."""
     arguments: Sequence[str]
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str]
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
 
@@ -37,12 +29,12 @@ class Child:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "tandem.cli",
+            "tandem.cli.child",
+            str(os.getpid()),
             *self.arguments,
-            env=child_environment(self.environment),
+            env=child_environment(dict(self.environment)),
             stdin=asyncio.subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=_die_with_parent,
         )
 
     @property
@@ -50,16 +42,22 @@ class Child:
         """Whether the process lives."""
         return self.process is not None and self.process.returncode is None
 
+    @property
+    def pid(self) -> int:
+        """Of the process last started."""
+        assert self.process is not None
+        return self.process.pid
+
     def signal(self, number: int) -> None:
         """Sends a signal to the child's whole group, if it lives."""
-        if self.process is not None and self.running:
+        if self.running:
             try:
-                os.killpg(self.process.pid, number)
+                os.killpg(self.pid, number)
             except ProcessLookupError:
                 return
 
     async def wait(self) -> int:
-        """The exit status, once there is one."""
+        """The exit status, once there is one; negative for a signal."""
         assert self.process is not None
         return await self.process.wait()
 

@@ -22,8 +22,8 @@ S = TypeVar("S", bound=BaseSettings)
 def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
     """A function that typer can register: what has no default is a positional argument, everything else a flag.
 
-    A flag that was not given is left to the environment, the YAML file and the default. Wrong values end with exit code 2 and one
-    line that names the flag.
+    A flag that was not given is left to the environment, the YAML file and the default. Wrong values end with exit
+    code 2 and one line that names the flag.
     """
 
     def invoke(**given: Any) -> None:
@@ -40,16 +40,20 @@ def build(schema: type[S], given: dict[str, Any]) -> S:
     try:
         return schema(**given)
     except ValidationError as error:
-        lines = [f"{_flag(e['loc'])}: {e['msg']}{_got(e)}" for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from None
+        raise ConfigError("; ".join(_explained(schema, fault) for fault in error.errors())) from None
 
 
-def _flag(location: tuple[int | str, ...]) -> str:
-    return "--" + str(location[0]).replace("_", "-") if location else "settings"
-
-
-def _got(error: Any) -> str:
-    return "" if error["type"] == "missing" else f" (got {error['input']!r})"
+def _explained(schema: type[BaseSettings], fault: Any) -> str:
+    """One of pydantic's complaints, with the name that the setting has on the command line."""
+    text = str(fault["msg"]).removeprefix("Value error, ")
+    if not fault["loc"]:
+        return text
+    name = str(fault["loc"][0])
+    field = schema.model_fields.get(name)
+    if field is None:  # flags and variables are made from the fields: only the YAML file can have others
+        return f"--config: the file sets {name}, which is no setting of {(schema.__doc__ or '').strip()}"
+    shown = name.upper() if field.is_required() else "--" + name.replace("_", "-")
+    return f"{shown}: {text}" + ("" if fault["type"] == "missing" else f" (got {fault['input']!r})")
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -70,7 +74,10 @@ def _shown(value: object) -> str:
 
 
 def _plain(annotation: Any) -> Any:
-    """What typer should parse; ranges are the schema's to check. A choice of words stays one, so that `--help` lists them."""
+    """What typer should parse; ranges are the schema's to check.
+
+    A choice of words stays one, so that `--help` lists them.
+    """
     origin = get_origin(annotation)
     if origin is Annotated:
         return _plain(get_args(annotation)[0])

@@ -5,215 +5,202 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
-import grpc
 import httpx
 from rich.console import Console
 
-import tandem.demo
-from tandem.cli.banner import banner
+from tandem.cli.banner import Standing, banner
 from tandem.cli.children import Child, stop_all
 from tandem.cluster import WorkerInfo
 from tandem.config import UpConfig
-from tandem.errors import ConfigError
-from tandem.wire import codec
-from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
+from tandem.errors import TandemError, Unavailable
+from tandem.hub import resolve_model, served_name
+from tandem.ports import authority, check_port, free_ports
+from tandem.wire.probe import describe
 
 STOP_GRACE_S = 8.0
 START_LIMIT_S = 600.0
 """A large checkpoint may take minutes to load; a worker that dies ends the wait at once."""
+POLL_S = 0.1
 RESTART_DELAY_S = 0.5
-WARM_TOKENS = 256
 MAX_RESTARTS = 10
 """Restarts of one worker before the cluster gives up."""
+WARM_TOKENS = 256
+OWN_FAULT = (2, 3)
+"""Exit codes of settings and checkpoints that are wrong: starting again cannot help."""
+LOOPBACK = "127.0.0.1"
+"""Where workers and the control port listen."""
 
-# Workers share the cores: threads that wait must sleep, or five processes on two cores fight each other.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Workers share the cores: threads that wait must sleep, or five processes on two cores fight each other. The settings
+# file is read once, here: children get what they need of it as flags.
+PASSIVE = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TANDEM_CONFIG": "",
+}
+
+T = TypeVar("T")
 
 
 def up(config: UpConfig) -> int:
-    """Runs the cluster until it is told to stop; returns the exit code."""
-    return asyncio.run(_Cluster(config).run())
+    """Runs the cluster until it is told to stop; returns the exit code. Raises ConfigError."""
+    check_port(config.host, config.port, "--port")
+    if config.port == 0:
+        config = config.model_copy(update={"port": free_ports(1, config.host)[0]})
+    model = resolve_model(config.model)
+    router, workers = plan(config, model)
+    return asyncio.run(_Cluster(config, model, router, workers).run())
 
 
-def resolve_model(model: str) -> str:
-    """`demo` is the shipped model; a folder is used as it is; anything else is fetched from the hub, once for all workers."""
-    if model == "demo":
-        return str(tandem.demo.MODEL_PATH)
-    if Path(model).is_dir():
-        return str(Path(model).resolve())
-    if Path(model).exists() or model.startswith((".", "/")) or model.count("/") > 1:
-        raise ConfigError(f"model: {model} is not a folder", param="model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def plan(config: UpConfig, model: str) -> tuple[Child, list[Child]]:
+    """The router and the workers to start, with the cores divided among the workers."""
+    roles = ["prefill"] * config.prefill + ["decode"] * config.decode
+    control, *ports = free_ports(1 + len(roles), LOOPBACK)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(roles)))
+    common = ["--served-model-name", config.served_model_name or served_name(config.model)]
+    common += ["--log-level", config.log_level, "--log-format", config.log_format]
+    listen = ["--host", config.host, "--port", str(config.port)]
+    listen += ["--control-host", LOOPBACK, "--control-port", str(control)]
+    arguments = ["router", "--model", model, "--policy", config.policy, *listen, *common]
+    router = Child("router", authority(config.host, config.port), arguments, PASSIVE)
 
-    try:
-        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: {model} is neither a folder nor to be had from the hub: {first}", param="model") from None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when the port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port: {host}:{port} cannot be used: {error.strerror}", param="port") from None
+    shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, "--dtype", config.dtype]
+    shared += ["--kv-mib", str(config.kv_mib), "--page-size", str(config.page_size), "--transport", config.transport]
+    environment = PASSIVE | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    workers = []
+    for at, (role, port) in enumerate(zip(roles, ports, strict=True)):
+        arguments = [role, model, "--host", LOOPBACK, "--port", str(port), *shared, *common]
+        workers.append(Child(f"{role}-{roles[:at].count(role)}", f"{LOOPBACK}:{port}", arguments, environment))
+    return router, workers
 
 
 class _Cluster:
-    def __init__(self, config: UpConfig) -> None:
+    """The processes and their supervision. The first failure that cannot be mended ends everything."""
+
+    def __init__(self, config: UpConfig, model: str, router: Child, workers: list[Child]) -> None:
         self._config = config
+        self._model = model
+        self._router = router
+        self._workers = workers
+        self._url = f"http://{authority(config.host, config.port)}"
         self._console = Console(stderr=True)
         self._stopping = asyncio.Event()
+        self._stands = False
         self._failure = ""
+        self._status = 0
 
     async def run(self) -> int:
-        check_port(self._config.host, self._config.port)
-        model = resolve_model(self._config.model)
-        router, workers = self._plan(model)
-        children = [router, *workers]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stopping.set)
-        watchers: list[asyncio.Task[None]] = []
+            loop.add_signal_handler(number, self._stop)
+        children = [self._router, *self._workers]
+        tasks: list[asyncio.Task[None]] = []
         try:
             for child in children:
                 await child.start()
-                watchers.append(asyncio.create_task(self._watch(child)))
-            infos = await self._wait_ready(workers)
-            if infos:
-                shown = banner(self._config, model, infos, [child.name for child in children])
-                self._console.print(shown, soft_wrap=True)
-                await self._stopping.wait()
+                tasks.append(asyncio.create_task(self._watch(child)))
+            tasks.append(asyncio.create_task(self._stand()))
+            for task in tasks:
+                task.add_done_callback(self._task_ended)
+            await self._stopping.wait()
         finally:
-            for watcher in watchers:
-                watcher.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await stop_all(children, STOP_GRACE_S)
         if self._failure:
-            self._console.print(f"tandem: {self._failure}", markup=False)
-        return 1 if self._failure else 0
+            self._say(f"tandem: {self._failure}")
+        return self._status
 
-    def _plan(self, model: str) -> tuple[Child, list[Child]]:
-        """The processes to start, with the cores divided among the workers."""
-        config = self._config
-        roles = ["prefill"] * config.prefill + ["decode"] * config.decode
-        control, *ports = free_ports(1 + len(roles))
-        threads = max(1, len(os.sched_getaffinity(0)) // len(roles))
-        logs = ["--log-level", config.log_level, "--log-format", config.log_format]
-        name = config.served_model_name or ("tandem-demo" if config.model == "demo" else Path(model).name)
-        names = ["--served-model-name", name]
-        router = Child(
-            "router",
-            ["router", "--model", model, "--host", config.host, "--port", str(config.port), "--control-port", str(control)]
-            + ["--policy", config.policy, *names, *logs],
-            PASSIVE,
-        )
-        environment = PASSIVE | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        shared = ["--router", f"127.0.0.1:{control}", "--threads", str(threads), "--dtype", config.dtype, "--kv-mib"]
-        shared += [str(config.kv_mib), "--page-size", str(config.page_size), "--transport", config.transport, *names, *logs]
-        titles = [f"{role}-{roles[:at].count(role)}" for at, role in enumerate(roles)]
-        workers = [
-            Child(title, [role, model, "--port", str(port), *shared], environment)
-            for title, role, port in zip(titles, roles, ports, strict=True)
-        ]
-        return router, workers
+    def _stop(self) -> None:
+        """A first signal stops in order, a second at once."""
+        if self._stopping.is_set():
+            for child in (self._router, *self._workers):
+                child.signal(signal.SIGKILL)
+        self._stopping.set()
+
+    def _fail(self, reason: str, status: int = 1) -> None:
+        if not self._stopping.is_set():
+            self._failure, self._status = reason, status
+        self._stopping.set()
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(str(error) if isinstance(error, TandemError) else repr(error))
 
     async def _watch(self, child: Child) -> None:
-        """Starts a worker again when it dies at work; a failure before the cluster stood, or of the router, ends everything."""
+        """Starts a worker again when it dies at work. Any other end of a child ends the cluster."""
         while True:
             status = await child.wait()
-            if self._stopping.is_set():
-                return
-            permanent = status in (2, 3) or child.name == "router" or child.restarts >= MAX_RESTARTS
-            if permanent:
-                self._failure = f"{child.name} ended with status {status}"
-                self._stopping.set()
+            beyond_repair = status in OWN_FAULT or child is self._router or child.restarts >= MAX_RESTARTS
+            if beyond_repair or not self._stands:
+                self._fail(f"{child.name} {_ending(status)}", status if status in OWN_FAULT else 1)
                 return
             child.restarts += 1
-            self._console.print(f"{child.name} ended with status {status}; starting it again")
+            self._say(f"{child.name} {_ending(status)}; starting it again")
             await asyncio.sleep(RESTART_DELAY_S)
             await child.start()
 
-    async def _wait_ready(self, workers: list[Child]) -> list[WorkerInfo]:
-        """Waits until every worker answers and the router is ready; returns what the workers are, or nothing when stopped."""
-        addresses = [f"127.0.0.1:{child.arguments[3]}" for child in workers]
+    async def _stand(self) -> None:
+        """Returns when every process answers and has done everything once. Raises Unavailable."""
         with self._console.status("starting") as status:
             infos: list[WorkerInfo] = []
-            for address, child in zip(addresses, workers, strict=True):
-                status.update(f"loading the model: {len(infos)} of {len(workers)} workers stand, waiting for {child.name}")
-                info = await self._until(_describe, address)
-                if info is None:
-                    return []
-                infos.append(info)
+            for child in self._workers:
+                count = f"{len(infos)} of {len(self._workers)} workers stand"
+                status.update(f"loading the model: {count}, waiting for {child.name}")
+                infos.append(await _until(partial(describe, child.address), child.name))
             status.update("waiting for the router to see its workers")
-            url = f"http://{self._config.host}:{self._config.port}"
-            if not await self._until(_ready, url + "/ready"):
-                return []
+            await _until(self._ready, "the router")
             status.update("warming up: the first step and the first transfer of a process are slow")
-            await self._warm_up(url, infos)
-            return [] if self._failure else infos
+            await self._warm_up(infos)
+        names = [child.name for child in self._workers]
+        workers = list(zip(names, infos, strict=True))
+        self._stands = True
+        config = self._config
+        self._say(banner(Standing(config.host, config.port, self._router.pid, self._model, workers)))
 
-    async def _warm_up(self, url: str, infos: list[WorkerInfo]) -> None:
-        """Sends a few requests through every process, so that no user's request pays for first times; they must succeed."""
+    async def _ready(self) -> bool | None:
+        async with httpx.AsyncClient() as client:
+            try:
+                return True if (await client.get(self._url + "/ready", timeout=2.0)).status_code == 200 else None
+            except httpx.HTTPError:
+                return None
+
+    async def _warm_up(self, infos: list[WorkerInfo]) -> None:
+        """Sends a few requests through every process, so that no user's request pays for first times."""
         model = infos[0].model
         length = max(1, min(WARM_TOKENS, model.max_context // 2, model.vocab_size - 1))
         prompts = [[(at + row) % length for at in range(length)] for row in range(2 * len(infos))]
-        async with httpx.AsyncClient(base_url=url, timeout=START_LIMIT_S) as client:
-            answers = await asyncio.gather(
-                *(client.post("/v1/completions", json={"model": model.name, "prompt": p, "max_tokens": 2}) for p in prompts),
-                return_exceptions=True,
-            )
+        bodies = [{"model": model.name, "prompt": prompt, "max_tokens": 2} for prompt in prompts]
+        async with httpx.AsyncClient(base_url=self._url, timeout=START_LIMIT_S) as client:
+            try:
+                answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            except httpx.HTTPError as error:
+                raise Unavailable(f"the warm-up failed: {error!r}") from None
         for answer in answers:
-            if isinstance(answer, BaseException) or answer.status_code != 200:
-                reason = repr(answer) if isinstance(answer, BaseException) else answer.text
-                self._failure = f"the warm-up failed: {reason}"
-                self._stopping.set()
-                return
+            if answer.status_code != 200:
+                raise Unavailable(f"the warm-up failed: {answer.text}")
 
-    async def _until(self, probe, target: str):  # type: ignore[no-untyped-def]
-        deadline = asyncio.get_running_loop().time() + START_LIMIT_S
-        while not self._stopping.is_set():
-            result = await probe(target)
-            if result is not None:
-                return result
-            if asyncio.get_running_loop().time() > deadline:
-                self._failure = f"{target} did not answer within {START_LIMIT_S:.0f} s"
-                self._stopping.set()
-            await asyncio.sleep(0.1)
-        return None
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-async def _describe(address: str) -> WorkerInfo | None:
-    async with grpc.aio.insecure_channel(address) as channel:
-        try:
-            return codec.worker_info_from_wire(
-                await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=2.0)
-            )
-        except grpc.aio.AioRpcError:
-            return None
+async def _until(probe: Callable[[], Awaitable[T | None]], who: str) -> T:
+    """The first answer of `probe`. Raises Unavailable when there is none within the start's limit."""
+    try:
+        async with asyncio.timeout(START_LIMIT_S):
+            while True:
+                if (answer := await probe()) is not None:
+                    return answer
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise Unavailable(f"{who} did not answer within {START_LIMIT_S:.0f} s") from None
 
 
-async def _ready(url: str) -> bool | None:
-    async with httpx.AsyncClient() as client:
-        try:
-            return True if (await client.get(url, timeout=2.0)).status_code == 200 else None
-        except httpx.HTTPError:
-            return None
+def _ending(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -19,8 +19,8 @@ from urllib.error import URLError
 import grpc
 
 from tandem import obs
-from tandem.cli.up import free_ports
 from tandem.config import child_environment
+from tandem.ports import free_ports
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 
 START_S = 60.0

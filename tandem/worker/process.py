@@ -21,6 +21,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.output import EngineStatus, StepOutput
 from tandem.errors import ConfigError
 from tandem.kv import HashRoot, KvLayout
+from tandem.ports import authority, check_port
 from tandem.types import ModelInfo
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
@@ -103,6 +104,9 @@ class WorkerProcess:
     async def start(self) -> None:
         """Loads the model and serves. Raises CheckpointError, ConfigError."""
         config = self.config
+        # Loading may take minutes: a port that is taken is told before.
+        check_port(config.host, config.port, "--port")
+        check_port(config.host, config.metrics_port, "--metrics-port")
         threads = set_compute_threads(config.threads)
         self.engine, loaded = await asyncio.to_thread(build_engine, config)
         self.thread = EngineThread(self.engine, self._on_step, self._on_failure)
@@ -130,7 +134,7 @@ class WorkerProcess:
         log.info("%s worker %s serves %s at %s", self._role_kind.value, self.info.incarnation, name, self.info.address)
 
     def _listen(self) -> int:
-        wanted = f"{self.config.host}:{self.config.port}"
+        wanted = authority(self.config.host, self.config.port)
         try:
             port = self.server.add_insecure_port(wanted)
         except RuntimeError as error:
@@ -146,7 +150,7 @@ class WorkerProcess:
         return WorkerInfo(
             incarnation=new_id(),
             role=self._role_kind,
-            address=f"{config.host}:{port}",
+            address=authority(config.host, port),
             model=replace(model, max_context=min(model.max_context, capacity)),
             layout=layout,
             kv_dtype=layout.planes[0].dtype,

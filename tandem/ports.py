@@ -1,0 +1,62 @@
+"""TCP ports of this machine: whether one can be taken, and ones that nobody has."""
+
+from __future__ import annotations
+
+import random
+import socket
+from pathlib import Path
+
+from tandem.errors import ConfigError
+
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Where Linux says from which range outgoing connections get their ports."""
+LOWEST = 10_000
+EPHEMERAL_LOWEST = 32_768
+"""Linux' default."""
+
+
+def authority(host: str, port: int) -> str:
+    """`host:port` as it stands in URLs; IPv6 addresses get brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_port(host: str, port: int, setting: str) -> None:
+    """Raises ConfigError, naming the flag `setting`, unless `port` of `host` can be listened on now; 0 is any port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        param = setting.removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{setting}: {authority(host, port)} cannot be listened on: {reason}", param) from None
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports that nobody listens on now, below those of outgoing connections.
+
+    A process that is given one may start, or start again, much later: no connection that anybody opens meanwhile can
+    get it by chance. Raises ConfigError when there are not that many.
+    """
+    found: list[int] = []
+    candidates = range(LOWEST, _ephemeral_lowest())
+    for port in random.sample(candidates, len(candidates)):
+        if len(found) == count:
+            break
+        try:
+            check_port(host, port, "--port")
+        except ConfigError:
+            continue
+        found.append(port)
+    if len(found) < count:
+        raise ConfigError(f"{count} ports are needed; {host} has {len(found)} free ones in {candidates}")
+    return found
+
+
+def _ephemeral_lowest() -> int:
+    try:
+        lowest = int(EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = EPHEMERAL_LOWEST
+    return lowest if lowest > LOWEST + 1000 else EPHEMERAL_LOWEST
