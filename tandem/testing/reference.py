@@ -39,13 +39,18 @@ class Verdict:
 
 
 class Reference:
-    """A checkpoint as `transformers` runs it, in float32 on the CPU. Remembers what it computed."""
+    """A `transformers` model, to be in float32 on the CPU. Remembers what it computed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """That of a checkpoint."""
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self._known: dict[tuple[int, ...], torch.Tensor] = {}
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """`[len(tokens), vocabulary]`, float32: what the model says after each token."""

@@ -49,5 +49,5 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     made = {}
     for seed, (family, spec) in enumerate(SPECS.items()):
         path = make_checkpoint(tmp_path_factory.mktemp("models") / family, spec)
-        made[family] = Subject(path, Reference(path), make_prompts(seed))
+        made[family] = Subject(path, Reference.load(path), make_prompts(seed))
     return made

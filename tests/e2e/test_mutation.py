@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 
 from tandem.engine.sequence import Batch, Sampled
 from tandem.kv import Span
+from tandem.testing.checkpoints import CheckpointSpec, make_model
 from tandem.testing.pair import Pair, pair
+from tandem.testing.reference import Reference
 from tandem.types import SamplingParams
 
 PAGE = 4
@@ -69,6 +72,42 @@ async def swapped_head(workers: Pair, patch: Patch) -> None:
         scatter(pages, span, np.ascontiguousarray(heads[:, :, :, ::-1]).reshape(-1))
 
     patch.setattr(pool, "scatter", swapping)
+
+
+async def test_one_wrong_token_or_log_probability_is_enough(subjects: dict[str, Any]) -> None:
+    subject = subjects["llama"]
+    prompt, reference = subject.prompts[3], subject.reference
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=2)
+    async with pair(subject.path, prefill=0, dtype="float32") as workers:
+        (answer,) = await workers.generate(prompt, sampling)
+    assert reference.judge(prompt, answer.tokens, answer.logprobs).agrees
+    second = answer.logprobs[5].top[1][0]
+    wrong = [*answer.tokens[:5], second, *answer.tokens[6:]]
+    assert 5 in reference.judge(prompt, wrong).flips
+    for step, entry in enumerate(answer.logprobs):
+        (best, value), *others = entry.top
+        for bad in (
+            replace(entry, logprob=entry.logprob - 2e-3),
+            replace(entry, top=((best, value + 2e-3), *others)),
+            replace(entry, top=((second + 1, value), *others)),
+        ):
+            changed = [*answer.logprobs[:step], bad, *answer.logprobs[step + 1 :]]
+            assert not reference.judge(prompt, answer.tokens, changed).agrees
+    with pytest.raises(ValueError, match="8 tokens and 7 log-probabilities"):
+        reference.judge(prompt, answer.tokens, answer.logprobs[:7])
+
+
+def test_a_near_tie_asks_nothing_of_the_token() -> None:
+    """Two words of the vocabulary are the same word: their logits tie at every step, and either is right."""
+    model = make_model(CheckpointSpec(layers=1, vocab=300, seed=3))
+    with torch.no_grad():
+        model.lm_head.weight[8] = model.lm_head.weight[7]
+        model.lm_head.weight[7:9] *= 100
+    reference = Reference(model)
+    prompt = next([start] for start in range(300) if reference.logits([start])[-1].argmax() in (7, 8))
+    for token in (7, 8):
+        assert reference.judge(prompt, [token]).agrees
+        assert reference.judge(prompt, [token]).near_ties == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
