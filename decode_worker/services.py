@@ -52,9 +52,8 @@ class DecodeServices:
             parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher
         )
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
-        self._source = EngineKvSource(
-            parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=False
-        )
+        capacity, freed = parts.info.capacity_tokens, self.worker.pages_freed
+        self._source = EngineKvSource(parts.engine, parts.thread, parts.root, capacity, computes=False, released=freed)
         self._handover = HandOverService(
             self._identity,
             self._source,

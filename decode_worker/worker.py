@@ -291,6 +291,10 @@ class DecodeWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def pages_freed(self) -> None:
+        """Somebody else gave pages back: a request that waits for them looks again."""
+        self._reservations.changed()
+
     @property
     def open_requests(self) -> int:
         """Requests admitted and not yet ended."""

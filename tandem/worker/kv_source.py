@@ -32,14 +32,24 @@ class EngineKvSource:
     """A `kvtransfer.KvSource` on an engine. A prefill-only sequence per open ticket keeps its pages until `close`.
 
     computes: a prefill worker computes what is missing; a decode worker only gives what it has.
+    released: called when a ticket has let go of its pages.
     """
 
-    def __init__(self, engine: Engine, thread: EngineThread, root: HashRoot, capacity: int, computes: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        thread: EngineThread,
+        root: HashRoot,
+        capacity: int,
+        computes: bool,
+        released: Callable[[], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._thread = thread
         self._root = root
         self._capacity = capacity
         self._computes = computes
+        self._released = released
         self._held: dict[str, _Held] = {}
 
     async def open(
@@ -125,6 +135,8 @@ class EngineKvSource:
         if held is not None:
             held.advanced.set()
             await self._thread.call(self._engine.cancel, ticket_id)
+            if self._released is not None:
+                self._released()
 
     def leaks(self) -> list[str]:
         """Tickets still open."""

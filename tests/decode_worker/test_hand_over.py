@@ -207,6 +207,22 @@ async def test_what_a_plan_counted_on_and_is_gone_is_fetched_although_it_said_lo
         assert answer.usage.moved_tokens == 199
 
 
+async def test_pages_that_a_ticket_of_another_worker_held_go_to_who_waits_for_them(small_model: Path) -> None:
+    """No step runs meanwhile: the end of the ticket alone must wake the one that waits."""
+    async with pair(small_model, decode_settings={"pages": 24}) as workers:
+        await workers.generate(PROMPT, GREEDY)
+        source = workers.decode.services._source  # type: ignore[attr-defined]
+        assert await source.open("t", PROMPT[:192], "", "", 0, lambda computed: None) == 192
+        name = await workers.submit(tuple(range(290, 0, -1)), GREEDY)
+        while (await workers.decode.thread.call(workers.decode.engine.status)).waiting != 1:
+            await asyncio.sleep(0.005)
+        for _ in range(20):
+            await workers.decode.thread.call(lambda: None)
+        await source.close("t")
+        (answer,) = await workers.answer(name)
+        assert answer.finish is FinishReason.LENGTH
+
+
 async def test_shutting_down_ends_every_request_with_an_error(small_model: Path) -> None:
     async with pair(small_model) as workers:
         long = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
