@@ -22,6 +22,7 @@ from router.texts import ModelTexts
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.obs import setup_logging
+from tandem.ports import authority
 from tandem.text.tokenizer import import_transformers_without_torch
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--port: {host}:{port} cannot be used: {error.strerror or error}", param="port") from None
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"--port: {authority(host, port)} cannot be listened on: {reason}", param="port") from None
     listener.listen(BACKLOG)
     return listener
 

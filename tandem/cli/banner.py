@@ -38,6 +38,7 @@ def banner(cluster: Standing) -> str:
         "folder": cluster.model_path,
         "KV": f"{first.kv_dtype}, pages of {first.page_size} tokens",
         "KV transport": moved,
+        "compute": f"{first.threads} thread{'s' if first.threads > 1 else ''} for each worker",
         "listening on": f"{url} (loopback, no authentication)",
         "metrics": f"{url}/metrics",
     }
@@ -50,9 +51,8 @@ def banner(cluster: Standing) -> str:
 def _processes(cluster: Standing) -> list[str]:
     rows = [["router", authority(cluster.host, cluster.port), f"pid {cluster.router_pid}"]]
     for name, info in cluster.workers:
-        threads = f"{info.threads} thread" + ("s" if info.threads > 1 else "")
         pages, metrics = f"{info.total_pages} pages", f"metrics {info.metrics_port}"
-        rows.append([name, info.address, f"pid {info.pid}", threads, pages, metrics])
+        rows.append([name, info.address, f"pid {info.pid}", pages, metrics])
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return ["  " + "  ".join(f"{text:<{widths[at]}}" for at, text in enumerate(row)).rstrip() for row in rows]
 
