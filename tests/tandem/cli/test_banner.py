@@ -37,10 +37,8 @@ def test_every_process_has_a_line_in_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "\n  topology      1 router, 1 prefill, 1 decode (disaggregated)\n" in text
     assert "\n  model         it's a model, context 131072 tokens\n" in text
-    assert (
-        "\n  KV            bfloat16, pages of 16 tokens\n  KV transport  nixl\n  compute       16 threads for each worker\n"
-        in text
-    )
+    assert "\n  KV            bfloat16, pages of 16 tokens\n  KV transport  nixl\n" in text
+    assert "\n  compute       16 threads for each worker\n" in text
     assert "\n  listening on  http://127.0.0.1:8000 (loopback, no authentication)\n" in text
     assert "\n  router     127.0.0.1:8000   pid 4194303\n" in text
     assert "\n  prefill-0  127.0.0.1:20002  pid 77       1048576 pages  metrics 34567\n" in text
