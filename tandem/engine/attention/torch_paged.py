@@ -1,7 +1,8 @@
 """Paged attention in plain torch, for CPUs.
 
-Rows are split into buckets of similar shape, and each bucket is one padded, batched computation: one token per row
-(decode) is two batched matrix products around a float32 softmax; chunks (prefill) go through torch's flash attention.
+Rows are split into buckets of similar shape, and each bucket is one padded, batched call of torch's flash attention. For
+one token per row (decode) the query heads that share a KV head stand as its queries. Plain batched products would do as
+well in float32; in bfloat16 each new length costs them a newly compiled kernel, ten times what the attention takes.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class TorchPagedAttention:
         queries = starts[:, None] + np.arange(count)
         queries = np.minimum(queries, lengths[:, None] - 1)
         hidden = torch.from_numpy(np.arange(length) > queries[:, :, None])
-        dtype = torch.float32 if count == 1 else self.pool.plane("k", 0).dtype
+        dtype = self.pool.plane("k", 0).dtype
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(self.pool.device)
 
     def _on_device(self, indices: IntArray) -> torch.Tensor:
@@ -147,7 +148,8 @@ class TorchPagedPlan:
             for index, tensor in enumerate((keys, values))
         )
         if bucket.count == 1:
-            return _attend_one(query, key, value, bucket.mask, scale)
+            q = query.view(bucket.rows, kv_heads, -1, dim)
+            return scaled_dot_product_attention(q, key, value, attn_mask=bucket.mask, scale=scale).reshape(query.shape)
         q = query.view(bucket.rows, bucket.count, heads, dim).transpose(1, 2)
         out = scaled_dot_product_attention(
             q, key, value, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=heads != kv_heads
@@ -180,16 +182,3 @@ def _page_table(batch: AttentionBatch) -> IntArray:
     for row, pages in enumerate(batch.pages):
         table[row, : len(pages)] = pages
     return table
-
-
-def _attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """One new token per row: the query heads that share a KV head form the rows of one small matrix product."""
-    rows, kv_heads, length, dim = key.shape
-    q = query.reshape(rows * kv_heads, -1, dim)
-    scores = torch.bmm(q, key.view(-1, length, dim).transpose(1, 2)).float().mul_(scale)
-    if mask is not None:
-        scores.view(rows, -1, length).add_(mask.view(rows, 1, length))
-    weights = scores.softmax(-1).to(query.dtype)
-    return torch.bmm(weights, value.view(-1, length, dim)).view(query.shape)
