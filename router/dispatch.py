@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -111,7 +111,7 @@ class Dispatcher:
         self._admission = Admission(config.max_inflight)
         self._open: dict[str, OpenRequest] = {}
         self._streams: dict[Incarnation, WorkerStream] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._cancels: dict[tuple[Incarnation, str, int], asyncio.Task[None]] = {}
         self._ordinal = 0
         self._model: ModelInfo | None = None
         fleet.listener = self
@@ -210,7 +210,7 @@ class Dispatcher:
         request_id = record.request.request_id
         if self._open.get(request_id) is not record:
             # It was ended here while the worker was taking it.
-            self._spawn(self._cancel_at(worker.incarnation, request_id, record.request.attempt))
+            self._cancel_there(worker.incarnation, request_id, record.request.attempt)
         elif record.finished:
             self._close(record)
         return reply
@@ -223,7 +223,7 @@ class Dispatcher:
         except grpc.aio.AioRpcError as failure:
             if was_refused(failure):
                 raise error_of_rpc(failure) from None
-            self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            self._cancel_there(worker.incarnation, request.request_id, request.attempt)
             if failure.code() is grpc.StatusCode.UNAVAILABLE:
                 raise WorkerLost(f"decode worker {worker.incarnation} was lost") from None
             raise error_of_rpc(failure) from None
@@ -232,7 +232,7 @@ class Dispatcher:
             if task is None or not task.cancelling():
                 # Closing a channel cancels its calls: the worker is gone, and nobody cancelled us.
                 raise WorkerLost(f"decode worker {worker.incarnation} is gone") from None
-            self._spawn(self._cancel_at(worker.incarnation, request.request_id, request.attempt))
+            self._cancel_there(worker.incarnation, request.request_id, request.attempt)
             raise
         return Reply(reply.cached_tokens, reply.prefill or None)
 
@@ -291,8 +291,9 @@ class Dispatcher:
         """Ends a request here at once, and returns when its worker has let go of it; nothing if it has ended."""
         task = self._end(record, FinishReason.CANCELLED)
         if task is not None:
-            # The worker must hear of it even if who waits here is cancelled too.
-            await asyncio.shield(task)
+            # Unlike awaiting it: the worker hears of it even if who waits here is cancelled, and who waits here is not
+            # cancelled when the worker's channel closes, which cancels its calls.
+            await asyncio.wait([task])
 
     def _end(self, record: OpenRequest, reason: FinishReason, error: str = "") -> asyncio.Task[None] | None:
         """Ends a request that its worker still runs; None if it has ended."""
@@ -302,12 +303,15 @@ class Dispatcher:
         self._close(record)
         if record.decode is None:
             return None
-        return self._spawn(self._cancel_at(record.decode, record.request.request_id, record.request.attempt))
+        return self._cancel_there(record.decode, record.request.request_id, record.request.attempt)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _cancel_there(self, incarnation: Incarnation, request_id: str, attempt: int) -> asyncio.Task[None]:
+        """The task that makes a worker let go of an attempt; one at a time for each."""
+        key = (incarnation, request_id, attempt)
+        task = self._cancels.get(key)
+        if task is None:
+            task = self._cancels[key] = asyncio.create_task(self._cancel_at(*key))
+            task.add_done_callback(lambda _: self._cancels.pop(key))
         return task
 
     async def _cancel_at(self, incarnation: Incarnation, request_id: str, attempt: int) -> None:
@@ -328,10 +332,13 @@ class Dispatcher:
     # What streams tell ----------------------------------------------------------------------------------------------
 
     def receive(self, incarnation: Incarnation, deltas: Iterable[common_pb2.Delta]) -> None:
-        """New tokens of any requests of a worker; what belongs to none is dropped."""
+        """New tokens of any requests of a worker; what nobody waits for is dropped, and cancelled if it goes on."""
         for message in deltas:
             record = self._open.get(message.request_id)
             if record is None or record.decode != incarnation:
+                if not message.finish:
+                    # The worker missed its Cancel, or it is back after it was silent and given up.
+                    self._cancel_there(incarnation, message.request_id, message.attempt)
                 continue
             try:
                 problem = record.push(codec.delta_from_wire(message))
@@ -390,8 +397,8 @@ class Dispatcher:
         """Ends every request with an error and tells the workers."""
         for record in list(self._open.values()):
             self._end(record, FinishReason.ERROR, "the router is shutting down")
-        if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=CLOSE_S)
+        if self._cancels:
+            await asyncio.wait(list(self._cancels.values()), timeout=CLOSE_S)
         for stream in self._streams.values():
             stream.close()
 
@@ -406,5 +413,5 @@ class Dispatcher:
             "requests in flight": self._admission.inflight,
             "bookings": self.fleet.bookings(),
             "predictions": len(self._index.predictions),
-            "calls under way": len(self._tasks),
+            "calls under way": len(self._cancels),
         }

@@ -16,7 +16,7 @@ class Booking:
 
     incarnation: Incarnation
     number: int
-    """Consecutive per worker, from 1; travels in Submit and comes back in `Status.dispatches`."""
+    """Increases per worker; travels in Submit and comes back in `Status.dispatches`."""
     load: Load
     last_block: BlockHash | None = None
     """Block whose promise tells that the worker took the request; for workers that the router does not submit to."""
@@ -70,6 +70,8 @@ class LoadLedger:
     def reported(self, last_dispatch: int) -> None:
         """A status arrived that includes the dispatches up to `last_dispatch`, and the promises seen before it."""
         self._ended = Load()
+        # A worker that was given up and is back goes on counting where it was.
+        self._last = max(self._last, last_dispatch)
         for booking in [b for b in self._open.values() if b.number <= last_dispatch or b.promised]:
             self.release(booking)
 

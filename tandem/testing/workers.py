@@ -44,7 +44,8 @@ def fake_info(role: Role, address: str = "127.0.0.1:1", **changes: Any) -> Worke
 class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer):
     """One worker. Restart it by starting another one on the same port.
 
-    `refusal` is raised by Submit; `hold` makes Submit wait; `watchable` False makes Watch say nothing.
+    `refusal` is raised by Submit; `hold` and `hold_cancel` make Submit and Cancel wait; `watchable` False makes Watch
+    say nothing.
     """
 
     def __init__(self, role: Role, port: int = 0, **changes: Any) -> None:
@@ -58,6 +59,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
         self.snapshot: tuple[CacheEvent, ...] = ()
         self.refusal: TandemError | None = None
         self.hold: asyncio.Event | None = None
+        self.hold_cancel: asyncio.Event | None = None
         self.watchable = True
         self.changed = asyncio.Condition()
         """Notified at every call."""
@@ -179,6 +181,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
         """Notes it."""
         self.cancelled.append((request.request_id, request.attempt))
         await self._notify()
+        if self.hold_cancel is not None:
+            await self.hold_cancel.wait()
         return decode_pb2.CancelReply(known=True)
 
 

@@ -136,6 +136,34 @@ async def test_cancel_ends_the_request_here_and_there_and_is_idempotent() -> Non
         assert [(d.choice, d.finish) for d in await read(accepted)] == [(1, FinishReason.CANCELLED)]
 
 
+async def test_what_nobody_waits_for_any_more_is_cancelled_once_and_ends_are_not() -> None:
+    """Such as requests of a worker that was stopped, given up, and continued."""
+    async with cluster() as made:
+        accepted, worker = await made.submit(request())
+        (message,) = worker.submissions
+        forgotten, ended = new_id(), new_id()
+        worker.send(
+            Delta(ended, 0, 0, 0, (1,), finish=FinishReason.LENGTH),
+            Delta(forgotten, 3, 0, 0, (1,)),
+            Delta(forgotten, 3, 0, 1, (1,)),
+            answer(message, [7], **STOP),
+        )
+        await read(accepted)
+        await worker.until(lambda: worker.cancelled)
+        await eventually(lambda: made.dispatcher.leaks() == [])
+        assert worker.cancelled == [(forgotten, 3)]
+
+
+async def test_a_worker_that_dies_while_it_is_told_to_cancel_cancels_nobody_here() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request())
+        worker.hold_cancel = asyncio.Event()
+        cancelling = asyncio.create_task(accepted.cancel())
+        await worker.until(lambda: worker.cancelled)
+        await made.control.fleet.close()
+        await cancelling
+
+
 async def test_leaving_the_context_cancels() -> None:
     async with cluster() as made:
         asked = request()
