@@ -119,6 +119,17 @@ async def test_a_silent_worker_is_given_up_after_its_lease() -> None:
             await eventually(lambda: made.listener.up)
 
 
+async def test_a_router_that_stood_still_gives_nobody_up() -> None:
+    """After a long pause of this process its workers look silent, but they answer, and report when asked again."""
+    async with FakeWorker(Role.DECODE) as worker, following(worker.info.address, lease_s=0.2) as made:
+        await eventually(lambda: made.listener.up)
+        known = made.fleet.worker(worker.info.incarnation)
+        assert known is not None
+        known.heard -= 1000.0
+        await worker.until(lambda: worker.watches == 3)
+        assert made.listener.gone == []
+
+
 async def test_a_restarted_worker_is_another_one() -> None:
     async with FakeWorker(Role.PREFILL) as first, following(first.info.address) as made:
         first.publish(STORED)
