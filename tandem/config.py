@@ -10,14 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 from tandem.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Transport = Literal["auto", "nixl", "tcp"]
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""host:port of each; in the environment separated by commas."""
 
 
 class _Settings(BaseSettings):
@@ -63,7 +77,7 @@ class RouterConfig(_Settings):
     port: Port = Field(8000, description="HTTP port")
     control_host: str = Field("127.0.0.1", description="address of the gRPC port that workers register at")
     control_port: Port = Field(8001, description="gRPC port that workers register at")
-    workers: tuple[str, ...] = Field((), description="host:port of workers, for clusters without registration")
+    workers: Addresses = Field((), description="host:port of workers, for clusters without registration")
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
     )
@@ -93,7 +107,7 @@ class WorkerConfig(_Settings):
     host: str = Field("127.0.0.1", description="address of the gRPC port")
     port: Port = Field(0, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one")
-    router: tuple[str, ...] = Field((), description="host:port of routers' control ports to register at")
+    router: Addresses = Field((), description="host:port of routers' control ports to register at")
     cluster_key: str = Field("tandem", description="part of every block hash; equal on all processes of a cluster")
     dtype: Dtype = Field("auto", description="weights and KV; auto takes the checkpoint's")
     device: str = Field("cpu", description="torch device")

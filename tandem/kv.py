@@ -13,6 +13,9 @@ BLOCK_TOKENS = 64
 BlockHash = bytes
 """16 bytes, chained: equal hashes mean equal tokens after an equal prefix under an equal root."""
 
+NO_PARENT = bytes(16)
+"""Stands before the first block: a parent of fixed length cannot be taken for content, or content for a parent."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -123,5 +126,5 @@ def iter_block_hashes(
     for index in range(len(tokens) // BLOCK_TOKENS):
         block = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
         content = contents[index] if contents else b""
-        parent = hashlib.blake2b(parent + pack(*block) + content, digest_size=16, key=root).digest()
+        parent = hashlib.blake2b((parent or NO_PARENT) + pack(*block) + content, digest_size=16, key=root).digest()
         yield parent

@@ -160,7 +160,7 @@ def cluster(
     decode_args: Sequence[str] = (),
     router_args: Sequence[str] = (),
 ) -> Iterator[Cluster]:
-    """Starts `tandem router`, `tandem prefill` and `tandem decode` processes; at the end checks for leaks and stops them."""
+    """Starts router, prefill and decode processes; at the end checks for leaks and stops them."""
     names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
     http, control, *ports = free_ports(2 + len(names))
     router = Process(

@@ -141,12 +141,15 @@ def test_an_index_must_name_files_that_hold_its_tensors(sharded: Path, tmp_path:
         find_tensors(path)
 
 
-@pytest.mark.parametrize(("fields", "refused"), [
-    ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}, True),
-    ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, True),
-    ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 1}, False),
-    ({"use_sliding_window": False, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, False),
-])
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}, True),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, True),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 1}, False),
+        ({"use_sliding_window": False, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, False),
+    ],
+)
 def test_sliding_windows_are_refused_where_used(fields: dict[str, Any], refused: bool, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, replace(SPEC, family="qwen2"))
     configure(**fields)(path)

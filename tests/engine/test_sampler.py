@@ -101,13 +101,16 @@ def distribution(params: SamplingParams, logits: list[float], draws: int, choice
 
 
 @pytest.mark.parametrize("by_choice", [False, True])
-@pytest.mark.parametrize(("params", "kept"), [
-    (SamplingParams(seed=1), {0, 1, 2, 3, 4, 5}),
-    (SamplingParams(seed=2, temperature=0.5), {0, 1, 2, 3, 4, 5}),
-    (SamplingParams(seed=3, top_k=3), {0, 2, 4}),
-    (SamplingParams(seed=4, top_p=0.6), {0, 4}),
-    (SamplingParams(seed=5, min_p=0.4), {0, 4}),
-])
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(seed=1), {0, 1, 2, 3, 4, 5}),
+        (SamplingParams(seed=2, temperature=0.5), {0, 1, 2, 3, 4, 5}),
+        (SamplingParams(seed=3, top_k=3), {0, 2, 4}),
+        (SamplingParams(seed=4, top_p=0.6), {0, 4}),
+        (SamplingParams(seed=5, min_p=0.4), {0, 4}),
+    ],
+)
 def test_positions_and_choices_draw_as_distributed(params: SamplingParams, kept: set[int], by_choice: bool) -> None:
     logits, draws = [2.0, -0.5, 0.9, 0.3, 1.7, 0.1], 4000
     counts = distribution(params, logits, draws, by_choice)

@@ -61,7 +61,7 @@ def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.M
 def test_lists_come_from_yaml_and_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path, "workers: ['a:1', 'b:2']\n")
     assert RouterConfig(config=file).workers == ("a:1", "b:2")
-    monkeypatch.setenv("TANDEM_WORKERS", json.dumps(["c:3"]))
+    monkeypatch.setenv("TANDEM_WORKERS", "c:3")
     assert RouterConfig(config=file).workers == ("c:3",)
 
 
@@ -173,3 +173,9 @@ def test_variables_of_libraries_do_not_override_the_user(monkeypatch: pytest.Mon
     monkeypatch.setattr("tandem.config.os.environ", child_environment({}))
     set_before_import({"TANDEM_A": "default", "TANDEM_B": "default"})
     assert (child_environment({})["TANDEM_A"], child_environment({})["TANDEM_B"]) == ("user", "default")
+
+
+def test_addresses_in_the_environment_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_WORKERS", "127.0.0.1:9001, 127.0.0.1:9002")
+    assert RouterConfig().workers == ("127.0.0.1:9001", "127.0.0.1:9002")
+    assert RouterConfig(workers=("127.0.0.1:9003",)).workers == ("127.0.0.1:9003",)

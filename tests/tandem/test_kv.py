@@ -25,8 +25,8 @@ from tandem.kv import (
 # length, key length and personalisation; a key fills the first block.
 ROOT = "bb1e672aa1d1962dfe4ac361918088ac8f42d39d7a68b8bc1752031b4da377da"
 ROOT_WITH_ADAPTER_AND_SALT = "3ba7a7d5e4cba4e29c1b6bc6b7b3a8ea9ac255c0abb66630437844461e886c13"
-CHAIN_OF_0_TO_127 = ["a77785f414ac464dec5942ec0902f087", "ce17db63ccf1fed70771e56d48a8737c"]
-LARGEST_IDS_WITH_CONTENT = "ed7cd2822ff17f97e74a349c92c44ba7"
+CHAIN_OF_0_TO_127 = ["7c8827afe0cddc5f5bfe3b58b1246144", "ab42b044c76c7491f7e6f303b718177c"]
+LARGEST_IDS_WITH_CONTENT = "d22df01a92854cd814360f923e0d1de9"
 # printf %s 'KvLayout(planes=(...' | b2sum -l 128
 LAYOUT_DIGEST = "7169d6a83287bbbcfc8025544441d402"
 
@@ -150,3 +150,10 @@ def test_groups_that_miss_or_repeat_a_layer_are_refused(layers: tuple[tuple[int,
 
 def test_the_end_of_a_span_is_one_past_its_last_token() -> None:
     assert Span(3, 4).end == 7
+
+
+def test_a_parent_is_not_taken_for_content() -> None:
+    block, shifted = list(range(BLOCK_TOKENS)), b"\x01" * 16
+    chained = block_hashes(root(), block, parent=shifted)
+    assert chained != block_hashes(root(), block, [shifted])
+    assert chained != block_hashes(root(), block)
