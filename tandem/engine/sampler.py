@@ -21,6 +21,9 @@ TOP_CANDIDATES = 1024
 """Top-p looks at so many of the likeliest tokens first."""
 WIDENING = 16
 """Rows whose mass reaches further are looked at again with so many times as many."""
+TINIEST = torch.finfo(torch.float32).tiny
+"""Least divisor: smaller ones may be 0 in float32, and 0 / 0 is no number."""
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Filters(NamedTuple):
@@ -70,8 +73,9 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[in
 
 def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.Tensor:
     """One token per row `[rows]` by inverse CDF; `noise` `[rows]` is float64 in [0, 1)."""
-    scaled = logits / filters.temperature[:, None]
-    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()
+    # The best logit is 0 before the division, so that however small a temperature is, nothing overflows into a NaN.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(filters.temperature[:, None])
+    weights = scaled.exp()
     floor = _floor(scaled, filters)
     if floor is not None:
         weights.masked_fill_(scaled < floor[:, None], 0.0)
@@ -82,7 +86,10 @@ def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.T
 
 
 def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
-    """Least logit each row keeps, or None when all keep everything. Tokens equal to the last one kept are kept too."""
+    """Least logit each row keeps, or None when all keep everything. Tokens equal to the last one kept are kept too.
+
+    scaled: each row's largest is 0.
+    """
     vocab = scaled.shape[1]
     by_k = filters.top_k < vocab
     by_p_alone = (filters.top_p < 1.0) & ~by_k
@@ -97,7 +104,7 @@ def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
             part, kept = scaled[rows], Filters(*(values[rows] for values in filters))
             floor[rows], settled[rows] = _floor_of_best(part.topk(size, dim=-1).values, part, kept)
     if bool((filters.min_p > 0.0).any()):
-        least = scaled.amax(dim=-1) + filters.min_p.log()
+        least = filters.min_p.log()
         floor = least if floor is None else torch.maximum(floor, least)
     return floor
 
@@ -122,7 +129,7 @@ def _filters(seqs: Sequence[Seq], logits: torch.Tensor) -> Filters:
     vocab, device = logits.shape[1], logits.device
     params = [seq.sampling for seq in seqs]
     return Filters(
-        temperature=torch.tensor([p.temperature for p in params], device=device),
+        temperature=torch.tensor([max(p.temperature, TINIEST) for p in params], device=device),
         top_k=torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
         min_p=torch.tensor([p.min_p for p in params], device=device),
@@ -152,12 +159,12 @@ def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
             continue
         if params.repetition_penalty != 1.0:
             seen = torch.from_numpy(np.unique(np.array(seq.tokens, dtype=np.int64))).to(logits.device)
-            old = logits[row, seen]
-            logits[row, seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+            old, penalty = logits[row, seen], max(params.repetition_penalty, TINIEST)
+            # At a penalty near 0 a quotient may be infinite, and two of them have no difference.
+            logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty).clamp_(max=LARGEST)
         output, counts = np.unique(np.array(seq.tokens[seq.prompt_len :], dtype=np.int64), return_counts=True)
-        penalty = counts * params.frequency_penalty + params.presence_penalty
         ids = torch.from_numpy(output).to(logits.device)
-        logits[row, ids] -= torch.from_numpy(penalty).to(logits)
+        logits[row, ids] -= torch.from_numpy(counts * params.frequency_penalty + params.presence_penalty).to(logits)
 
 
 def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:

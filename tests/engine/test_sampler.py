@@ -198,3 +198,20 @@ def test_ids_outside_the_vocabulary_do_nothing() -> None:
     assert sample(logits, [seq])[0][0] == VOCAB - 1
     seq.tokens += [4, 4]
     assert sample(logits, [seq])[0][0] == 3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1e-40),
+        SamplingParams(temperature=5e-324, top_p=0.9),
+        SamplingParams(temperature=1e-40, top_k=2, min_p=0.5),
+        SamplingParams(repetition_penalty=1e-40),
+        SamplingParams(repetition_penalty=5e-324, frequency_penalty=-2.0),
+    ],
+)
+def test_the_smallest_divisors_draw_one_of_the_best(params: SamplingParams) -> None:
+    logits = torch.tensor([[1.0, 30.0, -4.0, 20.0, 2.0]])
+    for choice in range(20):
+        ((token, _),) = sample(logits, [Seq("s", [1, 2, 3], 1, params, b"", frozenset(), choice=choice)])
+        assert token in (1, 3) if params.repetition_penalty < 1.0 else token == 1
