@@ -279,5 +279,5 @@ async def test_a_malformed_registration_is_refused() -> None:
 
 async def test_a_taken_control_port_is_a_clear_error() -> None:
     async with registry() as (made, port):
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on"):
             await serve_registry(made.fleet, "127.0.0.1", port)
