@@ -184,8 +184,9 @@ class Streaming:
     async def produce(self, buffer: EventBuffer) -> None:
         """Puts all events of the answer. Raises SlowClient and cancellation only; the work has ended then too."""
         try:
-            for chunk in self._out.opening():
-                buffer.put(chunk)
+            # One event, however many choices: nothing may be refused before `run`, which ends the work.
+            if opening := b"".join(self._out.opening()):
+                buffer.put(opening)
             await self._answer.run(lambda piece: buffer.put(self._out.chunk(piece)))
             usage = self._answer.usage()
             if self._answer.job.options.include_usage:

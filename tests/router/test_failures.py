@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from router.app import create_app
+from router.metrics import RouterMetrics
+from tandem.config import RouterConfig
 from tandem.errors import ContextTooLong, Overloaded, Unavailable
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -118,3 +123,26 @@ async def test_a_template_refusal_names_the_messages(client: httpx.AsyncClient, 
     assert response.status_code == 400
     assert "only users may speak" in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "messages"
+
+
+async def test_a_client_that_is_cut_before_the_first_token_leaves_no_work(world: Any) -> None:
+    """Each choice of a chat starts with an event of its own; they must not fill the buffer before the work is owned."""
+
+    async def get(model: object) -> object:
+        return world.text
+
+    texts: Any = SimpleNamespace(get=get)
+    app = create_app(RouterConfig(stream_queue=1), world.dispatcher, texts, RouterMetrics())
+    body = json.dumps({**CHAT, "n": 3, "stream": True}).encode()
+    asked = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> Any:
+        return next(asked, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        """Takes anything."""
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    (accepted,) = world.dispatcher.accepted
+    assert accepted.closed and accepted.cancelled.is_set()
