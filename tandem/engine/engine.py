@@ -140,14 +140,14 @@ class Engine:
 
         Adds the sequence if need be. None when pages cannot be had now (the cache is evicted for it, but nobody is
         retracted), or when an older sequence waits for them: ask again after a step, give up with `landed(seq, 0)`, or
-        cancel.
+        cancel. A second call changes nothing: who asked may have gone before the answer came.
         """
         if seq.seq_id not in self.seqs and seq.state is not SeqState.FINISHED:
             seq.state = SeqState.WAITING_KV
             self.add(seq)
-        if seq.state is not SeqState.WAITING_KV or seq.node is not None:
-            raise ValueError(f"sequence {seq.seq_id} cannot be reserved for: {seq.state.name}, {len(seq.pages)} pages")
-        if not self.scheduler.open_reserved(seq):
+        if seq.state is not SeqState.WAITING_KV:
+            raise ValueError(f"sequence {seq.seq_id} cannot be reserved for: {seq.state.name}")
+        if seq.node is None and not self.scheduler.open_reserved(seq):
             return None
         return seq.computed
 

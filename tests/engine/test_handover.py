@@ -236,3 +236,18 @@ def test_calls_in_the_wrong_state_are_refused() -> None:
     engine.reserve(moved)
     with pytest.raises(ValueError, match="computed is 41; 40 is the limit"):
         engine.landed(moved, 41)
+
+
+def test_a_second_reserve_changes_nothing() -> None:
+    """Who asked first may have been given up before the answer came; the next sender's sink asks again."""
+    engine, _ = make()
+    engine.add(make_seq("warm", PROMPT[:8], max_tokens=1))
+    drain(engine)
+    seq = make_seq("d", PROMPT)
+    assert engine.reserve(seq) == 8
+    pages = list(seq.pages)
+    assert engine.reserve(seq) == 8
+    assert seq.pages == pages
+    engine.check_integrity()
+    engine.cancel("d")
+    assert engine.idle_leaks() == []
