@@ -124,6 +124,8 @@ class PrefillClient:
         except asyncio.CancelledError:
             await pair.close()  # nobody else knows of it
             raise
+        # A pair that is over, of a worker that was restarted perhaps, would hold its slab's memory for ever.
+        self._pairs = {name: old for name, old in self._pairs.items() if not old.closed or old.leaks()}
         self._pairs[target.incarnation] = pair
         return pair
 

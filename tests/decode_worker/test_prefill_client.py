@@ -157,3 +157,15 @@ async def test_a_connection_under_way_is_closed_with_the_client() -> None:
     await rig.client.close()
     assert pair.closed
     assert rig.client.leaks() == []
+
+
+async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing() -> None:
+    """A prefill worker that is restarted again and again must not leave a landing slab each time."""
+    dead, still_closing, new = (FakePair(target.incarnation) for target in (A, B, C))
+    rig = Rig(dead, still_closing, new)
+    for target in (A, B):
+        await rig.fetch([target])
+    dead.closed = still_closing.closed = True
+    dead.leaks = list  # type: ignore[method-assign]
+    await rig.fetch([C])
+    assert set(rig.client._pairs) == {B.incarnation, C.incarnation}
