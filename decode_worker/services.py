@@ -85,7 +85,7 @@ class DecodeServices:
     def report(self) -> Report:
         """What routers are told beyond the engine's load."""
         return Report(
-            self.worker.dispatches, self._moves.stats(), self._moves.bytes_per_ms(), draining=self.worker.draining
+            dict(self.worker.dispatches), self._moves.stats(), self._moves.bytes_per_ms(), draining=self.worker.draining
         )
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:

@@ -88,7 +88,6 @@ class DecodeWorker:
         self._order += request.choices
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.choices)
-        self.dispatches[router_id] = max(dispatch, self.dispatches.get(router_id, 0))
         cached = 0
         if request.sampling.prompt_logprobs is None:
             try:
@@ -105,12 +104,12 @@ class DecodeWorker:
             and request.sampling.prompt_logprobs is None
         )
         self._announce(EventKind.PROMISED, root, request.prompt)
-        self._start(record, targets if asked else ())
+        self._start(record, dispatch, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
 
-    def _start(self, record: Request, targets: Sequence[Target]) -> None:
+    def _start(self, record: Request, dispatch: int, targets: Sequence[Target]) -> None:
         request_id = record.request.request_id
-        task = asyncio.create_task(self._prepare(record, targets), name=f"prepare-{request_id}")
+        task = asyncio.create_task(self._prepare(record, dispatch, targets), name=f"prepare-{request_id}")
         self._tasks[request_id] = task
 
         def done(ended: asyncio.Task[None]) -> None:
@@ -122,12 +121,17 @@ class DecodeWorker:
 
         task.add_done_callback(done)
 
-    async def _prepare(self, record: Request, targets: Sequence[Target]) -> None:
+    async def _prepare(self, record: Request, dispatch: int, targets: Sequence[Target]) -> None:
         """Gives the first choice its prompt's KV, or the task of computing it."""
         seq = record.choices[0].seq
         if targets:
             seq.state = SeqState.WAITING_KV
-            await self._thread.call(self._engine.add, seq)
+        await self._thread.call(self._engine.add, seq)
+        if (router_id := record.router_id) in self._outboxes:
+            # Not before: a status that names it must include its load.
+            self.dispatches[router_id] = max(dispatch, self.dispatches.get(router_id, 0))
+            self._publisher.poke()
+        if targets:
             sink = PageSink(seq, self._engine, self._thread, self._reservations)
             outcome = await self._prefill.fetch(record.request, record.request.prompt[:-1], targets, sink)
             record.sender_cached = min(outcome.sender_cached, sink.landed)
@@ -135,8 +139,6 @@ class DecodeWorker:
             record.decode_cached = sink.cached
             await self._thread.call(self._engine.landed, seq, sink.landed)
             self._reservations.changed()
-        else:
-            await self._thread.call(self._engine.add, seq)
 
     # Tokens ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
-from tandem.worker.service import SERVER_OPTIONS, WorkerService, attach
+from tandem.worker.service import WorkerService, attach, server_options
 from tandem.worker.timing import TimingFit
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class WorkerProcess:
         self.engine, loaded = await asyncio.to_thread(build_engine, config)
         self.thread = EngineThread(self.engine, self._on_step, self._on_failure)
         self.metrics = WorkerMetrics(lambda: self.services.report().moves)
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(options=server_options(config.lease_s))
         port = self._listen()
         name = config.served_model_name or Path(config.model).name
         model = loaded.info(name, config.max_context)
@@ -188,8 +189,10 @@ class WorkerProcess:
             log.error("a task of this worker ended; it cannot go on", exc_info=task.exception())
             self._on_failure(RuntimeError("task ended"))
 
-    def _compose(self, engine: EngineStatus) -> Status:
-        report = self.services.report()
+    def _compose(self) -> Callable[[EngineStatus], Status]:
+        return partial(self._status, self.services.report())
+
+    def _status(self, report: Report, engine: EngineStatus) -> Status:
         self.metrics.running.set(engine.running)
         self.metrics.waiting.set(engine.waiting)
         cached = engine.cached_pages
@@ -205,7 +208,7 @@ class WorkerProcess:
             total_pages=engine.total_pages,
             timing=self._timing.fit(),
             move_bytes_per_ms=report.move_bytes_per_ms,
-            dispatches=dict(report.dispatches),
+            dispatches=report.dispatches,
             draining=report.draining,
             moves=report.moves,
         )

@@ -27,8 +27,13 @@ class Publisher:
     """Fans one ordered stream of updates out to watchers. A watcher's numbers are consecutive from 0, the snapshot."""
 
     def __init__(
-        self, incarnation: str, engine: Engine, thread: EngineThread, compose: Callable[[EngineStatus], Status]
+        self,
+        incarnation: str,
+        engine: Engine,
+        thread: EngineThread,
+        compose: Callable[[], Callable[[EngineStatus], Status]],
     ) -> None:
+        """compose: called before the engine is asked, what it returns afterwards: the engine has all it names."""
         self._incarnation = incarnation
         self._engine = engine
         self._thread = thread
@@ -55,19 +60,21 @@ class Publisher:
             self._wake.clear()
             if self._watchers:
                 async with self._lock:
+                    composed = self._compose()
                     events, status = await self._thread.call(self._drain)
-                    self._fan_out((events, self._compose(status)))
+                    self._fan_out((events, composed(status)))
             await asyncio.sleep(INTERVAL_S)
 
     async def watch(self) -> AsyncIterator[WorkerUpdate]:
         """One watcher's updates: a snapshot, then what follows it, without a gap between the two."""
         backlog: asyncio.Queue[Item] = asyncio.Queue(MAX_BACKLOG)
         async with self._lock:
+            composed = self._compose()
             earlier, whole, status = await self._thread.call(self._drain_and_snapshot)
             self._fan_out((earlier, None))
             self._watchers[backlog] = None
         try:
-            yield WorkerUpdate(self._incarnation, 0, whole, self._compose(status), snapshot=True)
+            yield WorkerUpdate(self._incarnation, 0, whole, composed(status), snapshot=True)
             sequence = 0
             while backlog in self._watchers or not backlog.empty():
                 events, latest = await backlog.get()

@@ -12,14 +12,21 @@ from tandem.wire import codec
 from tandem.wire.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.publish import Publisher
 
-SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-)
-"""Without SO_REUSEPORT a taken port is an error; prompts of a million tokens fit into a message."""
+
+def server_options(lease_s: float) -> tuple[tuple[str, int], ...]:
+    """Of a worker's gRPC server: a taken port is an error, and prompts of a million tokens fit into a message.
+
+    Connections are pinged: a peer that stands still keeps its connection open and would keep its lease for ever.
+    """
+    return (
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", 64 << 20),
+        ("grpc.max_send_message_length", 64 << 20),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.keepalive_time_ms", max(1000, int(lease_s * 500))),
+        ("grpc.keepalive_timeout_ms", max(1000, int(lease_s * 1000))),
+    )
 
 
 def attach(server: grpc.aio.Server, service: WorkerService) -> None:

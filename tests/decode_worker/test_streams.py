@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,18 @@ async def test_status_names_the_last_dispatch_of_each_router(small_model: Path) 
             await workers.stub.Submit(message(workers, request, dispatch=dispatch))
             await workers.answer(request.request_id)
         assert workers.decode.services.report().dispatches == {"test": 5}
+
+
+async def test_a_dispatch_is_named_only_once_the_engine_has_its_load(small_model: Path) -> None:
+    """Else a worker whose step takes long looks idle to the router that just sent it something."""
+    async with pair(small_model, prefill=0) as workers:
+        services: Any = workers.decode.services
+        worker, step = services.worker, threading.Event()
+        workers.decode.thread.post(step.wait)
+        submitting = asyncio.create_task(workers.submit(PROMPT, SamplingParams(max_tokens=1)))
+        while not worker.open_requests:
+            await asyncio.sleep(0.005)
+        assert worker.dispatches == {}
+        step.set()
+        await workers.answer(await submitting)
+        assert worker.dispatches == {"test": 1}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Protocol, cast
 
 import pytest
 
 from tandem.cluster import CacheEvent, EventKind, Status, WorkerUpdate
+from tandem.engine.output import EngineStatus
 from tandem.kv import block_hashes
 from tandem.testing.engine import make_seq
 from tandem.worker import publish
@@ -33,7 +36,9 @@ Updates = AsyncGenerator[WorkerUpdate, None]
 async def publishing(rig: Any, patch: pytest.MonkeyPatch) -> AsyncIterator[Publisher]:
     """A publisher that runs, without the pause between two publications."""
     patch.setattr(publish, "INTERVAL_S", 0.0)
-    publisher = Publisher("i" * 32, rig.engine, rig.thread, lambda now: Status("i" * 32, free_pages=now.free_pages))
+    publisher = Publisher(
+        "i" * 32, rig.engine, rig.thread, lambda: lambda now: Status("i" * 32, free_pages=now.free_pages)
+    )
     running = asyncio.create_task(publisher.run())
     try:
         yield publisher
@@ -163,7 +168,7 @@ async def test_a_cancellation_that_comes_with_an_event_is_not_lost(
 ) -> None:
     """`wait_for` of Python 3.11 swallows it, and the worker's stop would wait for ever."""
     async with rig_maker() as rig:
-        publisher = Publisher("i" * 32, rig.engine, rig.thread, lambda _: Status("i" * 32))
+        publisher = Publisher("i" * 32, rig.engine, rig.thread, lambda: lambda _: Status("i" * 32))
         for _ in range(20):
             running = asyncio.create_task(publisher.run())
             await asyncio.sleep(0)
@@ -173,3 +178,26 @@ async def test_a_cancellation_that_comes_with_an_event_is_not_lost(
             running.cancel()
             done, _ = await asyncio.wait([running], timeout=5)
             assert done
+
+
+async def test_a_status_names_no_dispatch_that_came_after_the_engine_was_asked(rig_maker: Rigs) -> None:
+    """Its load would be missing from a status that claims to include it."""
+    async with rig_maker() as rig:
+        last = 0
+
+        def compose() -> Callable[[EngineStatus], Status]:
+            return partial(_status, last)
+
+        def _status(dispatch: int, _: EngineStatus) -> Status:
+            return Status("i" * 32, dispatches={"router": dispatch})
+
+        step = threading.Event()
+        rig.thread.post(step.wait)
+        updates = cast(Updates, Publisher("i" * 32, rig.engine, rig.thread, compose).watch())
+        first = asyncio.ensure_future(anext(updates))
+        await asyncio.sleep(0)
+        last = 7
+        step.set()
+        update = await first
+        assert update.status is not None and update.status.dispatches == {"router": 0}
+        await updates.aclose()
