@@ -42,7 +42,7 @@ class Choice:
             finish=self.finish,
             stop_token=self.stop_token,
             error=self.error,
-            usage=self.usage() if self.finish is not None else None,
+            usage=self.usage() if first == 0 or self.finish is not None else None,
         )
 
     def mark_sent(self) -> None:

@@ -22,7 +22,7 @@ class FleetMetrics:
         """KV by pair and transport, and load by worker."""
         size = CounterMetricFamily("tandem_kv_moved_bytes", "KV bytes landed", labels=MOVE_LABELS)
         time = CounterMetricFamily("tandem_kv_moved_seconds", "Seconds with KV under way", labels=MOVE_LABELS)
-        tickets = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that ended well", labels=MOVE_LABELS)
+        tickets = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that landed KV", labels=MOVE_LABELS)
         for move in self._fleet.moves():
             labels = [move.sender, move.receiver, move.transport]
             size.add_metric(labels, move.bytes)

@@ -76,7 +76,7 @@ class MoveStat:
     seconds: float = 0.0
     """Seconds with bytes under way."""
     tickets: int = 0
-    """Hand-overs that ended well."""
+    """Hand-overs that landed something; one that goes on with another sender counts for each pair."""
 
 
 @dataclass(frozen=True, slots=True)

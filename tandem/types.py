@@ -161,7 +161,7 @@ class Delta:
     error: str = ""
     """One line for the client when `finish` is ERROR."""
     usage: Usage | None = None
-    """Only in a choice's last delta."""
+    """In a choice's last delta; in its first, too, for a choice that the router ends by itself at a stop string."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class MoveCollector(Collector):
         labels = ["sender", "receiver", "transport"]
         size = CounterMetricFamily("tandem_kv_moved_bytes", "KV bytes landed", labels=labels)
         time = CounterMetricFamily("tandem_kv_moved_seconds", "Seconds with KV under way", labels=labels)
-        tickets = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that ended well", labels=labels)
+        tickets = CounterMetricFamily("tandem_kv_handovers", "Hand-overs that landed KV", labels=labels)
         for move in self._moves():
             values = [move.sender, move.receiver, move.transport]
             size.add_metric(values, move.bytes)

@@ -39,7 +39,11 @@ async def test_a_step_s_tokens_go_out_as_one_message() -> None:
     deltas = await read(messages)
     assert [(delta.choice, delta.first_index, delta.tokens) for delta in deltas] == [(0, 0, (7,)), (1, 0, (8,))]
     assert [len(delta.logprobs) for delta in deltas] == [1, 1]
-    assert {delta.usage for delta in deltas} == {None}
+    assert [delta.usage and delta.usage.completion_tokens for delta in deltas] == [1, 1]
+    grow(record.choices[0], 9)
+    outbox.mark(record.choices[0])
+    outbox.flush()
+    assert [delta.usage for delta in await read(messages)] == [None]
 
 
 async def test_what_a_slow_reader_missed_is_merged() -> None:

@@ -45,3 +45,15 @@ def test_usage_names_the_longest_cache_and_what_was_moved() -> None:
     usage = record.choices[1].usage()
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 64)
     assert (usage.decode_cached_tokens, usage.moved_tokens) == (16, 48)
+
+
+def test_usage_comes_first_and_last() -> None:
+    """First for a router that ends the choice at a stop string: it hears of no last one."""
+    choice = make_request(request(), "r", b"root", frozenset(), 0, 0.0).choices[0]
+    said = []
+    for token in range(3):
+        choice.tokens.append(token)
+        choice.finish = FinishReason.LENGTH if token == 2 else None
+        said.append(choice.delta().usage)
+        choice.mark_sent()
+    assert [usage and usage.completion_tokens for usage in said] == [1, None, 3]
