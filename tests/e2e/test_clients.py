@@ -1,0 +1,268 @@
+"""How clients use a real cluster: both of OpenAI's clients and plain HTTP, many at once, slow ones, ones that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import re
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+
+from tandem import obs
+from tandem.testing.checkpoints import SPECIAL_TOKENS, CheckpointSpec, make_checkpoint
+from tandem.testing.cluster import Cluster, cluster
+
+CONTEXT = 4096
+STREAMS = 64
+PATIENCE_S = 30.0
+MESSAGES: list[Any] = [{"role": "user", "content": "tell me about trains"}]
+GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One router that cuts slow readers early, one prefill and one decode worker; checked for leaks at its end."""
+    spec = CheckpointSpec(layers=2, vocab=600, max_positions=CONTEXT, seed=3)
+    model = make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", spec)
+    folder = tmp_path_factory.mktemp("logs")
+    with cluster(model, folder, worker_args=["--kv-mib", "32"], router_args=["--stream-queue", "64"]) as made:
+        yield made
+
+
+@pytest.fixture
+def sync(running: Cluster) -> Iterator[OpenAI]:
+    with OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def client(running: Cluster) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as made:
+        yield made
+
+
+def ended(running: Cluster, outcome: str) -> float:
+    """Requests that ended so, over both endpoints."""
+    pattern = rf'^{obs.REQUESTS_TOTAL}{{endpoint="\w+",outcome="{outcome}"}} (\S+)$'
+    return sum(map(float, re.findall(pattern, running.get("/metrics"), flags=re.M)))
+
+
+def wait_for_end(running: Cluster, outcome: str, count: float) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while ended(running, outcome) < count:
+        assert time.monotonic() < deadline, running.get("/metrics")
+        time.sleep(0.02)
+    running.check_leaks()
+
+
+def test_the_synchronous_client(sync: OpenAI) -> None:
+    assert [model.id for model in sync.models.list()] == ["tiny"]
+    whole = sync.chat.completions.create(messages=MESSAGES, max_tokens=24, **GREEDY)
+    assert whole.choices[0].finish_reason == "length"
+    text = whole.choices[0].message.content
+    assert text
+    stream = sync.chat.completions.create(messages=MESSAGES, max_tokens=24, stream=True, **GREEDY)
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(parts) == text
+    assert len([part for part in parts if part]) > 1, "it comes in parts"
+    with pytest.raises(BadRequestError, match=r"temperature is -1\.0"):
+        sync.chat.completions.create(model="tiny", messages=MESSAGES, temperature=-1)
+
+
+async def test_usage_comes_in_streams_that_ask_for_it(client: AsyncOpenAI) -> None:
+    for options in (None, {"include_usage": False}, {"include_usage": True}):
+        asked: dict[str, Any] = {} if options is None else {"stream_options": options}
+        stream = await client.completions.create(prompt=[5] * 40, max_tokens=8, stream=True, **asked, **GREEDY)
+        chunks = [chunk async for chunk in stream]
+        usages = [chunk.usage for chunk in chunks if chunk.usage is not None]
+        if options is None or not options["include_usage"]:
+            assert usages == []
+            continue
+        assert len(usages) == 1 and chunks[-1].usage is usages[0]
+        assert chunks[-1].choices == []
+        assert (usages[0].prompt_tokens, usages[0].completion_tokens, usages[0].total_tokens) == (40, 8, 48)
+
+
+async def test_three_choices_are_told_apart(client: AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 16, "n": 3, "seed": 11}
+    whole = await client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    streamed, finished = ["", "", ""], set()
+    async for chunk in await client.chat.completions.create(stream=True, **asked):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            if choice.finish_reason is not None:
+                finished.add(choice.index)
+    assert (streamed, finished) == (texts, {0, 1, 2})
+
+
+async def test_a_seed_repeats_an_answer_whatever_runs_beside_it(client: AsyncOpenAI) -> None:
+    async def ask(seed: int, **fields: Any) -> str:
+        answer = await client.completions.create(model="tiny", prompt="once upon", max_tokens=32, seed=seed, **fields)
+        return str(answer.choices[0].text)
+
+    alone = await ask(5)
+    crowd = await asyncio.gather(ask(5), *(ask(seed) for seed in range(100, 115)), ask(5, temperature=1.0, top_p=1.0))
+    assert crowd[0] == crowd[-1] == alone
+    assert len(set(crowd)) == 16
+
+
+async def test_stop_strings_end_inside_and_across_tokens(client: AsyncOpenAI) -> None:
+    prompt = [9, 8, 7] * 10
+    whole = await client.completions.create(prompt=prompt, max_tokens=64, logprobs=0, **GREEDY)
+    text, logprobs = whole.choices[0].text, whole.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.text_offset is not None
+    starts = [offset for offset in logprobs.text_offset if 10 < offset < len(text) - 10]
+    across = [text[offset - 1 : offset + 2] for offset in starts]
+    stops = [stop for stop in across if stop.isascii() and text.index(stop) > 5][:3]
+    assert stops, text
+    for stop in stops:
+        expected = text[: text.index(stop)]
+        asked: dict[str, Any] = {"prompt": prompt, "max_tokens": 64, "stop": [stop, "never said"], **GREEDY}
+        answer = await client.completions.create(**asked)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
+        chunks = [chunk async for chunk in await client.completions.create(stream=True, **asked)]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
+
+
+async def test_log_probabilities_on_both_endpoints(client: AsyncOpenAI) -> None:
+    completion = await client.completions.create(prompt=[3, 1, 4] * 8, max_tokens=12, logprobs=3, **GREEDY)
+    found = completion.choices[0].logprobs
+    assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 12
+    for chosen, rivals in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert chosen is not None and rivals is not None
+        assert 1 <= len(rivals) <= 4
+        assert chosen <= 0 and chosen == pytest.approx(max(rivals.values()), abs=1e-5), "greedy takes the likeliest"
+    assert found.text_offset == sorted(found.text_offset)
+
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, **GREEDY}
+    chat = await client.chat.completions.create(**asked)
+    assert chat.choices[0].logprobs is not None
+    entries = chat.choices[0].logprobs.content
+    assert entries is not None and len(entries) == 12
+    for entry in entries:
+        assert len(entry.top_logprobs) == 2
+        assert entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+        assert entry.bytes == entry.top_logprobs[0].bytes
+    said = b"".join(bytes(entry.bytes or []) for entry in entries if entry.token not in SPECIAL_TOKENS)
+    assert said.decode(errors="replace") == chat.choices[0].message.content
+    streamed: list[Any] = []
+    async for chunk in await client.chat.completions.create(stream=True, **asked):
+        if chunk.choices[0].logprobs is not None:
+            streamed += chunk.choices[0].logprobs.content or []
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+async def test_many_streams_at_once_get_each_its_own(client: AsyncOpenAI) -> None:
+    def asked(seed: int) -> dict[str, Any]:
+        prompt = [(seed * 31 + position * 17) % 590 for position in range(20 + seed)]
+        return {"prompt": prompt, "max_tokens": 20, **GREEDY}
+
+    async def stream(seed: int) -> tuple[str, int]:
+        text, tokens = "", 0
+        options: Any = {"include_usage": True}
+        async for chunk in await client.completions.create(stream=True, stream_options=options, **asked(seed)):
+            text += "".join(choice.text for choice in chunk.choices)
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return text, tokens
+
+    results = await asyncio.gather(*map(stream, range(STREAMS)))
+    assert [tokens for _, tokens in results] == [20] * STREAMS
+    for seed in (0, 31, 63):
+        alone = await client.completions.create(**asked(seed))
+        assert alone.choices[0].text == results[seed][0]
+
+
+def test_a_connection_is_kept_also_after_a_refusal(running: Cluster) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", running.router.port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.connect()
+        first = connection.sock
+        for body, status in (({"prompt": "a"}, 200), ({"prompt": ""}, 400), ({"prompt": "a", "stream": True}, 200)) * 2:
+            text = json.dumps(body | {"max_tokens": 2})
+            connection.request("POST", "/v1/completions", text, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (status, True)
+            assert connection.sock is first
+
+
+async def test_plain_http_reads_events(running: Cluster) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 4, "stream": True, "ignore_eos": True}
+    async with (
+        httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as answer,
+    ):
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line async for line in answer.aiter_lines()]
+    assert lines[1::2] == [""] * (len(lines) // 2), "an empty line ends each event"
+    events = [line.removeprefix("data: ") for line in lines[::2]]
+    assert events[-1] == "[DONE]"
+    assert {json.loads(event)["object"] for event in events[:-1]} == {"chat.completion.chunk"}
+
+
+def begin(running: Cluster, path: str, receive_bytes: int = 0, **body: Any) -> socket.socket:
+    """A connection that has asked and not read anything yet."""
+    made = socket.socket()
+    made.settimeout(PATIENCE_S)
+    if receive_bytes:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    made.connect(("127.0.0.1", running.router.port))
+    text = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: tandem\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    )
+    made.sendall(head.encode() + text)
+    return made
+
+
+def drop(connection: socket.socket) -> None:
+    """Closes with a reset, as a client that crashed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+LONG: dict[str, Any] = {"prompt": [7] * 300, "max_tokens": CONTEXT - 300, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("leave", [drop, socket.socket.close])
+def test_work_ends_when_the_client_leaves(running: Cluster, stream: bool, leave: Any) -> None:
+    before = ended(running, "cancelled")
+    connection = begin(running, "/v1/completions", stream=stream, n=4, **LONG)
+    if stream:
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    else:
+        while running.metric(obs.REQUESTS_RUNNING) == 0:
+            time.sleep(0.02)
+    leave(connection)
+    wait_for_end(running, "cancelled", before + 1)
+
+
+async def test_a_slow_reader_is_cut_and_nobody_else_waits(running: Cluster, client: AsyncOpenAI) -> None:
+    before = ended(running, "slow_client")
+    slow = begin(running, "/v1/completions", receive_bytes=4096, stream=True, n=8, logprobs=20, **LONG)
+    answers = [await client.completions.create(prompt="meanwhile", max_tokens=8, **GREEDY) for _ in range(5)]
+    assert len({answer.choices[0].text for answer in answers}) == 1
+    await asyncio.to_thread(wait_for_end, running, "slow_client", before + 1)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := slow.recv(1 << 16):
+            received += part
+    slow.close()
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert b"[DONE]" not in received
+    assert not received.endswith(b"0\r\n\r\n"), "the client must see that the answer is not whole"
