@@ -1,8 +1,8 @@
 """Paged attention in plain torch, for CPUs.
 
-Rows are split into buckets of similar shape, and each bucket is one padded, batched call of torch's flash attention. For
-one token per row (decode) the query heads that share a KV head stand as its queries. Plain batched products would do as
-well in float32; in bfloat16 each new length costs them a newly compiled kernel, ten times what the attention takes.
+Rows are split into buckets of similar shape, and each bucket is one padded, batched call of torch's flash attention.
+For one token per row (decode) the query heads that share a KV head stand as its queries. Plain batched products would
+do as well in float32; in bfloat16 each new length costs them a newly compiled kernel, ten times what attention takes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class _Bucket:
     """`[real tokens]` indices into `rows * count` that are not padding; None when all are real."""
     places: torch.Tensor
     """`[rows * kv_heads * length]` indices into a layer's `[slots * kv_heads, head_dim]`."""
+    gathered: torch.Tensor
+    """`[2, rows * kv_heads * length, head_dim]`: where each layer in turn finds its keys and values together."""
     mask: torch.Tensor | None
     """Additive `[rows, 1, count, length]`; None when nothing needs masking, or `causal` masks it."""
     causal: bool
@@ -48,7 +50,7 @@ class TorchPagedAttention:
             raise ValueError("torch_paged serves layouts of planes k and v with full attention only")
         self.pool = pool
         self.kv_heads = planes["k"].heads
-        self._workspace = pool.plane("k", 0).new_empty((2, 0, planes["k"].head_dim))
+        self._workspace = pool.plane("k", 0).new_empty(0)
 
     def plan(self, batch: AttentionBatch) -> TorchPagedPlan:
         """See `AttentionBackend.plan`."""
@@ -60,10 +62,7 @@ class TorchPagedAttention:
         slots = table[row, positions // page] * page + positions % page
         groups = split_rows(batch.counts, batch.starts + batch.counts)
         buckets = [self._bucket(batch, table, offsets, rows) for rows in groups]
-        needed = max(len(bucket.places) for bucket in buckets)
-        if self._workspace.shape[1] < needed:
-            self._workspace = self._workspace.new_empty((2, needed, self._workspace.shape[2]))
-        return TorchPagedPlan(self.pool, self._on_device(slots), buckets, self._workspace)
+        return TorchPagedPlan(self.pool, self._on_device(slots), buckets)
 
     def _bucket(self, batch: AttentionBatch, table: IntArray, offsets: IntArray, rows: IntArray) -> _Bucket:
         starts, counts = batch.starts[rows], batch.counts[rows]
@@ -83,6 +82,7 @@ class TorchPagedAttention:
             first=int(tokens[0]),
             real=None if len(real) == len(tokens) else self._on_device(real),
             places=self._on_device(places.ravel()),
+            gathered=self._room_for(places.size),
             mask=None if causal else self._mask(starts, lengths, count, length),
             causal=causal,
             rows=len(rows),
@@ -100,6 +100,13 @@ class TorchPagedAttention:
         dtype = self.pool.plane("k", 0).dtype
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(self.pool.device)
 
+    def _room_for(self, places: int) -> torch.Tensor:
+        """`[2, places, head_dim]` of the workspace, which all buckets and layers use one after another."""
+        dim = self.pool.plane("k", 0).shape[2]
+        if self._workspace.numel() < 2 * places * dim:
+            self._workspace = self._workspace.new_empty(2 * places * dim)
+        return self._workspace[: 2 * places * dim].view(2, places, dim)
+
     def _on_device(self, indices: IntArray) -> torch.Tensor:
         return torch.from_numpy(indices).to(self.pool.device)
 
@@ -107,11 +114,10 @@ class TorchPagedAttention:
 class TorchPagedPlan:
     """See `AttentionPlan`."""
 
-    def __init__(self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket], workspace: torch.Tensor) -> None:
+    def __init__(self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket]) -> None:
         self._pool = pool
         self._slots = slots
         self._buckets = buckets
-        self._workspace = workspace  # [2, places, head_dim]: gathered keys and values, the same memory for all layers
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -140,13 +146,10 @@ class TorchPagedPlan:
     ) -> torch.Tensor:
         """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
         kv_heads, dim = keys.shape[1:]
-        heads, places = query.shape[1], bucket.places
-        key, value = (
-            torch.index_select(tensor.view(-1, dim), 0, places, out=self._workspace[index, : len(places)]).view(
-                bucket.rows, kv_heads, bucket.length, dim
-            )
-            for index, tensor in enumerate((keys, values))
-        )
+        heads, gathered = query.shape[1], bucket.gathered
+        torch.index_select(keys.view(-1, dim), 0, bucket.places, out=gathered[0])
+        torch.index_select(values.view(-1, dim), 0, bucket.places, out=gathered[1])
+        key, value = gathered.view(2, bucket.rows, kv_heads, bucket.length, dim)
         if bucket.count == 1:
             q = query.view(bucket.rows, kv_heads, -1, dim)
             return scaled_dot_product_attention(q, key, value, attn_mask=bucket.mask, scale=scale).reshape(query.shape)
@@ -163,6 +166,8 @@ def split_rows(counts: IntArray, lengths: IntArray) -> list[IntArray]:
     Decode rows (one new token) are never mixed with chunks. Within each kind, rows in order of length are cut into
     groups where the padded size would exceed `MAX_PADDING` times the real one.
     """
+    if len(counts) == 1:
+        return [np.zeros(1, dtype=np.int64)]
     groups = []
     for kind in (np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)):
         ordered = kind[np.argsort(counts[kind] * lengths[kind], kind="stable")]

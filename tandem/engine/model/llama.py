@@ -31,11 +31,11 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, angles: Angles, plan: AttentionPlan) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`; writes the tokens' KV through the plan."""
-        qkv = self.qkv(x).view(len(x), -1, self.head_dim)
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned = rotate(qkv[:, : self.heads + self.kv_heads], *angles)
         query, key = turned[:, : self.heads], turned[:, self.heads :]
         out = plan.run(self.layer, query, key, qkv[:, self.heads + self.kv_heads :], self.scale)
-        return self.output(out.reshape(len(x), -1))
+        return self.output(out.reshape(x.shape[0], -1))
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""

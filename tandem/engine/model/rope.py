@@ -20,10 +20,13 @@ class RotaryEmbedding:
         self.frequencies = frequencies.to(device)
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[tokens, 1, head_dim]` in `dtype` for `positions` `[tokens]`; computed in float32."""
-        phase = positions[:, None].float() * self._frequencies_at(positions)
-        phase = torch.cat((phase, phase), dim=-1)[:, None]
-        return (phase.cos() * self.scaling).to(dtype), (phase.sin() * self.scaling).to(dtype)
+        """Cosines and signed sines `[tokens, 1, head_dim]` in `dtype` for `positions` `[tokens]`; float32 inside.
+
+        The sines of the first half are negative, as `rotate` needs them.
+        """
+        phase = (positions[:, None].float() * self._frequencies_at(positions))[:, None]
+        cos, sin = (phase.cos() * self.scaling).to(dtype), (phase.sin() * self.scaling).to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _frequencies_at(self, positions: torch.Tensor) -> torch.Tensor:
         """`[head_dim / 2]`, or `[tokens, head_dim / 2]` where dynamic NTK has begun to stretch.
@@ -41,10 +44,8 @@ class RotaryEmbedding:
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `[tokens, heads, head_dim]` by the angles."""
-    half = heads.shape[-1] // 2
-    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
-    return heads * cos + turned * sin
+    """Rotates `[tokens, heads, head_dim]` by the cosines and signed sines of `RotaryEmbedding.angles`."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
