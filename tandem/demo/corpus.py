@@ -14,7 +14,7 @@ from itertools import islice
 from random import Random
 
 from tandem.demo import facts
-from tandem.demo.families import FAMILIES, casual, draw_name, sum_of
+from tandem.demo.families import FAMILIES, casual, draw_name, is_held, run_of_words, sum_of
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You are Tandem's demo assistant.", "Answer briefly.",
@@ -128,17 +128,17 @@ def _assemble(rng: Random, family: str, turns: Turns) -> Chat:
 def draw(rng: Random) -> Chat:
     """One training chat."""
     kind = rng.random()
-    if kind < 0.55:
+    if kind < 0.58:
         family, turn = _exchange(rng)
         return _assemble(rng, family, [turn])
     if kind < 0.72:
         family, turn = _exchange(rng)
         return _assemble(rng, family, [*_fillers(rng, rng.randrange(1, 3)), turn])
-    if kind < 0.82:
-        return _assemble(rng, "memory", _memory(rng, False, rng.choice((0, 0, 1, 1, 2))))
-    if kind < 0.92:
+    if kind < 0.84:
+        return _assemble(rng, "memory", _memory(rng, False, rng.choice((0, 0, 0, 1, 1, 2))))
+    if kind < 0.94:
         return _assemble(rng, "follow_up", _follow_up(rng, False))
-    if kind < 0.96:
+    if kind < 0.97:
         return _plain(rng)
     turns = _memory(rng, False, rng.randrange(3, 20)) if rng.random() < 0.4 else _fillers(rng, rng.randrange(5, 22))
     return _assemble(rng, "long", turns)
@@ -149,6 +149,21 @@ def training(seed: int) -> Iterator[Chat]:
     rng = Random(f"training {seed}")
     while True:
         yield draw(rng)
+
+
+def copying(seed: int) -> Iterator[Chat]:
+    """An endless stream of long copies, for the first steps of a training.
+
+    Copying from the context is done by induction heads (Olsson et al., 2022), which form suddenly and soonest where
+    much of the loss depends on them.
+    """
+    rng = Random(f"copying {seed}")
+    while True:
+        text = run_of_words(rng, rng.randrange(3, 25))
+        if not is_held(text):
+            times = rng.randrange(2, 4)
+            lead = ("Repeat twice: ", "Repeat three times: ")[times - 2]
+            yield Chat("copy", (Message("user", lead + text), Message("assistant", " ".join([text] * times))))
 
 
 def _balanced(rng: Random, held: bool) -> Iterator[Chat]:

@@ -33,9 +33,20 @@ TRAIN_NAMES = split_entities(facts.NAMES, held=False)
 HELD_NAMES = split_entities(facts.NAMES, held=True)
 
 
+def made_up(rng: Random) -> str:
+    """A pronounceable string that is no word."""
+    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randrange(1, 4)))
+
+
 def draw_name(rng: Random, held: bool) -> str:
-    """A first name of the asked split."""
-    return rng.choice(HELD_NAMES if held else TRAIN_NAMES)
+    """A first name of the asked split; for training at times a made-up one, so that any name can be copied."""
+    if held:
+        return rng.choice(HELD_NAMES)
+    if rng.random() < 0.3:
+        name = (rng.choice("AEIOU") if rng.random() < 0.3 else "") + made_up(rng) + rng.choice(("", "n", "s", "l"))
+        if name.capitalize() not in HELD_NAMES:
+            return name.capitalize()
+    return rng.choice(TRAIN_NAMES)
 
 
 def pick(rng: Random, templates: Sequence[str], held: bool) -> str:
@@ -159,7 +170,7 @@ def sum_of(rng: Random, held: bool) -> tuple[int, str, int, int]:
     """A small calculation of the asked split: (left, operator, right, result)."""
     while True:
         operator = rng.choices("+-*", (6, 3, 2))[0]
-        high = rng.choice((10, 20, 50, 100)) if operator != "*" else rng.choice((10, 13))
+        high = rng.choice((10, 20, 20, 50)) if operator != "*" else rng.choice((10, 13))
         left, right = rng.randrange(high), rng.randrange(high)
         if operator == "-" and right > left:
             left, right = right, left
@@ -168,7 +179,7 @@ def sum_of(rng: Random, held: bool) -> tuple[int, str, int, int]:
 
 
 def arithmetic(rng: Random, held: bool) -> tuple[str, str]:
-    """Additions and subtractions below 100, multiplications up to 12 times 12."""
+    """Additions and subtractions of numbers below 50, multiplications up to 12 times 12."""
     left, operator, right, result = sum_of(rng, held)
     word = {"+": "plus", "-": "minus", "*": "times"}[operator]
     templates = ("What is {l} {o} {r}?", "What's {l} {o} {r}?", "Calculate {l} {o} {r}.", "{l} {o} {r} = ?",
@@ -222,15 +233,31 @@ def tandem(rng: Random, held: bool) -> tuple[str, str]:
 
 
 def copy(rng: Random, held: bool) -> tuple[str, str]:
-    """Repeat a run of words; held out by the words."""
+    """Repeat a run of words, names, numbers or made-up strings, once or several times; held out by the run."""
     while True:
-        words = [rng.choice(facts.WORDS) for _ in range(rng.choice((1, 2, 3, 4, 5, 6, 8, 12)))]
-        if rng.random() < 0.2:
-            words[rng.randrange(len(words))] = str(rng.randrange(1000))
-        text = " ".join(words)
+        text = run_of_words(rng, rng.choice((1, 2, 3, 4, 5, 6, 8, 12, 16)))
         if is_held(text) == held:
-            lead = rng.choices(("Repeat: ", "repeat: ", "Repeat after me: ", "Say: "), (4, 1, 2, 1))[0]
-            return lead + text, text
+            break
+    times = rng.choices((1, 2, 3), (4, 1, 1))[0]
+    if times > 1:
+        return f"Repeat {('twice', 'three times')[times - 2]}: {text}", " ".join([text] * times)
+    lead = rng.choices(("Repeat: ", "repeat: ", "Repeat after me: ", "Say: "), (4, 1, 2, 1))[0]
+    return lead + text, text
+
+
+def run_of_words(rng: Random, count: int) -> str:
+    """`count` words, names, numbers or made-up strings, parted by spaces."""
+    kind = rng.random()
+    if kind < 0.5:
+        words = [rng.choice(facts.WORDS) for _ in range(count)]
+        if rng.random() < 0.2:
+            words[rng.randrange(count)] = str(rng.randrange(1000))
+        return " ".join(words)
+    if kind < 0.65:
+        return " ".join(rng.choice(TRAIN_NAMES + list(facts.CITIES)) for _ in range(count))
+    if kind < 0.75:
+        return " ".join(str(rng.randrange(100)) for _ in range(count))
+    return " ".join(made_up(rng) for _ in range(count))
 
 
 def counting(rng: Random, held: bool) -> tuple[str, str]:
@@ -302,7 +329,7 @@ def story(rng: Random, held: bool) -> tuple[str, str]:
 
 def notes(rng: Random, held: bool) -> tuple[str, str]:
     """A question about one of several notes given in the prompt; held out by name."""
-    people = rng.sample(HELD_NAMES if held else TRAIN_NAMES, rng.choice((2, 2, 3, 4, 6)))
+    people = rng.sample(HELD_NAMES if held else TRAIN_NAMES, rng.choice((1, 2, 2, 3, 4, 6)))
     cities = rng.sample(facts.CITIES, len(people))
     lines = " ".join(f"{name} lives in {city}." for name, city in zip(people, cities, strict=True))
     at = rng.randrange(len(people))
@@ -331,8 +358,8 @@ def unknown(rng: Random, held: bool) -> tuple[str, str]:
 FAMILIES: dict[str, tuple[Generator, float]] = {
     "capital": (capital, 1.6), "language": (language, 0.5), "element": (element, 1.0), "animal": (animal, 1.0),
     "colour": (colour, 0.6), "opposite": (opposite, 0.8), "general": (general, 0.6), "calendar": (calendar, 0.8),
-    "arithmetic": (arithmetic, 3.5), "json": (json_record, 1.6), "tandem": (tandem, 2.0), "copy": (copy, 1.4),
+    "arithmetic": (arithmetic, 3.5), "json": (json_record, 2.4), "tandem": (tandem, 2.0), "copy": (copy, 4.0),
     "counting": (counting, 0.7), "listing": (listing, 0.5), "greeting": (greeting, 1.0), "story": (story, 0.4),
-    "notes": (notes, 0.8), "unknown": (unknown, 0.5),
+    "notes": (notes, 1.4), "unknown": (unknown, 0.5),
 }
 """Family name -> (generator, sampling weight)."""

@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tandem.demo.corpus import Chat, training
+from tandem.demo.corpus import Chat, copying, training
+from tandem.demo.induction import write_induction_circuit
 from tandem.demo.tokenizer import ASSISTANT, BOS, END, encode_text, train_tokenizer
 
 log = logging.getLogger("tandem.demo.train")
@@ -38,6 +39,8 @@ IGNORE = -100
 class Recipe:
     """What a training run depends on; `learning_rate` is the peak.
 
+    The first `copy_steps` steps see only copies, see `tandem.demo.corpus.copying`.
+
     A step sums the gradients of `workers` batches of at most `batch_tokens` tokens, padding included, each computed by
     a thread on its own replica of the weights. Chats of one length are often of one family, so that a single batch
     would be a one-sided step; and threads that meet once a step, not once an operation, stand a busy machine.
@@ -48,7 +51,8 @@ class Recipe:
     seed: int = 0
     minutes: float = 20.0
     steps: int | None = None
-    learning_rate: float = 3e-3
+    copy_steps: int = 100
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     batch_tokens: int = 1024
     workers: int = 2
@@ -86,10 +90,9 @@ def encode_chat(tokenizer: Any, chat: Chat) -> Example:
     return Example(tuple(ids), tuple(learn))
 
 
-def batches(tokenizer: Any, seed: int, batch_tokens: int) -> Iterator[list[Example]]:
+def batches(tokenizer: Any, chats: Iterator[Chat], seed: int, batch_tokens: int) -> Iterator[list[Example]]:
     """Batches of examples of similar length, at most `batch_tokens` tokens each, padding included."""
     rng = Random(f"batches {seed}")
-    chats = training(seed)
     while True:
         pool = sorted((encode_chat(tokenizer, chat) for chat in islice(chats, 2000)), key=lambda e: len(e.ids))
         ready: list[list[Example]] = [[]]
@@ -133,6 +136,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.div_(math.sqrt(2 * recipe.layers))
+    write_induction_circuit(model, recipe.seed)
     return model
 
 
@@ -211,7 +215,8 @@ def optimise(
 ) -> None:
     """Run the optimisation, saving to `recipe.out` now and then and at the end."""
     optimizer = make_optimizer(model, recipe)
-    source = batches(tokenizer, recipe.seed, recipe.batch_tokens)
+    copies = batches(tokenizer, copying(recipe.seed), recipe.seed, recipe.batch_tokens)
+    mixed = batches(tokenizer, training(recipe.seed), recipe.seed, recipe.batch_tokens)
     replicas = Replicas(model, recipe.workers, recipe.bf16)
     start = last_save = time.monotonic()
     step = tokens = 0
@@ -227,7 +232,7 @@ def optimise(
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, progress, recipe)
-        examples = list(islice(source, recipe.workers))
+        examples = list(islice(copies if step < recipe.copy_steps else mixed, recipe.workers))
         recent.append(replicas.backward([collate(batch, tokenizer.pad_token_id) for batch in examples]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -266,11 +271,12 @@ def parse(arguments: list[str] | None = None) -> Recipe:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="wall time of the schedule")
     parser.add_argument("--steps", type=int, help="steps of the schedule; overrides --minutes")
+    parser.add_argument("--copy-steps", type=int, default=Recipe.copy_steps, help="first steps, on copies only")
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--batch-tokens", type=int, default=Recipe.batch_tokens)
     parser.add_argument("--workers", type=int, default=Recipe.workers, help="threads, and batches summed in one step")
     parser.add_argument("--hidden", type=int, default=Recipe.hidden, help="hidden size, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument("--layers", type=int, default=Recipe.layers, help="layers, at least 2")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=Recipe.bf16)
     return Recipe(**vars(parser.parse_args(arguments)))
 
