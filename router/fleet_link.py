@@ -163,6 +163,8 @@ class Link:
                 self._owner.suspend(worker, f"it was silent for {self._lease_s:g} s")
                 await self._find_again(worker, stub)
             except grpc.aio.AioRpcError as failure:
+                if worker.leaving:
+                    raise WorkerLost("it said goodbye and has ended") from None
                 self._owner.suspend(worker, f"its connection broke: {failure.code().name}")
                 await self._find_again(worker, stub)
             await asyncio.sleep(LOOK_AGAIN_S)

@@ -235,6 +235,7 @@ async def test_a_goodbye_keeps_new_requests_away_and_ends_the_link() -> None:
         assert made.fleet.snapshot().decode[0].draining
         await worker.stop()
         await eventually(lambda: made.listener.gone)
+        assert made.listener.gone == [(worker.info.incarnation, "it said goodbye and has ended")]
         async with FakeWorker(Role.DECODE, port=worker.port) as later:
             await register(port, later.info)
             await eventually(lambda: later.info.incarnation in made.listener.up)
