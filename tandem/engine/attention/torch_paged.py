@@ -7,6 +7,7 @@ do as well in float32; in bfloat16 each new length costs them a newly compiled k
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +30,10 @@ class _Bucket:
     first: int
     real: torch.Tensor | None
     """`[real tokens]` indices into `rows * count` that are not padding; None when all are real."""
-    places: torch.Tensor
-    """`[rows * kv_heads * length]` indices into a layer's `[slots * kv_heads, head_dim]`."""
+    slots: torch.Tensor
+    """`[rows * length]` slots of the rows' context."""
     gathered: torch.Tensor
-    """`[2, rows * kv_heads * length, head_dim]`: where each layer in turn finds its keys and values together."""
+    """`[2, rows * length, kv_heads, head_dim]`: where each layer in turn finds its keys and values together."""
     mask: torch.Tensor | None
     """Additive `[rows, 1, count, length]`; None when nothing needs masking, or `causal` masks it."""
     causal: bool
@@ -49,7 +50,6 @@ class TorchPagedAttention:
         if set(planes) != {"k", "v"} or any(group.window is not None for group in pool.layout.groups):
             raise ValueError("torch_paged serves layouts of planes k and v with full attention only")
         self.pool = pool
-        self.kv_heads = planes["k"].heads
         self._workspace = pool.plane("k", 0).new_empty(0)
 
     def plan(self, batch: AttentionBatch) -> TorchPagedPlan:
@@ -71,7 +71,6 @@ class TorchPagedAttention:
         # Padding repeats the row's own last position: what lies elsewhere may be another sequence's, or not finite.
         positions = np.minimum(np.arange(length), lengths[:, None] - 1)
         slots = np.take_along_axis(table[rows], positions // page, axis=1) * page + positions % page
-        places = slots[:, None, :] * self.kv_heads + np.arange(self.kv_heads)[:, None]
         steps = np.minimum(np.arange(count), counts[:, None] - 1)
         tokens = (offsets[rows][:, None] + steps).ravel()
         contiguous = bool((np.diff(tokens) == 1).all())
@@ -81,8 +80,8 @@ class TorchPagedAttention:
             tokens=None if contiguous else self._on_device(tokens),
             first=int(tokens[0]),
             real=None if len(real) == len(tokens) else self._on_device(real),
-            places=self._on_device(places.ravel()),
-            gathered=self._room_for(places.size),
+            slots=self._on_device(slots.ravel()),
+            gathered=self._room_for(slots.size),
             mask=None if causal else self._mask(starts, lengths, count, length),
             causal=causal,
             rows=len(rows),
@@ -100,12 +99,12 @@ class TorchPagedAttention:
         dtype = self.pool.plane("k", 0).dtype
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(self.pool.device)
 
-    def _room_for(self, places: int) -> torch.Tensor:
-        """`[2, places, head_dim]` of the workspace, which all buckets and layers use one after another."""
-        dim = self.pool.plane("k", 0).shape[2]
-        if self._workspace.numel() < 2 * places * dim:
-            self._workspace = self._workspace.new_empty(2 * places * dim)
-        return self._workspace[: 2 * places * dim].view(2, places, dim)
+    def _room_for(self, slots: int) -> torch.Tensor:
+        """`[2, slots, kv_heads, head_dim]` of the workspace, which all buckets and layers use one after another."""
+        shape = (2, slots, *self.pool.plane("k", 0).shape[1:])
+        if self._workspace.numel() < math.prod(shape):
+            self._workspace = self._workspace.new_empty(math.prod(shape))
+        return self._workspace[: math.prod(shape)].view(shape)
 
     def _on_device(self, indices: IntArray) -> torch.Tensor:
         return torch.from_numpy(indices).to(self.pool.device)
@@ -147,9 +146,9 @@ class TorchPagedPlan:
         """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
         kv_heads, dim = keys.shape[1:]
         heads, gathered = query.shape[1], bucket.gathered
-        torch.index_select(keys.view(-1, dim), 0, bucket.places, out=gathered[0])
-        torch.index_select(values.view(-1, dim), 0, bucket.places, out=gathered[1])
-        key, value = gathered.view(2, bucket.rows, kv_heads, bucket.length, dim)
+        torch.index_select(keys, 0, bucket.slots, out=gathered[0])
+        torch.index_select(values, 0, bucket.slots, out=gathered[1])
+        key, value = gathered.view(2, bucket.rows, bucket.length, kv_heads, dim).transpose(2, 3)
         if bucket.count == 1:
             q = query.view(bucket.rows, kv_heads, -1, dim)
             return scaled_dot_product_attention(q, key, value, attn_mask=bucket.mask, scale=scale).reshape(query.shape)
