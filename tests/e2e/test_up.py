@@ -201,3 +201,13 @@ def test_it_stops_while_it_starts(model: Path, tmp_path: Path) -> None:
         assert cluster.end(signal.SIGTERM) == 0
         assert "Traceback" not in cluster.said
         assert "Tandem is up" not in cluster.said
+
+
+def test_a_worker_that_dies_before_the_cluster_stands_ends_it(model: Path, tmp_path: Path) -> None:
+    with up(tmp_path, str(model), "--prefill", "0") as cluster:
+        while not (workers := [child for child in cluster.children() if "decode" in child.cmdline()]):
+            time.sleep(0.01)
+        workers[0].kill()
+        assert cluster.process.wait(START_S) == 1
+        assert cluster.said.endswith("tandem: decode-0 was ended by SIGKILL\n")
+        assert not any(map(runs, cluster.seen))
