@@ -162,6 +162,12 @@ class DecodeConfig(WorkerConfig):
         10.0, description="seconds without progress of an open ticket"
     )
 
+    @model_validator(mode="after")
+    def _room_for_a_slab(self) -> DecodeConfig:
+        if self.slab_mib > self.slabs_max_mib:
+            raise ValueError(f"slab_mib is {self.slab_mib:g}; slabs_max_mib leaves room for {self.slabs_max_mib:g}")
+        return self
+
 
 class UpConfig(_Settings):
     """`tandem up`"""

@@ -232,3 +232,18 @@ async def test_shutting_down_ends_every_request_with_an_error(small_model: Path)
             (answer,) = await workers.answer(name)
             assert (answer.finish, answer.error) == (FinishReason.ERROR, "the worker is shutting down")
         assert workers.decode.services.report().draining
+
+
+async def test_the_cap_over_all_slabs_leaves_further_senders_unused(small_model: Path) -> None:
+    """Their prompts are computed here; the senders that have a slab go on."""
+    settings = {**SPANS, "slab_mib": 1.0, "slabs_max_mib": 1.0}
+    async with pair(small_model, prefill=2, decode_settings=settings) as workers:
+        first, second = workers.prefill
+        moved = []
+        for sender, shift in ((first, 0), (second, 1), (first, 2)):
+            workers.prefill = [sender]
+            (answer,) = await workers.generate([token + shift for token in PROMPT], GREEDY)
+            assert answer.usage is not None
+            moved.append(answer.usage.moved_tokens)
+        workers.prefill = [first, second]
+        assert moved == [199, 0, 199]

@@ -179,3 +179,8 @@ def test_addresses_in_the_environment_are_separated_by_commas(monkeypatch: pytes
     monkeypatch.setenv("TANDEM_WORKERS", "127.0.0.1:9001, 127.0.0.1:9002")
     assert RouterConfig().workers == ("127.0.0.1:9001", "127.0.0.1:9002")
     assert RouterConfig(workers=("127.0.0.1:9003",)).workers == ("127.0.0.1:9003",)
+
+
+def test_the_cap_over_all_slabs_has_room_for_one() -> None:
+    with pytest.raises(ValidationError, match="slab_mib is 16; slabs_max_mib leaves room for 8"):
+        DecodeConfig(model="m", slabs_max_mib=8.0)
