@@ -235,14 +235,14 @@ def delta_to_wire(delta: Delta) -> pb.Delta:
         message.error = delta.error
         if delta.stop_token is not None:
             message.stop_token = delta.stop_token
-        if delta.usage is not None:
-            message.usage.CopyFrom(usage_to_wire(delta.usage))
+    if delta.usage is not None:
+        message.usage.CopyFrom(usage_to_wire(delta.usage))
     return message
 
 
 def delta_from_wire(message: pb.Delta) -> Delta:
     """The inverse; raises ValueError for an unknown finish reason or ragged logprobs."""
-    if not message.finish:
+    if not message.finish and not message.HasField("usage"):
         return Delta(
             message.request_id,
             message.attempt,
@@ -262,7 +262,7 @@ def delta_from_wire(message: pb.Delta) -> Delta:
         prompt_logprobs=tuple(map(_prompt_logprob_from_wire, message.prompt_logprobs))
         if message.prompt_logprobs
         else (),
-        finish=_enum("finish", _FINISH_BACK, message.finish),
+        finish=_enum("finish", _FINISH_BACK, message.finish) if message.finish else None,
         stop_token=message.stop_token if message.HasField("stop_token") else None,
         error=message.error,
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,

@@ -89,6 +89,7 @@ HEAD = {
     "tokens": TOKENS,
     "logprobs": st.lists(LOGPROB, max_size=2).map(tuple),
     "prompt_logprobs": st.lists(st.none() | LOGPROB, max_size=3).map(tuple),
+    "usage": st.none() | USAGE,
 }
 DELTA = st.builds(Delta, **HEAD) | st.builds(
     Delta,
@@ -96,7 +97,6 @@ DELTA = st.builds(Delta, **HEAD) | st.builds(
     finish=st.sampled_from(FinishReason),
     stop_token=st.none() | U32,
     error=TEXT,
-    usage=st.none() | USAGE,
 )
 MODEL = st.builds(
     ModelInfo,
