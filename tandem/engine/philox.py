@@ -41,3 +41,14 @@ def uniforms(seeds: Words, positions: Words, choices: Words) -> Floats:
     high, low, _, _ = philox4x32((positions, choices, zero, zero), (seeds & _LOW, seeds >> _SHIFT))
     bits = (high >> np.uint64(5) << np.uint64(26)) | (low >> np.uint64(6))
     return bits.astype(np.float64) * 2.0**-53
+
+
+def uniform(seed: int, position: int, choice: int) -> float:
+    """One number of `uniforms`, by Python's integers: for a few numbers they are faster than numpy's calls."""
+    c0, c1, c2, c3, k0, k1 = position, choice, 0, 0, seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(ROUNDS):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (second >> 32) ^ c1 ^ k0, second & 0xFFFFFFFF
+        c2, c3 = (first >> 32) ^ c3 ^ k1, first & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return ((c0 >> 5 << 26) | (c1 >> 6)) * 2.0**-53

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tandem.engine.philox import uniforms
+from tandem.engine.philox import uniform, uniforms
 from tandem.engine.sequence import Seq
 from tandem.types import SamplingParams, TokenLogprob
 
@@ -21,6 +21,8 @@ TOP_CANDIDATES = 1024
 """Top-p looks at so many of the likeliest tokens first."""
 WIDENING = 16
 """Rows whose mass reaches further are looked at again with so many times as many."""
+FEW_DRAWS = 16
+"""Up to so many numbers are drawn one at a time, which is faster then."""
 TINIEST = torch.finfo(torch.float32).tiny
 """Least divisor: smaller ones may be 0 in float32, and 0 / 0 is no number."""
 LARGEST = torch.finfo(torch.float32).max
@@ -138,7 +140,10 @@ def _filters(seqs: Sequence[Seq], logits: torch.Tensor) -> Filters:
 
 def _noise(seqs: Sequence[Seq]) -> torch.Tensor:
     """One uniform per sequence, keyed by its seed, the index of the output token, and its choice."""
-    words = np.array([(seq.sampling.seed, seq.output_len, seq.choice) for seq in seqs], dtype=np.uint64)
+    draws = [(seq.sampling.seed, seq.output_len, seq.choice) for seq in seqs]
+    if len(draws) <= FEW_DRAWS:
+        return torch.tensor([uniform(*each) for each in draws], dtype=torch.float64)
+    words = np.array(draws, dtype=np.uint64)
     return torch.from_numpy(uniforms(words[:, 0], words[:, 1], words[:, 2]))
 
 

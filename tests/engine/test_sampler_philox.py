@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tandem.engine.philox import philox4x32, uniforms
+from tandem.engine.philox import philox4x32, uniform, uniforms
 
 # From the authors' Random123 distribution (kat_vectors).
 KNOWN = [
@@ -81,6 +81,8 @@ def test_a_number_depends_on_its_own_coordinates_only() -> None:
     alone = [uniforms(seeds[i : i + 1], positions[i : i + 1], choices[i : i + 1])[0] for i in range(200)]
     assert together.tolist() == alone
     assert len(set(together.tolist())) == 200
+    one_by_one = [uniform(*map(int, each)) for each in zip(seeds, positions, choices, strict=True)]
+    assert together.tolist() == one_by_one
 
 
 def test_bits_reach_down_to_the_last_of_53() -> None:
