@@ -79,7 +79,6 @@ class Request:
     sender_cached: int = 0
     """Prompt tokens that the prefill worker had cached and whose KV arrived."""
     moved_tokens: int = 0
-    siblings_started: bool = False
     finished_at: float | None = None
 
     @property

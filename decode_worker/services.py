@@ -84,8 +84,13 @@ class DecodeServices:
 
     def report(self) -> Report:
         """What routers are told beyond the engine's load."""
+        worker = self.worker
         return Report(
-            dict(self.worker.dispatches), self._moves.stats(), self._moves.bytes_per_ms(), draining=self.worker.draining
+            dict(worker.dispatches),
+            self._moves.stats(),
+            self._moves.bytes_per_ms(),
+            worker.draining,
+            worker.siblings_waiting,
         )
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:

@@ -302,6 +302,11 @@ class DecodeWorker:
         """Requests admitted and not yet ended."""
         return sum(not record.finished for record in self._requests.values())
 
+    @property
+    def siblings_waiting(self) -> int:
+        """Choices that start once their request's first one has its first token: the engine does not know of them."""
+        return sum(choice.index > 0 and not choice.request.choices[0].tokens for choice in self._choices.values())
+
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""
         open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]

@@ -44,6 +44,8 @@ class Report:
     moves: tuple[MoveStat, ...] = ()
     move_bytes_per_ms: float = 0.0
     draining: bool = False
+    waiting: int = 0
+    """Sequences that the engine does not know of yet."""
 
 
 class RoleServices(Protocol):
@@ -194,7 +196,7 @@ class WorkerProcess:
 
     def _status(self, report: Report, engine: EngineStatus) -> Status:
         self.metrics.running.set(engine.running)
-        self.metrics.waiting.set(engine.waiting)
+        self.metrics.waiting.set(engine.waiting + report.waiting)
         cached = engine.cached_pages
         self.metrics.pages.labels("available").set(engine.free_pages)
         self.metrics.pages.labels("cached").set(cached)
@@ -202,7 +204,7 @@ class WorkerProcess:
         return Status(
             incarnation=self.info.incarnation,
             running=engine.running,
-            waiting=engine.waiting,
+            waiting=engine.waiting + report.waiting,
             queued_tokens=engine.queued_tokens,
             free_pages=engine.free_pages,
             total_pages=engine.total_pages,

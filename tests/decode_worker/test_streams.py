@@ -216,3 +216,16 @@ async def test_a_dispatch_is_named_only_once_the_engine_has_its_load(small_model
         step.set()
         await workers.answer(await submitting)
         assert worker.dispatches == {"test": 1}
+
+
+async def test_a_status_counts_choices_that_wait_for_the_first_one(small_model: Path) -> None:
+    """The router booked a sequence for each choice, and forgets that once the status includes the request."""
+    async with pair(small_model, prefill=0) as workers:
+        step = threading.Event()
+        workers.decode.thread.post(step.wait)
+        submitting = asyncio.create_task(workers.submit(PROMPT, SamplingParams(max_tokens=2, temperature=0), choices=4))
+        while workers.decode.services.report().waiting != 3:
+            await asyncio.sleep(0.005)
+        step.set()
+        await workers.answer(await submitting)
+        assert workers.decode.services.report().waiting == 0
