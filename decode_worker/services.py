@@ -10,8 +10,9 @@ from decode_worker.prefill_client import PrefillClient
 from decode_worker.service import attach
 from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
-from kvtransfer.base import MIB, Hooks, Identity
+from kvtransfer.base import MIB, Identity
 from kvtransfer.inbound import InboundSettings, PairClient
+from kvtransfer.measure import HandOverMetrics
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
@@ -37,15 +38,15 @@ class DecodeServices:
         self._settings = InboundSettings(
             config.slab_mib, config.span_tokens, config.lease_s, config.handshake_deadline_s, config.quiesce_s
         )
-        hooks = Hooks(moved=self._moves.add, failed=lambda kind: parts.metrics.failures.labels(kind).inc())
-        self._hooks = hooks
+        metrics = HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
+        self._hooks = metrics.receiver(self._moves.add)
         client = PrefillClient(
             parts.info.incarnation,
             parts.info.layout.digest(),
             self._pair,
             config.queue_deadline_s,
             config.transfer_deadline_s,
-            hooks.failed,
+            metrics.failed,
         )
         self._client = client
         self.worker = DecodeWorker(
@@ -60,7 +61,7 @@ class DecodeServices:
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=Hooks(failed=hooks.failed),
+            hooks=metrics.sender(),
         )
         attach(parts.server, self.worker)
         self._handover.attach(parts.server)

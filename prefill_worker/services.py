@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvtransfer.backends import Chosen
-from kvtransfer.base import Hooks, Identity
+from kvtransfer.base import Identity
+from kvtransfer.measure import HandOverMetrics
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
@@ -32,7 +33,7 @@ class PrefillServices:
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=Hooks(failed=lambda kind: parts.metrics.failures.labels(kind).inc()),
+            hooks=HandOverMetrics(parts.metrics.registry, parts.metrics.failures).sender(),
         )
         self._handover.attach(parts.server)
 
