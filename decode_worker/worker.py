@@ -26,6 +26,8 @@ from tandem.worker.publish import Publisher
 
 log = logging.getLogger(__name__)
 
+NO_NUMBERS = "the model's output for this request is not finite; its weights may be damaged"
+
 
 class DecodeWorker:
     """Owns every request it admits until each of its choices has ended. All methods run on the event loop."""
@@ -171,7 +173,7 @@ class DecodeWorker:
         choice.logprobs.extend(made.logprobs)
         if made.finish is not None:
             choice.stop_token = made.stop_token
-            self._close(choice, made.finish)
+            self._close(choice, made.finish, NO_NUMBERS if made.finish is FinishReason.ERROR else "")
         if (outbox := self._outboxes.get(record.router_id)) is not None:
             outbox.mark(choice)
 

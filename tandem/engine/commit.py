@@ -10,16 +10,18 @@ from tandem.types import FinishReason
 def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
     """Counts the row's positions as computed and appends the sampled token; returns what the sequence got, if anything.
 
-    Sets `finish` with the last token, but frees nothing. The last sampled token never gets KV.
+    Sets `finish` with the last token, or where there was nothing to sample from, but frees nothing. The last sampled
+    token never gets KV.
     """
     seq = row.seq
     seq.computed = row.start + row.count
     _take_prompt_logprobs(seq, sampled)
     if not row.samples:
         return None
-    if sampled.token is None:
-        raise ValueError(f"the runner sampled no token for {seq.seq_id} at position {row.start + row.count}")
     first_index = seq.output_len
+    if sampled.token is None:
+        seq.finish = FinishReason.ERROR
+        return SeqOutput(seq, first_index, (), (), seq.finish, None)
     seq.tokens.append(sampled.token)
     seq.finish = _finish(seq, sampled.token, first_index)
     if seq.finish is FinishReason.STOP:

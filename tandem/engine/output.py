@@ -19,7 +19,7 @@ class SeqOutput:
     logprobs: tuple[TokenLogprob, ...]
     """One for each token when asked for, else empty."""
     finish: FinishReason | None
-    """Set with its last token; the sequence then holds nothing any more."""
+    """Set with its last token, or ERROR when there was nothing to sample from. It then holds nothing any more."""
     stop_token: int | None
 
 

@@ -39,10 +39,15 @@ class Filters(NamedTuple):
     min_p: torch.Tensor
 
 
-def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[tuple[int, TokenLogprob | None]]:
-    """The next token of each sequence, and its log-probability where the sequence asks for it.
+Picked = tuple[int | None, TokenLogprob | None]
+"""A token and its log-probability where that was asked for; no token where the model gave no numbers."""
 
-    logits: `[len(seqs), vocabulary]`, float32; not changed.
+
+def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[Picked]:
+    """The next token of each sequence.
+
+    logits: `[len(seqs), vocabulary]`, float32; not changed. A row that holds a NaN or an infinity yields no token: that
+    sequence cannot go on, and the others must not notice.
     """
     adjusted = logits
     if any(_adjusts(seq) for seq in seqs):
@@ -50,14 +55,21 @@ def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[tuple[int, TokenLo
         _penalise(adjusted, seqs)
         _bias(adjusted, seqs)
     tokens = adjusted.argmax(dim=-1)
+    # argmax prefers a NaN to any number, so the chosen logit tells for its whole row.
+    broken = ~adjusted.gather(1, tokens[:, None]).isfinite()
+    lost = broken[:, 0].nonzero()[:, 0].tolist()
+    if lost:
+        adjusted, logits = adjusted.masked_fill(broken, 0.0), logits.masked_fill(broken, 0.0)
     drawing = [row for row, seq in enumerate(seqs) if not seq.sampling.greedy]
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
         chosen = [seqs[row] for row in drawing]
         part = adjusted if len(drawing) == len(seqs) else adjusted[rows]
         tokens[rows] = draw(part, _filters(chosen, logits), _noise(chosen).to(logits.device))
-    picked: list[int] = tokens.tolist()
-    return list(zip(picked, _output_logprobs(logits, tokens, seqs), strict=True))
+    picked: list[Picked] = list(zip(tokens.tolist(), _output_logprobs(logits, tokens, seqs), strict=True))
+    for row in lost:
+        picked[row] = (None, None)
+    return picked
 
 
 def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprob]:

@@ -117,7 +117,7 @@ class Sampled:
     """What the runner returns for one row: the sampled token, and log-probabilities where asked."""
 
     token: int | None
-    """None when the row does not sample."""
+    """None when the row does not sample, or when its logits were not finite."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For prompt positions `start + 1 .. start + count` (those that exist), when the request asked for them."""

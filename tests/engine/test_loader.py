@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "flag": (configure(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'; true or false"),
     "eos": (configure(eos_token_id=["x"]), "eos_token_id is ['x']; a token id or a list"),
     "eos range": (write("generation_config.json", '{"eos_token_id": 280}'), "280 is outside the vocabulary of 280"),
-    "half precision": (configure(dtype="float16"), "names dtype float16; choose one of bfloat16, float32"),
+    "eight bits": (configure(dtype="float8_e4m3fn"), "names dtype float8_e4m3fn; choose one of bfloat16, float32"),
     "no dtype": (configure(dtype=None), "names no dtype"),
     "not JSON": (write("config.json", "{"), "is not JSON"),
     "not an object": (write("config.json", "[]"), "holds a list; an object is needed"),
@@ -185,6 +185,13 @@ def test_the_dtype_asked_for_is_that_of_weights_and_kv(sound: Path) -> None:
     assert {tensor.dtype for tensor in loaded.module.tensors().values()} == {torch.bfloat16}
     assert {plane.dtype for plane in loaded.layout.planes} == {"bfloat16"}
     assert loaded.layout.token_bytes == 1 * 2 * (2 * 16) * 2
+
+
+def test_half_precision_is_served_in_bfloat16_unless_asked_otherwise(sound: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(sound, tmp_path / "half")
+    configure(dtype="float16")(path)
+    assert load_model(path, "auto", CPU).dtype == torch.bfloat16
+    assert load_model(path, "float32", CPU).dtype == torch.float32
 
 
 def test_end_of_sequence_ids_come_from_the_generation_configuration_first(sound: Path, tmp_path: Path) -> None:

@@ -118,9 +118,10 @@ def test_no_stop_before_min_tokens() -> None:
     assert [sampled(seq, 9), sampled(seq, 9), sampled(seq, 9)] == [None, None, FinishReason.STOP]
 
 
-def test_a_row_that_samples_needs_a_token() -> None:
-    with pytest.raises(ValueError, match="the runner sampled no token for a at position 1"):
-        commit_row(Row(make_seq("a", [1]), 0, 1, samples=True), Sampled(None))
+def test_a_row_that_should_sample_and_could_not_ends_with_an_error() -> None:
+    seq = make_seq("a", [1])
+    output = commit_row(Row(seq, 0, 1, samples=True), Sampled(None))
+    assert output is not None and output.tokens == () and output.finish is seq.finish is FinishReason.ERROR
 
 
 def test_prompt_logprobs_are_collected_once() -> None:

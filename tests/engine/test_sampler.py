@@ -97,7 +97,8 @@ def distribution(params: SamplingParams, logits: list[float], draws: int, choice
     """Tokens drawn at `draws` positions of one sequence, or by as many choices at one position."""
     length = 0 if choice else 1
     seqs = [seq_of(params, [1], [0] * (i * length), choice=i * (1 - length)) for i in range(draws)]
-    return Counter(token for token, _ in sample(torch.tensor([logits]).expand(draws, -1), seqs))
+    drawn = sample(torch.tensor([logits]).expand(draws, -1), seqs)
+    return Counter(token for token, _ in drawn if token is not None)
 
 
 @pytest.mark.parametrize("by_choice", [False, True])
@@ -215,3 +216,15 @@ def test_the_smallest_divisors_draw_one_of_the_best(params: SamplingParams) -> N
     for choice in range(20):
         ((token, _),) = sample(logits, [Seq("s", [1, 2, 3], 1, params, b"", frozenset(), choice=choice)])
         assert token in (1, 3) if params.repetition_penalty < 1.0 else token == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_yields_no_token_and_harms_no_other(value: float, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=3, logprobs=1)
+    seqs = [seq_of(params, [1], []), seq_of(params, [2], [])]
+    good = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
+    broken = good.clone()
+    broken[0, 7] = value
+    alone = sample(good, seqs[:1])
+    assert sample(torch.cat([good, broken]), seqs) == [alone[0], (None, None)]

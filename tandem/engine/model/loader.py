@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from tandem.engine.model.registry import family_of
 from tandem.errors import CheckpointError, ConfigError
 from tandem.kv import KvLayout
 from tandem.types import ModelInfo
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -104,8 +107,11 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def choose_dtype(config: ModelConfig, dtype: str, path: Path) -> torch.dtype:
-    """The dtype of weights and KV."""
+    """The dtype of weights and KV; "auto" serves a float16 checkpoint in bfloat16, whose range does not overflow."""
     name = config.dtype if dtype == "auto" else dtype
+    if dtype == "auto" and name == "float16":
+        log.info("%s is float16; it is served in bfloat16 (--dtype float32 keeps every bit)", path)
+        name = "bfloat16"
     if name not in DTYPES:
         named = f"dtype {name}" if name else "no dtype"
         raise CheckpointError(f"{path}: the checkpoint names {named}; choose one of {', '.join(DTYPES)}")
