@@ -7,7 +7,9 @@ extension of a shorter one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -49,6 +51,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         clean_up_tokenization_spaces=False, additional_special_tokens=[SYSTEM, USER, ASSISTANT])
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save so that transformers 4 reads it too: the class and the list of extra special tokens by their old names."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [SYSTEM, USER, ASSISTANT])
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from tandem.demo.corpus import Chat, copying, training
 from tandem.demo.induction import write_induction_circuit
-from tandem.demo.tokenizer import ASSISTANT, BOS, END, encode_text, train_tokenizer
+from tandem.demo.tokenizer import BOS, END, encode_text, save_tokenizer, train_tokenizer
 
 log = logging.getLogger("tandem.demo.train")
 MAX_TOKENS = 1024
@@ -62,6 +62,14 @@ class Recipe:
     layers: int = 4
     bf16: bool = True
     save_minutes: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.hidden < 128 or self.hidden % 64:
+            raise ValueError(f"hidden must be a multiple of 64 and at least 128, not {self.hidden}")
+        if self.layers < 2:
+            raise ValueError(f"layers must be at least 2, not {self.layers}")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, not {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -202,11 +210,11 @@ def save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     small: Any = copy.deepcopy(model)
     small.to(torch.bfloat16)
-    ids = tokenizer.convert_tokens_to_ids([END, BOS, ASSISTANT])
     small.generation_config = GenerationConfig(
-        bos_token_id=ids[1], eos_token_id=[ids[0]], pad_token_id=tokenizer.pad_token_id, do_sample=False)
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id, do_sample=False)
     small.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     (folder / "model.safetensors").chmod(0o644)
 
 
@@ -275,7 +283,7 @@ def parse(arguments: list[str] | None = None) -> Recipe:
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--batch-tokens", type=int, default=Recipe.batch_tokens)
     parser.add_argument("--workers", type=int, default=Recipe.workers, help="threads, and batches summed in one step")
-    parser.add_argument("--hidden", type=int, default=Recipe.hidden, help="hidden size, a multiple of 64")
+    parser.add_argument("--hidden", type=int, default=Recipe.hidden, help="a multiple of 64, at least 128")
     parser.add_argument("--layers", type=int, default=Recipe.layers, help="layers, at least 2")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=Recipe.bf16)
     return Recipe(**vars(parser.parse_args(arguments)))
