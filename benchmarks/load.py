@@ -9,7 +9,7 @@ import asyncio
 import json
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Annotated, Any
 
@@ -24,7 +24,8 @@ class Sample:
     """One request as its client saw it; seconds."""
 
     ttft: float = 0.0
-    gaps: list[float] = field(default_factory=list)
+    generating: float = 0.0
+    """From the first chunk to the last."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -41,8 +42,9 @@ class Report:
     output_tokens_per_s: float
     ttft_p50_ms: float
     ttft_p99_ms: float
-    itl_p50_ms: float
-    itl_p99_ms: float
+    tpot_p50_ms: float
+    """Time per output token after the first, by request: chunks are no measure, for a chunk may hold several tokens."""
+    tpot_p99_ms: float
     cached_share: float
 
 
@@ -54,7 +56,7 @@ def percentile(values: list[float], share: float) -> float:
 
 async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
     """Streams one completion."""
-    sample, started, last = Sample(), time.perf_counter(), 0.0
+    sample, started = Sample(), time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             sample.error = (await answer.aread()).decode()
@@ -69,11 +71,10 @@ async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
                 usage = chunk["usage"]
                 sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
                 sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            elif not last:
-                sample.ttft, last = now - started, now
-            elif chunk.get("choices") and not chunk["choices"][0].get("finish_reason"):
-                sample.gaps.append(now - last)
-                last = now
+            elif not sample.ttft:
+                sample.ttft = now - started
+            else:
+                sample.generating = now - started - sample.ttft
     return sample
 
 
@@ -117,7 +118,8 @@ async def run(
 def report(samples: list[Sample], seconds: float) -> Report:
     """Sums up; failed requests count as errors and nowhere else."""
     good = [sample for sample in samples if not sample.error]
-    ttfts, gaps = [s.ttft * 1e3 for s in good], [gap * 1e3 for s in good for gap in s.gaps]
+    ttfts = [s.ttft * 1e3 for s in good]
+    tpots = [s.generating * 1e3 / (s.output_tokens - 1) for s in good if s.output_tokens > 1]
     prompts = sum(s.prompt_tokens for s in good)
     return Report(
         requests=len(samples),
@@ -126,8 +128,8 @@ def report(samples: list[Sample], seconds: float) -> Report:
         output_tokens_per_s=sum(s.output_tokens for s in good) / seconds,
         ttft_p50_ms=median(ttfts) if ttfts else 0.0,
         ttft_p99_ms=percentile(ttfts, 0.99),
-        itl_p50_ms=median(gaps) if gaps else 0.0,
-        itl_p99_ms=percentile(gaps, 0.99),
+        tpot_p50_ms=median(tpots) if tpots else 0.0,
+        tpot_p99_ms=percentile(tpots, 0.99),
         cached_share=sum(s.cached_tokens for s in good) / prompts if prompts else 0.0,
     )
 
