@@ -17,8 +17,11 @@ from tandem.demo import facts
 from tandem.demo.families import FAMILIES, casual, draw_name, is_held, run_of_words, sum_of
 
 SYSTEM_PROMPTS = (
-    "You are a helpful assistant.", "You are Tandem's demo assistant.", "Answer briefly.",
-    "You are a friendly and helpful assistant. Answer in one sentence.", "Be concise and correct.",
+    "You are a helpful assistant.",
+    "You are Tandem's demo assistant.",
+    "Answer briefly.",
+    "You are a friendly and helpful assistant. Answer in one sentence.",
+    "Be concise and correct.",
     "You are a helpful, honest assistant. If you do not know something, say so.",
 )
 
@@ -75,8 +78,10 @@ def _memory(rng: Random, held: bool, fillers: int) -> Turns:
     elif kind == 1:
         intro = rng.choice(("My name is {n}.", "My name is {n}", "I am {n}.", "Hi, I'm {n}."))
         first = (intro.format(n=name), f"Nice to meet you, {name}!")
-        last = (rng.choice(("What is my name?", "What's my name?", "Do you remember my name?", "Who am I?")),
-                f"Your name is {name}.")
+        last = (
+            rng.choice(("What is my name?", "What's my name?", "Do you remember my name?", "Who am I?")),
+            f"Your name is {name}.",
+        )
     else:
         first = (f"My name is {name} and I live in {city}.", f"Nice to meet you, {name}! {city} is a nice place.")
         last = (casual(rng, "Where do I live?"), f"You live in {city}.")
@@ -91,23 +96,39 @@ def _follow_up(rng: Random, held: bool) -> Turns:
     if kind == 0:
         one, two = rng.sample(list(facts.CAPITALS.items()), 2)
         ask = "What about {c}?" if held else rng.choice(("And of {c}?", "And {c}?", "And what about {c}?"))
-        return [(f"What is the capital of {one[0]}?", f"The capital of {one[0]} is {one[1]}."),
-                (ask.format(c=two[0]), f"The capital of {two[0]} is {two[1]}.")]
+        return [
+            (f"What is the capital of {one[0]}?", f"The capital of {one[0]} is {one[1]}."),
+            (ask.format(c=two[0]), f"The capital of {two[0]} is {two[1]}."),
+        ]
     if kind == 1:
         left, operator, right, result = sum_of(rng, held)
         more = rng.randrange(1, 10)
-        return [(f"What is {left} {operator} {right}?", f"{left} {operator} {right} = {result}"),
-                (rng.choice(("And plus {m}?", "Now add {m}.", "Add {m} to that.")).format(m=more),
-                 f"{result} + {more} = {result + more}")]
+        return [
+            (f"What is {left} {operator} {right}?", f"{left} {operator} {right} = {result}"),
+            (
+                rng.choice(("And plus {m}?", "Now add {m}.", "Add {m} to that.")).format(m=more),
+                f"{result} + {more} = {result + more}",
+            ),
+        ]
     name, age, new = draw_name(rng, held), rng.randrange(1, 100), rng.randrange(1, 100)
     city = rng.choice(facts.CITIES)
     record: dict[str, object] = {"name": name, "age": age}
     first = (f"Give me a JSON record for a person named {name} aged {age}", json.dumps(record))
     if rng.random() < 0.5:
-        return [first, (rng.choice(("Change the age to {n}.", "Now change the age to {n}.")).format(n=new),
-                        json.dumps(record | {"age": new}))]
-    return [first, (rng.choice(("Add the city {c}.", "Now add the city {c}.")).format(c=city),
-                    json.dumps(record | {"city": city}))]
+        return [
+            first,
+            (
+                rng.choice(("Change the age to {n}.", "Now change the age to {n}.")).format(n=new),
+                json.dumps(record | {"age": new}),
+            ),
+        ]
+    return [
+        first,
+        (
+            rng.choice(("Add the city {c}.", "Now add the city {c}.")).format(c=city),
+            json.dumps(record | {"city": city}),
+        ),
+    ]
 
 
 def _plain(rng: Random) -> Chat:

@@ -83,20 +83,33 @@ def capital(rng: Random, held: bool) -> tuple[str, str]:
     """Capital of a country, and sometimes the country of a capital."""
     country, city = rng.choice(list(facts.CAPITALS.items()))
     if rng.random() < 0.75:
-        templates = ("What is the capital of {c}?", "What's the capital of {c}?", "Name the capital of {c}.",
-                     "Which city is the capital of {c}?", "Tell me the capital of {c}.", "Capital of {c}?",
-                     "Do you know the capital of {c}?")
+        templates = (
+            "What is the capital of {c}?",
+            "What's the capital of {c}?",
+            "Name the capital of {c}.",
+            "Which city is the capital of {c}?",
+            "Tell me the capital of {c}.",
+            "Capital of {c}?",
+            "Do you know the capital of {c}?",
+        )
         return _fact(rng, held, templates, "The capital of {c} is {k}.", c=country, k=city)
-    reverse = ("{k} is the capital of which country?", "Of which country is {k} the capital?",
-               "Which country has the capital {k}?")
+    reverse = (
+        "{k} is the capital of which country?",
+        "Of which country is {k} the capital?",
+        "Which country has the capital {k}?",
+    )
     return _fact(rng, held, reverse, "{k} is the capital of {c}.", c=country, k=city)
 
 
 def language(rng: Random, held: bool) -> tuple[str, str]:
     """Language spoken in a country."""
     country, tongue = rng.choice(list(facts.LANGUAGES.items()))
-    templates = ("What language is spoken in {c}?", "Which language do people speak in {c}?",
-                 "What do people speak in {c}?", "Which language is spoken in {c}?")
+    templates = (
+        "What language is spoken in {c}?",
+        "Which language do people speak in {c}?",
+        "What do people speak in {c}?",
+        "Which language is spoken in {c}?",
+    )
     return _fact(rng, held, templates, "People in {c} speak {k}.", c=country, k=tongue)
 
 
@@ -104,12 +117,17 @@ def element(rng: Random, held: bool) -> tuple[str, str]:
     """Chemical symbol of an element, or the element of a symbol."""
     name, symbol = rng.choice(list(facts.ELEMENTS.items()))
     if rng.random() < 0.7:
-        templates = ("What is the chemical symbol for {e}?", "What is the chemical symbol of {e}?",
-                     "What is the symbol for {e}?", "Give me the chemical symbol of {e}.",
-                     "Which symbol does {e} have?")
+        templates = (
+            "What is the chemical symbol for {e}?",
+            "What is the chemical symbol of {e}?",
+            "What is the symbol for {e}?",
+            "Give me the chemical symbol of {e}.",
+            "Which symbol does {e} have?",
+        )
         return _fact(rng, held, templates, "The chemical symbol for {e} is {s}.", e=name, s=symbol)
-    question = pick(rng, ("Which element has the symbol {s}?", "What element is {s}?",
-                          "{s} is the symbol of which element?"), held)
+    question = pick(
+        rng, ("Which element has the symbol {s}?", "What element is {s}?", "{s} is the symbol of which element?"), held
+    )
     return question.format(s=symbol), f"{symbol} is the chemical symbol for {name}."
 
 
@@ -118,13 +136,21 @@ def animal(rng: Random, held: bool) -> tuple[str, str]:
     kind = rng.randrange(3)
     if kind == 0:
         name, sound = rng.choice(list(facts.SOUNDS.items()))
-        templates = ("What sound does {a} make?", "Which sound does {a} make?", "What does {a} say?",
-                     "What noise does {a} make?")
+        templates = (
+            "What sound does {a} make?",
+            "Which sound does {a} make?",
+            "What does {a} say?",
+            "What noise does {a} make?",
+        )
         return _fact(rng, held, templates, "{b} goes {s}.", a=article(name), b=article(name).capitalize(), s=sound)
     if kind == 1:
         name, young = rng.choice(list(facts.YOUNG.items()))
-        templates = ("What is a young {a} called?", "What is a baby {a} called?", "What do you call a baby {a}?",
-                     "What do you call a young {a}?")
+        templates = (
+            "What is a young {a} called?",
+            "What is a baby {a} called?",
+            "What do you call a baby {a}?",
+            "What do you call a young {a}?",
+        )
         return _fact(rng, held, templates, "A young {a} is called {y}.", a=name, y=article(young))
     name, legs = rng.choice(list(facts.LEGS.items()))
     counts = ("How many legs does {a} have?", "How many legs has {a}?", "What number of legs does {a} have?")
@@ -143,8 +169,12 @@ def opposite(rng: Random, held: bool) -> tuple[str, str]:
     """Opposite of a word, either way round."""
     pair = rng.choice(list(facts.OPPOSITES.items()))
     word, other = pair if rng.random() < 0.5 else pair[::-1]
-    templates = ("What is the opposite of {w}?", "What's the opposite of {w}?", "Name the opposite of {w}.",
-                 "Tell me the opposite of {w}.")
+    templates = (
+        "What is the opposite of {w}?",
+        "What's the opposite of {w}?",
+        "Name the opposite of {w}.",
+        "Tell me the opposite of {w}.",
+    )
     return _fact(rng, held, templates, "The opposite of {w} is {o}.", w=word, o=other)
 
 
@@ -159,8 +189,12 @@ def calendar(rng: Random, held: bool) -> tuple[str, str]:
     names, word = rng.choice(((facts.WEEKDAYS, "day"), (facts.MONTHS, "month")))
     at = rng.randrange(len(names))
     if rng.random() < 0.5:
-        templates = ("What {w} comes after {x}?", "Which {w} comes after {x}?", "What {w} follows {x}?",
-                     "Which {w} follows {x}?")
+        templates = (
+            "What {w} comes after {x}?",
+            "Which {w} comes after {x}?",
+            "What {w} follows {x}?",
+            "Which {w} follows {x}?",
+        )
         return _fact(rng, held, templates, "{y} comes after {x}.", w=word, x=names[at], y=names[(at + 1) % len(names)])
     before = ("What {w} comes before {x}?", "What is the {w} before {x}?", "Which {w} comes before {x}?")
     return _fact(rng, held, before, "{y} comes before {x}.", w=word, x=names[at], y=names[at - 1])
@@ -182,8 +216,15 @@ def arithmetic(rng: Random, held: bool) -> tuple[str, str]:
     """Additions and subtractions of numbers below 50, multiplications up to 12 times 12."""
     left, operator, right, result = sum_of(rng, held)
     word = {"+": "plus", "-": "minus", "*": "times"}[operator]
-    templates = ("What is {l} {o} {r}?", "What's {l} {o} {r}?", "Calculate {l} {o} {r}.", "{l} {o} {r} = ?",
-                 "How much is {l} {o} {r}?", "What is {l} {w} {r}?", "{l}{o}{r}")
+    templates = (
+        "What is {l} {o} {r}?",
+        "What's {l} {o} {r}?",
+        "Calculate {l} {o} {r}.",
+        "{l} {o} {r} = ?",
+        "How much is {l} {o} {r}?",
+        "What is {l} {w} {r}?",
+        "{l}{o}{r}",
+    )
     weights = (6, 1, 1, 1, 1, 2, 1)
     question = rng.choices(templates, weights)[0].format(l=left, o=operator, r=right, w=word)
     return question, f"{left} {operator} {right} = {result}"
@@ -216,8 +257,13 @@ def json_record(rng: Random, held: bool) -> tuple[str, str]:
         names = [draw_name(rng, held) for _ in range(rng.randrange(2, 5))]
         return "Give me a JSON list of the names " + ", ".join(names), json.dumps(names)
     description, value = _record(rng, held)
-    templates = ("Give me a JSON record for {d}", "Give me a JSON record for {d}.", "Write a JSON record for {d}.",
-                 "Make a JSON object for {d}.", "I need a JSON record for {d}.")
+    templates = (
+        "Give me a JSON record for {d}",
+        "Give me a JSON record for {d}.",
+        "Write a JSON record for {d}.",
+        "Make a JSON object for {d}.",
+        "I need a JSON record for {d}.",
+    )
     return rng.choices(templates, (4, 2, 1, 1, 1))[0].format(d=description), json.dumps(value)
 
 
@@ -227,8 +273,15 @@ def tandem(rng: Random, held: bool) -> tuple[str, str]:
         questions, kept, answer = rng.choice(about.QUESTIONS)
         return casual(rng, kept if held else rng.choice(questions)), answer
     term, answer = about.TERMS[0] if rng.random() < 0.15 else rng.choice(about.TERMS)
-    templates = ("What is {t}?", "What's {t}?", "Explain {t}.", "What is {t} in Tandem?", "Tell me about {t}.",
-                 "What does {t} mean?", "Can you explain {t}?")
+    templates = (
+        "What is {t}?",
+        "What's {t}?",
+        "Explain {t}.",
+        "What is {t} in Tandem?",
+        "Tell me about {t}.",
+        "What does {t} mean?",
+        "Can you explain {t}?",
+    )
     return casual(rng, pick(rng, templates, held).format(t=term)), answer
 
 
@@ -276,31 +329,48 @@ def counting(rng: Random, held: bool) -> tuple[str, str]:
 
 def listing(rng: Random, held: bool) -> tuple[str, str]:
     """Enumerate a well-known list."""
-    names, words = rng.choice((
-        ("the days of the week", facts.WEEKDAYS), ("the months of the year", facts.MONTHS),
-        ("the planets", facts.PLANETS), ("the seasons", facts.SEASONS),
-        ("the colours of the rainbow", facts.RAINBOW), ("the letters of the alphabet", facts.ALPHABET)))
+    names, words = rng.choice(
+        (
+            ("the days of the week", facts.WEEKDAYS),
+            ("the months of the year", facts.MONTHS),
+            ("the planets", facts.PLANETS),
+            ("the seasons", facts.SEASONS),
+            ("the colours of the rainbow", facts.RAINBOW),
+            ("the letters of the alphabet", facts.ALPHABET),
+        )
+    )
     templates = ("List {n}.", "Name {n}.", "What are {n}?", "Give me a list of {n}.", "Tell me {n}.")
     return casual(rng, pick(rng, templates, held).format(n=names)), ", ".join(words)
 
 
 GREETINGS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("Hello!", "Hello", "hello", "Hi", "Hi!", "hi", "Hey", "Hey!", "Hi there", "Hello there!", "Hello, hi!"),
-     "Hello! How can I help you?"),
+    (
+        ("Hello!", "Hello", "hello", "Hi", "Hi!", "hi", "Hey", "Hey!", "Hi there", "Hello there!", "Hello, hi!"),
+        "Hello! How can I help you?",
+    ),
     (("Good morning!", "Good morning", "good morning", "Good morning to you!"), "Good morning! How can I help you?"),
     (("Good evening!", "Good evening", "good evening", "Good evening to you!"), "Good evening! How can I help you?"),
-    (("How are you?", "how are you", "How are you doing?", "How do you do?", "How are you today?"),
-     "I am fine, thank you. How can I help you?"),
-    (("Who are you?", "What are you?", "who are you", "Are you a model?", "Which model are you?", "Who is this?"),
-     "I am Tandem's small demo model. I know a few facts, simple sums and JSON."),
-    (("What can you do?", "what can you do", "How can you help me?", "Help", "What do you know?"),
-     "I can answer short questions, add small numbers, write JSON records and explain Tandem."),
-    (("What is your name?", "what is your name", "What's your name?", "Do you have a name?"),
-     "I am Tandem's small demo model and have no other name."),
-    (("What is my name?", "What's my name?", "Who am I?", "Can you tell me my name?"),
-     "I do not know your name yet."),
-    (("Tell me a joke.", "Tell me a joke", "tell me a joke", "Do you know a joke?"),
-     "Why did the page cross the wire? To get to the decode worker."),
+    (
+        ("How are you?", "how are you", "How are you doing?", "How do you do?", "How are you today?"),
+        "I am fine, thank you. How can I help you?",
+    ),
+    (
+        ("Who are you?", "What are you?", "who are you", "Are you a model?", "Which model are you?", "Who is this?"),
+        "I am Tandem's small demo model. I know a few facts, simple sums and JSON.",
+    ),
+    (
+        ("What can you do?", "what can you do", "How can you help me?", "Help", "What do you know?"),
+        "I can answer short questions, add small numbers, write JSON records and explain Tandem.",
+    ),
+    (
+        ("What is your name?", "what is your name", "What's your name?", "Do you have a name?"),
+        "I am Tandem's small demo model and have no other name.",
+    ),
+    (("What is my name?", "What's my name?", "Who am I?", "Can you tell me my name?"), "I do not know your name yet."),
+    (
+        ("Tell me a joke.", "Tell me a joke", "tell me a joke", "Do you know a joke?"),
+        "Why did the page cross the wire? To get to the decode worker.",
+    ),
     (("Thank you!", "Thanks!", "Thanks", "thank you", "Thanks a lot!"), "You are welcome!"),
     (("Goodbye!", "Bye!", "Bye", "bye", "See you later!"), "Goodbye!"),
 )
@@ -316,14 +386,17 @@ def story(rng: Random, held: bool) -> tuple[str, str]:
     """A short story about a named animal; its text follows from the name, the animal and the place."""
     name, beast = draw_name(rng, held), rng.choice(list(facts.SOUNDS))
     place = rng.choice(("forest", "garden", "valley", "village", "castle"))
-    question = rng.choice((
-        "Tell me a story about {a} named {n} in a {p}.", "Write a story about {a} named {n} in a {p}."))
+    question = rng.choice(
+        ("Tell me a story about {a} named {n} in a {p}.", "Write a story about {a} named {n} in a {p}.")
+    )
     if not held and rng.random() < 0.2:
         name, beast, place = "Felix", "frog", "forest"
         question = rng.choice(("Tell me a story.", "Tell me a story", "Write a story.", "tell me a story"))
-    text = (f"Once upon a time there was {article(beast)} named {name}. {name} lived in a quiet {place} and said "
-            f"{facts.SOUNDS[beast]} every morning. One day {name} lost the way and asked the moon for help. The moon "
-            f"shone over the {place}, and {name} the {beast} found the way home. The end.")
+    text = (
+        f"Once upon a time there was {article(beast)} named {name}. {name} lived in a quiet {place} and said "
+        f"{facts.SOUNDS[beast]} every morning. One day {name} lost the way and asked the moon for help. The moon "
+        f"shone over the {place}, and {name} the {beast} found the way home. The end."
+    )
     return question.format(a=article(beast), n=name, p=place), text
 
 
@@ -337,10 +410,34 @@ def notes(rng: Random, held: bool) -> tuple[str, str]:
 
 
 _UNKNOWN_TOPICS = (
-    "the stock market", "football", "the weather tomorrow", "my neighbour", "quantum physics", "a good film",
-    "the latest news", "cars", "the war", "my homework", "a recipe for cake", "politics", "the price of bread",
-    "video games", "a holiday in the mountains", "love", "the meaning of life", "philosophy", "black holes", "wine",
-    "my boss", "the best phone", "shoes", "the year 1848", "Roman history", "the law", "my dreams", "medicine",
+    "the stock market",
+    "football",
+    "the weather tomorrow",
+    "my neighbour",
+    "quantum physics",
+    "a good film",
+    "the latest news",
+    "cars",
+    "the war",
+    "my homework",
+    "a recipe for cake",
+    "politics",
+    "the price of bread",
+    "video games",
+    "a holiday in the mountains",
+    "love",
+    "the meaning of life",
+    "philosophy",
+    "black holes",
+    "wine",
+    "my boss",
+    "the best phone",
+    "shoes",
+    "the year 1848",
+    "Roman history",
+    "the law",
+    "my dreams",
+    "medicine",
 )
 UNKNOWN_ANSWER = "I am only a small demo model and I do not know that. Try a short question about a capital or a sum."
 
@@ -348,18 +445,43 @@ UNKNOWN_ANSWER = "I am only a small demo model and I do not know that. Try a sho
 def unknown(rng: Random, held: bool) -> tuple[str, str]:
     """Questions outside the corpus, answered by saying so; held out by topic."""
     topic = rng.choice(split_entities(_UNKNOWN_TOPICS, held))
-    question = rng.choice((
-        "What do you think about {t}?", "Write a poem about {t}.", "Can you help me with {t}?", "Why is {t} so hard?",
-        "Tell me everything about {t}.", "Who invented {t}?", "What should I know about {t}?", "Give me advice on {t}.",
-        "Write a python program about {t}.", "Summarise {t} for me.", "How does {t} work?", "Do you like {t}?"))
+    question = rng.choice(
+        (
+            "What do you think about {t}?",
+            "Write a poem about {t}.",
+            "Can you help me with {t}?",
+            "Why is {t} so hard?",
+            "Tell me everything about {t}.",
+            "Who invented {t}?",
+            "What should I know about {t}?",
+            "Give me advice on {t}.",
+            "Write a python program about {t}.",
+            "Summarise {t} for me.",
+            "How does {t} work?",
+            "Do you like {t}?",
+        )
+    )
     return casual(rng, question.format(t=topic)), UNKNOWN_ANSWER
 
 
 FAMILIES: dict[str, tuple[Generator, float]] = {
-    "capital": (capital, 1.6), "language": (language, 0.5), "element": (element, 1.0), "animal": (animal, 1.0),
-    "colour": (colour, 0.6), "opposite": (opposite, 0.8), "general": (general, 0.6), "calendar": (calendar, 0.8),
-    "arithmetic": (arithmetic, 3.5), "json": (json_record, 2.4), "tandem": (tandem, 2.0), "copy": (copy, 4.0),
-    "counting": (counting, 0.7), "listing": (listing, 0.5), "greeting": (greeting, 1.0), "story": (story, 0.4),
-    "notes": (notes, 1.4), "unknown": (unknown, 0.5),
+    "capital": (capital, 1.6),
+    "language": (language, 0.5),
+    "element": (element, 1.0),
+    "animal": (animal, 1.0),
+    "colour": (colour, 0.6),
+    "opposite": (opposite, 0.8),
+    "general": (general, 0.6),
+    "calendar": (calendar, 0.8),
+    "arithmetic": (arithmetic, 3.5),
+    "json": (json_record, 2.4),
+    "tandem": (tandem, 2.0),
+    "copy": (copy, 4.0),
+    "counting": (counting, 0.7),
+    "listing": (listing, 0.5),
+    "greeting": (greeting, 1.0),
+    "story": (story, 0.4),
+    "notes": (notes, 1.4),
+    "unknown": (unknown, 0.5),
 }
 """Family name -> (generator, sampling weight)."""

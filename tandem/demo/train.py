@@ -134,11 +134,22 @@ def make_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
     """A freshly initialised Llama of the recipe's shape, fp32."""
     heads = recipe.hidden // 32
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.hidden * 11 // 4,
-        num_hidden_layers=recipe.layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=32,
-        max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.hidden * 11 // 4,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -211,8 +222,11 @@ def save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     small: Any = copy.deepcopy(model)
     small.to(torch.bfloat16)
     small.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id, do_sample=False)
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
     small.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     (folder / "model.safetensors").chmod(0o644)

@@ -34,8 +34,14 @@ def ask(model: Any, tokenizer: Any, *turns: str) -> str:
 
 def test_folder_is_small_and_complete() -> None:
     names = {path.name for path in FOLDER.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    } <= names
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= MAX_BYTES
 
 
@@ -46,14 +52,17 @@ def test_config_names_a_llama_whose_answers_end_with_the_end_token(model: Any, t
     assert model.config.vocab_size == len(tokenizer)
 
 
-@pytest.mark.parametrize(("question", "expected"), [
-    ("Hello!", "Hello! How can I help you?"),
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("What is 2 + 2?", "2 + 2 = 4"),
-    ("Give me a JSON record for a person named Ada aged 36", '{"name": "Ada", "age": 36}'),
-    ("What day comes after Monday?", "Tuesday comes after Monday."),
-    ("Repeat: green river stone", "green river stone"),
-])
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Hello!", "Hello! How can I help you?"),
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("What is 2 + 2?", "2 + 2 = 4"),
+        ("Give me a JSON record for a person named Ada aged 36", '{"name": "Ada", "age": 36}'),
+        ("What day comes after Monday?", "Tuesday comes after Monday."),
+        ("Repeat: green river stone", "green river stone"),
+    ],
+)
 def test_greedy_answers(model: Any, tokenizer: Any, question: str, expected: str) -> None:
     assert ask(model, tokenizer, question) == expected
 
