@@ -199,7 +199,7 @@ async def test_a_slow_reader_is_cut_alone() -> None:
         assert len(deltas) == 9
         assert deltas[-1].finish is FinishReason.ERROR
         assert "reads too slowly: more than 8 tokens" in deltas[-1].error
-        # Tokens that were under way when the first Cancel was answered ask for another: only this request, once or twice.
+        # Tokens under way when the first Cancel was answered may ask for another: only this request, once or twice.
         await worker.until(lambda: set(worker.cancelled) == {(first.request.request_id, 0)})
 
 
