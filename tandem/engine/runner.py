@@ -64,7 +64,7 @@ class Runner:
         pages = [np.array(row.seq.pages[:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
         before = np.cumsum(counts) - counts
         positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
-        plan = self.attention.plan(AttentionBatch(starts, counts, pages))
+        plan = self.attention.plan(AttentionBatch(starts, counts, [pages]))
         return self.model.forward(
             torch.tensor(tokens, device=self.device), torch.from_numpy(positions).to(self.device), plan
         )

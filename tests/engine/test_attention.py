@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.attention.base import AttentionBatch
+from tandem.engine.attention.base import AttentionBatch, AttentionForm
 from tandem.engine.attention.torch_paged import MAX_PADDING, TorchPagedAttention, split_rows
 from tandem.engine.kv_pool import KvPool
 from tandem.kv import KvLayout, LayerGroup, Plane
@@ -57,9 +57,9 @@ def check(rows: list[tuple[int, int]], kv_heads: int, group: int, page_size: int
             slots = pages[row][positions // page_size] * page_size + positions % page_size
             tensor[torch.from_numpy(slots)] = stored[row][:start]
     starts, counts = np.array([start for start, _ in rows]), np.array([count for _, count in rows])
-    plan = TorchPagedAttention(pool).plan(AttentionBatch(starts, counts, pages))
+    plan = TorchPagedAttention(pool).plan(AttentionBatch(starts, counts, [pages]))
     new = [torch.cat([part[start:] for part, (start, _) in zip(kv, rows, strict=True)]) for kv in (keys, values)]
-    out = plan.run(1, query, new[0], new[1], scale=0.3)
+    out = plan.run(1, query, new[0], new[1], AttentionForm(scale=0.3))
     offsets = np.cumsum(counts) - counts
     expected = [
         naive(query[first : first + count], keys[row], values[row], start, 0.3)

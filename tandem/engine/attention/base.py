@@ -26,15 +26,30 @@ class AttentionBatch:
     """`[rows]`"""
     counts: IntArray
     """`[rows]`, at least 1"""
-    pages: Sequence[IntArray]
-    """Per row, the page numbers that cover its positions `[0, starts[r] + counts[r])`; more do no harm."""
+    pages: Sequence[Sequence[IntArray]]
+    """Per layer group of the pool's layout and row, the page numbers that cover positions `[0, starts[r] + counts[r])`.
+
+    More do no harm. A page wholly outside the window of all new tokens may be any number; it is never read.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """What one layer's attention computes beside the plain product."""
+
+    scale: float
+    """Multiplies the products of queries and keys."""
+    window: int | None = None
+    """Position p sees `(p - window, p]`; None is all of `[0, p]`. The same as that of the layer's group."""
+    softcap: float | None = None
+    """Scores s become `softcap * tanh(s / softcap)` after scaling and before masking (Gemma 2)."""
 
 
 class AttentionPlan(Protocol):
     """A batch's plan; valid for one forward pass."""
 
     def run(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
         """Stores the new keys and values in the pool, then attends causally to everything stored for each row.
 

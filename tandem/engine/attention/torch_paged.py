@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tandem.engine.attention.base import AttentionBatch, IntArray
+from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
 from tandem.engine.kv_pool import KvPool
 
 MAX_PADDING = 1.5
@@ -119,9 +119,10 @@ class TorchPagedPlan:
         self._buckets = buckets
 
     def run(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
         """See `AttentionPlan.run`."""
+        scale = form.scale
         keys, values = self._pool.plane("k", layer), self._pool.plane("v", layer)
         keys.index_copy_(0, self._slots, key)
         values.index_copy_(0, self._slots, value)
@@ -182,7 +183,7 @@ def split_rows(counts: IntArray, lengths: IntArray) -> list[IntArray]:
 
 def _page_table(batch: AttentionBatch) -> IntArray:
     """`[rows, most pages]`, padded with 0 behind a row's own pages; never read there."""
-    table = np.zeros((len(batch.pages), max(len(pages) for pages in batch.pages)), dtype=np.int64)
-    for row, pages in enumerate(batch.pages):
+    table = np.zeros((len(batch.pages[0]), max(len(pages) for pages in batch.pages[0])), dtype=np.int64)
+    for row, pages in enumerate(batch.pages[0]):
         table[row, : len(pages)] = pages
     return table

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch.nn import functional
+
+from tandem.engine.kernels.ops import Ops, TorchOps
 
 Tensors = dict[str, torch.Tensor]
 """Checkpoint name -> the memory that the loader copies this tensor into."""
@@ -19,6 +21,8 @@ class Place:
 
     dtype: torch.dtype
     device: torch.device
+    ops: Ops = field(default_factory=TorchOps)
+    """What computes the operations between the matrix products."""
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Uninitialised memory that the loader fills."""
@@ -84,10 +88,11 @@ class RMSNorm:
     def __init__(self, size: int, eps: float, place: Place) -> None:
         self.weight = place.empty(size)
         self.eps = eps
+        self._ops = place.ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension; float32 inside."""
-        return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding:

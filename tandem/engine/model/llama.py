@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from tandem.engine.attention.base import AttentionPlan
+from tandem.engine.attention.base import AttentionForm, AttentionPlan
 from tandem.engine.model.config import Fields, ModelConfig, parse_decoder
 from tandem.engine.model.family import Family
 from tandem.engine.model.layers import Embedding, Linear, LinearMethod, Part, Place, RMSNorm, Tensors, Unquantised
-from tandem.engine.model.rope import RotaryEmbedding, rotate
+from tandem.engine.model.rope import RotaryEmbedding
 from tandem.kv import KvLayout, LayerGroup, Plane
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -23,18 +23,19 @@ class Attention:
     def __init__(self, config: ModelConfig, layer: int, place: Place, method: LinearMethod) -> None:
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.scale = config.head_dim**-0.5
+        self.form = AttentionForm(scale=config.head_dim**-0.5)
         query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         parts = (Part("q_proj", query), Part("k_proj", keys), Part("v_proj", keys))
         self.qkv = Linear(parts, config.hidden_size, config.qkv_bias, place, method)
+        self.ops = place.ops
         self.output = Linear((Part("o_proj", config.hidden_size),), query, config.output_bias, place, method)
 
     def __call__(self, x: torch.Tensor, angles: Angles, plan: AttentionPlan) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`; writes the tokens' KV through the plan."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        turned = rotate(qkv[:, : self.heads + self.kv_heads], *angles)
+        turned = self.ops.rotate(qkv[:, : self.heads + self.kv_heads], *angles)
         query, key = turned[:, : self.heads], turned[:, self.heads :]
-        out = plan.run(self.layer, query, key, qkv[:, self.heads + self.kv_heads :], self.scale)
+        out = plan.run(self.layer, query, key, qkv[:, self.heads + self.kv_heads :], self.form)
         return self.output(out.reshape(x.shape[0], -1))
 
     def tensors(self, prefix: str) -> Tensors:
@@ -49,12 +50,12 @@ class GatedMlp:
         inner, hidden = config.intermediate_size, config.hidden_size
         parts = (Part("gate_proj", inner), Part("up_proj", inner))
         self.gate_up = Linear(parts, hidden, config.mlp_bias, place, method)
+        self.ops = place.ops
         self.down = Linear((Part("down_proj", hidden),), inner, config.mlp_bias, place, method)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`"""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+        return self.down(self.ops.gated("silu", self.gate_up(x)))
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""

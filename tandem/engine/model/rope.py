@@ -22,7 +22,7 @@ class RotaryEmbedding:
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines `[tokens, 1, head_dim]` in `dtype` for `positions` `[tokens]`; float32 inside.
 
-        The sines of the first half are negative, as `rotate` needs them.
+        The sines of the first half are negative, as `Ops.rotate` needs them.
         """
         phase = (positions[:, None].float() * self._frequencies_at(positions))[:, None]
         cos, sin = (phase.cos() * self.scaling).to(dtype), (phase.sin() * self.scaling).to(dtype)
@@ -41,11 +41,6 @@ class RotaryEmbedding:
         stretch = (factor * length / self.max_positions - (factor - 1)) ** (dim / (dim - 2))
         exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
         return 1.0 / ((self.config.theta * stretch).float()[:, None] ** exponents)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `[tokens, heads, head_dim]` by the cosines and signed sines of `RotaryEmbedding.angles`."""
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
