@@ -123,6 +123,9 @@ class WorkerConfig(_Settings):
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="compute threads; 0 takes all cores")
+    compute_slots: int | None = Field(
+        None, description="System V semaphore that bounds how many workers of this machine compute at once"
+    )
     transport: Transport = Field("auto", description="KV backend; auto takes nixl where it is installed, else tcp")
     lease_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds after which a silent peer or router is given up"

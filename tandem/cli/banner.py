@@ -23,6 +23,8 @@ class Standing:
     model_path: str
     workers: Sequence[tuple[str, WorkerInfo]]
     """Names, and what the workers say of themselves; at least one decode worker."""
+    slots: int | None = None
+    """How many workers may compute at once; None is all."""
 
 
 def banner(cluster: Standing) -> str:
@@ -38,7 +40,8 @@ def banner(cluster: Standing) -> str:
         "folder": cluster.model_path,
         "KV": f"{first.kv_dtype}, pages of {first.page_size} tokens",
         "KV transport": moved,
-        "compute": f"{first.threads} thread{'s' if first.threads > 1 else ''} for each worker",
+        "compute": f"{first.threads} thread{'s' if first.threads > 1 else ''} for each worker"
+        + (f", at most {cluster.slots} of them at once" if cluster.slots is not None else ""),
         "listening on": f"{url} (loopback, no authentication)",
         "metrics": f"{url}/metrics",
     }

@@ -15,6 +15,7 @@ from rich.console import Console
 from tandem.cli.banner import Standing, banner
 from tandem.cli.children import Child, stop_all
 from tandem.cluster import WorkerInfo
+from tandem.compute_slots import ComputeSlots
 from tandem.config import UpConfig
 from tandem.errors import TandemError, Unavailable
 from tandem.hub import resolve_model, served_name
@@ -53,12 +54,27 @@ def up(config: UpConfig) -> int:
     if config.port == 0:
         config = config.model_copy(update={"port": free_ports(1, config.host)[0]})
     model = resolve_model(config.model)
-    router, workers = plan(config, model)
-    return asyncio.run(_Cluster(config, model, router, workers).run())
+    slots = _compute_slots(config.prefill + config.decode)
+    try:
+        router, workers = plan(config, model, slots)
+        return asyncio.run(_Cluster(config, model, router, workers, slots).run())
+    finally:
+        if slots is not None:
+            slots.remove()
 
 
-def plan(config: UpConfig, model: str) -> tuple[Child, list[Child]]:
-    """The router and the workers to start, with the cores divided among the workers."""
+def _compute_slots(workers: int) -> ComputeSlots | None:
+    """As many slots as cores, where there are more workers than these."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        return ComputeSlots.create(cores) if workers > cores else None
+    except OSError as error:
+        Console(stderr=True).print(f"tandem: {workers} workers share {cores} cores without order: {error}")
+        return None
+
+
+def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tuple[Child, list[Child]]:
+    """The router and the workers to start, with the cores divided among the workers; they share `slots`."""
     roles = ["prefill"] * config.prefill + ["decode"] * config.decode
     control, *ports = free_ports(1 + len(roles), LOOPBACK)
     threads = str(max(1, len(os.sched_getaffinity(0)) // len(roles)))
@@ -71,6 +87,7 @@ def plan(config: UpConfig, model: str) -> tuple[Child, list[Child]]:
 
     shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, "--dtype", config.dtype]
     shared += ["--kv-mib", str(config.kv_mib), "--page-size", str(config.page_size), "--transport", config.transport]
+    shared += ["--compute-slots", str(slots.key)] if slots is not None else []
     environment = PASSIVE | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     workers = []
     for at, (role, port) in enumerate(zip(roles, ports, strict=True)):
@@ -82,7 +99,10 @@ def plan(config: UpConfig, model: str) -> tuple[Child, list[Child]]:
 class _Cluster:
     """The processes and their supervision. The first failure that cannot be mended ends everything."""
 
-    def __init__(self, config: UpConfig, model: str, router: Child, workers: list[Child]) -> None:
+    def __init__(
+        self, config: UpConfig, model: str, router: Child, workers: list[Child], slots: ComputeSlots | None
+    ) -> None:
+        self._slots = slots.free() if slots is not None else None
         self._config = config
         self._model = model
         self._router = router
@@ -162,7 +182,7 @@ class _Cluster:
         workers = list(zip(names, infos, strict=True))
         self._stands = True
         config = self._config
-        self._say(banner(Standing(config.host, config.port, self._router.pid, self._model, workers)))
+        self._say(banner(Standing(config.host, config.port, self._router.pid, self._model, workers, self._slots)))
 
     async def _ready(self) -> bool | None:
         async with httpx.AsyncClient() as client:

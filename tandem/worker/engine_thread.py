@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from tandem.engine.engine import Engine
@@ -26,9 +27,15 @@ class EngineThread:
     """
 
     def __init__(
-        self, engine: Engine, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]
+        self,
+        engine: Engine,
+        on_step: Callable[[StepOutput], None],
+        on_failure: Callable[[BaseException], None],
+        slot: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """slot: what a step holds while it computes; see `ComputeSlots.held`."""
         self._engine = engine
+        self._slot = slot
         self._on_step = on_step
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
@@ -86,7 +93,8 @@ class EngineThread:
             stuck = False
             while self._drain(wait=stuck or not self._engine.has_work()):
                 if self._engine.has_work():
-                    output = self._engine.step()
+                    with self._slot():
+                        output = self._engine.step()
                     # Then only a command (pages given back, KV landed) can change anything.
                     stuck = not output.advanced
                     self._on_loop(self._on_step, output)

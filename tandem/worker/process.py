@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Protocol
 import grpc
 
 from tandem.cluster import MoveStat, Role, Status, WorkerInfo, new_id
+from tandem.compute_slots import ComputeSlots
 from tandem.config import WorkerConfig
 from tandem.device import set_compute_threads
 from tandem.engine.build import build_engine
@@ -112,7 +114,8 @@ class WorkerProcess:
         check_port(config.host, config.metrics_port, "--metrics-port")
         threads = set_compute_threads(config.threads)
         self.engine, loaded = await asyncio.to_thread(build_engine, config)
-        self.thread = EngineThread(self.engine, self._on_step, self._on_failure)
+        slots = _compute_slots(config.compute_slots)
+        self.thread = EngineThread(self.engine, self._on_step, self._on_failure, slots.held if slots else nullcontext)
         self.metrics = WorkerMetrics(lambda: self.services.report().moves)
         self.server = grpc.aio.server(options=server_options(config.lease_s))
         port = self._listen()
@@ -241,3 +244,12 @@ async def serve(process: WorkerProcess) -> int:
     await process.stopping.wait()
     await process.stop()
     return 1 if process.failed else 0
+
+
+def _compute_slots(key: int | None) -> ComputeSlots | None:
+    try:
+        return None if key is None else ComputeSlots(key)
+    except OSError as error:
+        raise ConfigError(
+            f"compute_slots is {key}; this machine has no such semaphore: {error}", "compute_slots"
+        ) from None
