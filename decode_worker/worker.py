@@ -161,11 +161,12 @@ class DecodeWorker:
 
     def _append(self, choice: Choice, made: SeqOutput, now: float) -> None:
         record = choice.request
-        if not choice.tokens and made.tokens:
-            self._metrics.ttft.observe(now - record.admitted_at)
+        if not choice.tokens:
+            if made.tokens:
+                self._metrics.ttft.observe(now - record.admitted_at)
             choice.prompt_logprobs = tuple(choice.seq.prompt_logprobs)
             if choice.index == 0:
-                self._first_token(record)
+                self._prompt_computed(record)
         elif made.tokens:
             self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
         choice.last_token_at = now
@@ -177,7 +178,7 @@ class DecodeWorker:
         if (outbox := self._outboxes.get(record.router_id)) is not None:
             outbox.mark(choice)
 
-    def _first_token(self, record: Request) -> None:
+    def _prompt_computed(self, record: Request) -> None:
         """The prompt is in the cache now: the other choices find it there."""
         record.decode_cached = max(record.decode_cached, record.choices[0].seq.cached_tokens)
         self._metrics.prompt_tokens.inc(len(record.request.prompt))
@@ -306,8 +307,9 @@ class DecodeWorker:
 
     @property
     def siblings_waiting(self) -> int:
-        """Choices that start once their request's first one has its first token: the engine does not know of them."""
-        return sum(choice.index > 0 and not choice.request.choices[0].tokens for choice in self._choices.values())
+        """Choices that start once their request's first one has its prompt: the engine does not know of them."""
+        firsts = [choice.request.choices[0] for choice in self._choices.values() if choice.index > 0]
+        return sum(not first.tokens and first.finish is None for first in firsts)
 
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""

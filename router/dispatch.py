@@ -173,12 +173,16 @@ class Dispatcher:
         info = RequestInfo(
             request.request_id, len(request.prompt), request.sampling.max_tokens, request.choices, self._ordinal
         )
+        # The prompt's log-probabilities need every position computed, and where sampling is: no cache, no hand-over.
+        scores = request.sampling.prompt_logprobs is not None
         refused: dict[Incarnation, TandemError] = {}
         for _ in range(self._config.retries + 1):
             fleet = self.fleet.snapshot().without(refused)
+            if scores:
+                fleet = replace(fleet, prefill=())
             if refused and all(view.draining for view in fleet.decode):
                 break
-            matches = self.tails.extend(self._index.match(record.chain.hashes), record.chain, request.prompt)
+            matches = {} if scores else self._matches(record)
             plan = self._policy.plan(info, fleet, matches, self._clock())
             log.debug("plan of %s, cached %s: %s", request.request_id, matches, plan.candidates)
             try:
@@ -190,6 +194,10 @@ class Dispatcher:
             if sum(isinstance(error, WorkerLost) for error in refused.values()) == MAX_CRASHES:
                 raise WorkerLost(f"{MAX_CRASHES} decode workers were lost while they were taking this request")
         raise _refusal(list(refused.values()))
+
+    def _matches(self, record: OpenRequest) -> dict[Incarnation, int]:
+        """Prompt tokens that each worker is believed to have cached."""
+        return self.tails.extend(self._index.match(record.chain.hashes), record.chain, record.request.prompt)
 
     async def _submit(self, record: OpenRequest, plan: Plan) -> Reply:
         """One submission. Raises what the worker refused with; Unavailable when it cannot be reached."""

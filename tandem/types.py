@@ -49,7 +49,7 @@ class SamplingParams:
     seed: int = 0
     """Philox key (64 bits); the router draws one when the client gave none."""
     max_tokens: int = 16
-    """Output tokens at most, at least 1."""
+    """Output tokens at most; 0 only computes the prompt (and its log-probabilities), and ends with reason LENGTH."""
     min_tokens: int = 0
     """No stop token is sampled before this many output tokens."""
     stop_token_ids: TokenIds = ()
@@ -71,7 +71,7 @@ class SamplingParams:
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
         _within("seed", self.seed, 0, (1 << 64) - 1)
-        _within("max_tokens", self.max_tokens, 1, 1 << 31)
+        _within("max_tokens", self.max_tokens, 0, 1 << 31)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:

@@ -22,6 +22,10 @@ def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
     if sampled.token is None:
         seq.finish = FinishReason.ERROR
         return SeqOutput(seq, first_index, (), (), seq.finish, None)
+    if seq.sampling.max_tokens == 0:
+        # Only the prompt was asked for: what was drawn behind it is dropped.
+        seq.finish = FinishReason.LENGTH
+        return SeqOutput(seq, first_index, (), (), seq.finish, None)
     seq.tokens.append(sampled.token)
     seq.finish = _finish(seq, sampled.token, first_index)
     if seq.finish is FinishReason.STOP:

@@ -106,6 +106,8 @@ def naive_continuation(
 ) -> list[int]:
     """The output tokens without any cache, paging or batching: all KV is made anew for each token."""
     tokens = list(prompt)
+    if sampling.max_tokens == 0:
+        return []
     while True:
         chain, rows = 1, []
         for position, token in enumerate(tokens):

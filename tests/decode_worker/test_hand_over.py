@@ -55,6 +55,21 @@ def usage_of(answer: Answer, tokens: list[int]) -> Usage:
     return answer.usage
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
+async def test_a_prompt_without_output_ends_and_moves_unless_it_is_scored(
+    logprobs: int | None, small_model: Path
+) -> None:
+    async with pair(small_model, decode_settings=SPANS) as workers:
+        asked = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=logprobs)
+        answers = await workers.answer(await workers.submit(PROMPT, asked, choices=2))
+        moved = len(PROMPT) - 1 if logprobs is None else 0
+        assert [usage_of(answer, []).moved_tokens for answer in answers] == [moved] * 2
+        scores = answers[0].prompt_logprobs
+        assert [score.token for score in scores if score] == list(PROMPT[1:] if logprobs is not None else ())
+        (again,) = await workers.generate(PROMPT, GREEDY, hand_over=False)
+        assert usage_of(again, await expected(workers)).decode_cached_tokens == 192, "its whole pages are cached"
+
+
 def failures(workers: Pair) -> float:
     """Hand-overs that the decode worker counts as failed."""
     return float(workers.decode.metrics.failures.labels("hand_over")._value.get())

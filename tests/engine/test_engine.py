@@ -137,6 +137,19 @@ def test_prompt_logprobs_compute_the_whole_prompt(budget: int) -> None:
     assert output_of(seq) == expected(seq)
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_no_output_ends_with_the_prompt_and_leaves_it_cached(logprobs: int | None) -> None:
+    engine, _, _ = make(page_size=1, max_batch_tokens=4)
+    sampling = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=logprobs)
+    seq = make_seq("a", PROMPT, sampling=sampling, eos_ids=frozenset(range(1000)))
+    (last,) = [output for step in run(engine, [seq]) for output in step.outputs]
+    assert (last.tokens, last.logprobs, last.finish, last.first_index) == ((), (), FinishReason.LENGTH, 0)
+    assert seq.tokens == PROMPT
+    assert len(seq.prompt_logprobs) == (len(PROMPT) if logprobs is not None else 0)
+    assert engine.match_len(b"root", PROMPT) == len(PROMPT)
+    assert engine.idle_leaks() == []
+
+
 def test_prompt_logprobs_survive_retraction_in_mid_prompt() -> None:
     engine, _, runner = make(pages=53, page_size=1, max_batch_tokens=2)
     old = make_seq("old", [1, 2], max_tokens=50)

@@ -49,7 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
         base = data.draw(st.sampled_from([[], [1, 2, 3, 4, 5, 6, 7] * 5, [1, 2, 3, 9] * 6]))
         own = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=9))
         prompt = base[: data.draw(st.integers(0, len(base)))] + own
-        room = data.draw(st.sampled_from([1, 5, 20, TOKENS - len(prompt)]))
+        room = data.draw(st.sampled_from([0, 1, 5, 20, TOKENS - len(prompt)]))
         logprobs = data.draw(st.sampled_from([None, None, None, 0]))
         sampling = SamplingParams(temperature=0, max_tokens=room, prompt_logprobs=logprobs)
         eos = frozenset(data.draw(st.sampled_from([(), (3, 4, 5)])))

@@ -405,6 +405,18 @@ async def test_a_long_new_prompt_goes_to_a_prefill_worker_when_decode_is_busy() 
             assert target.address in {worker.info.address for worker in made.prefill}
 
 
+async def test_a_prompt_to_be_scored_is_planned_local_and_as_if_nothing_were_cached() -> None:
+    async with cluster(decode=1, prefill=2) as made:
+        made.decode[0].report(running=20, free_pages=256, total_pages=256)
+        await eventually(lambda: made.control.fleet.snapshot().decode[0].status.running == 20)
+        asked = request(900)
+        scored = GenerateRequest(new_id(), "fake", asked.prompt, SamplingParams(max_tokens=0, prompt_logprobs=1))
+        async with await made.dispatcher.submit(asked), await made.dispatcher.submit(scored) as accepted:
+            assert accepted.plan.prefill is None
+            assert accepted.plan.expected_cached == 0
+            assert [message.planned_local for message in made.decode[0].submissions] == [False, True]
+
+
 async def test_closing_the_router_ends_requests_with_an_error() -> None:
     async with cluster() as made:
         accepted, worker = await made.submit(request())
