@@ -28,7 +28,7 @@ LIMITS: tuple[tuple[str, tuple[Any, ...], tuple[Any, ...]], ...] = (
     ("presence_penalty", (-2.0, 2.0), (-2.1, 2.1, -math.inf)),
     ("repetition_penalty", (0.01, 1.0, 10.0), (0.0, -1.0, 10.1, math.nan)),
     ("seed", (0, (1 << 64) - 1), (-1, 1 << 64)),
-    ("max_tokens", (1, 1 << 31), (0, -1, (1 << 31) + 1)),
+    ("max_tokens", (0, 1 << 31), (-1, (1 << 31) + 1)),
     ("min_tokens", (0, 16), (-1, 17)),
     ("logprobs", (None, 0, MAX_LOGPROBS), (-1, MAX_LOGPROBS + 1)),
     ("prompt_logprobs", (None, 0, MAX_LOGPROBS), (-1, MAX_LOGPROBS + 1)),
