@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tandem.compute_slots import ComputeSlots
 from tandem.config import child_environment
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.wire.probe import describe
@@ -144,6 +146,26 @@ async def test_a_cluster_stands_mends_itself_and_stops(model: Path, tmp_path: Pa
         await served_again(cluster)
         assert cluster.end(signal.SIGINT) == 0
         assert "Traceback" not in cluster.said
+
+
+def test_more_workers_than_cores_take_turns(model: Path, tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with up(tmp_path, str(model)) as cluster:
+            os.sched_setaffinity(0, cores)
+            cluster.wait_for("Ctrl-C stops everything.")
+            assert cluster.fact("compute") == "1 thread for each worker, at most 1 of them at once"
+            commands = [child.cmdline() for child in cluster.children()]
+            keys = {words[words.index("--compute-slots") + 1] for words in commands if "--compute-slots" in words}
+            (key,) = keys
+            assert ComputeSlots(int(key)).free() in (0, 1)
+            assert cluster.ask()["usage"]["completion_tokens"] == 4
+            assert cluster.end(signal.SIGTERM) == 0
+            with pytest.raises(OSError, match="semctl"):
+                ComputeSlots(int(key))
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def paste(cluster: Up) -> str:
