@@ -67,14 +67,17 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 WRONG: dict[str, tuple[Change, str]] = {
     "architecture": (configure(architectures=["GPT2Model"]), "GPT2Model is not supported; supported are LlamaFor"),
     "no architecture": (configure(architectures=None), "architectures is None"),
-    "rope": (configure(rope_parameters={"rope_type": "longrope"}), "rope_type is 'longrope'; supported are default"),
+    "rope": (configure(rope_parameters={"rope_type": "ntk"}), "rope_type is 'ntk'; supported are default"),
     "rope factor": (configure(rope_parameters={"rope_type": "linear"}), "rope_parameters: factor is missing"),
     "rope bands": (
         configure(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
         "rope_parameters: low_freq_factor is missing",
     ),
-    "partial rotation": (configure(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5: only whole heads"),
-    "activation": (configure(hidden_act="gelu"), "hidden_act is 'gelu': only silu"),
+    "partial rotation": (
+        configure(partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5: this family rotates whole heads",
+    ),
+    "activation": (configure(hidden_act="relu"), "hidden_act is 'relu': supported are silu, gelu"),
     "quantised": (configure(quantization_config={"bits": 4}), "quantised checkpoints are not supported"),
     "no field": (configure(hidden_size=None), "hidden_size is missing"),
     "text for a number": (configure(hidden_size="64"), "hidden_size is '64'; an integer of at least 1 is needed"),
@@ -142,22 +145,23 @@ def test_an_index_must_name_files_that_hold_its_tensors(sharded: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("fields", "refused"),
+    ("fields", "windows"),
     [
-        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}, True),
-        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, True),
-        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 1}, False),
-        ({"use_sliding_window": False, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, False),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}, [64]),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, [64]),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 1}, [None]),
+        ({"use_sliding_window": True, "sliding_window": 128, "layer_types": ["sliding_attention"]}, [None]),
+        ({"use_sliding_window": False, "sliding_window": 64, "layer_types": None, "max_window_layers": 0}, [None]),
     ],
 )
-def test_sliding_windows_are_refused_where_used(fields: dict[str, Any], refused: bool, tmp_path: Path) -> None:
+def test_windows_are_where_the_configuration_says(
+    fields: dict[str, Any], windows: list[int | None], tmp_path: Path
+) -> None:
     path = make_checkpoint(tmp_path, replace(SPEC, family="qwen2"))
     configure(**fields)(path)
-    if refused:
-        with pytest.raises(CheckpointError, match="sliding-window attention is not supported"):
-            read_config(path)
-    else:
-        assert read_config(path).num_layers == 1
+    config = read_config(path)
+    assert [layer.window for layer in config.layers] == windows
+    assert [group.window for group in load_model(path, "auto", CPU).layout.groups] == windows
 
 
 def test_a_head_stored_beside_a_tied_embedding_must_equal_it(tmp_path: Path) -> None:
@@ -194,11 +198,11 @@ def test_half_precision_is_served_in_bfloat16_unless_asked_otherwise(sound: Path
     assert load_model(path, "float32", CPU).dtype == torch.float32
 
 
-def test_end_of_sequence_ids_come_from_the_generation_configuration_first(sound: Path, tmp_path: Path) -> None:
+def test_end_of_sequence_ids_are_those_of_both_configurations(sound: Path, tmp_path: Path) -> None:
     path = shutil.copytree(sound, tmp_path / "eos")
     assert read_config(path).eos_token_ids == (2,)
     (path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert load_model(path, "auto", CPU).info("m").eos_token_ids == (3, 4)
+    assert load_model(path, "auto", CPU).info("m").eos_token_ids == (3, 4, 2)
     (path / "generation_config.json").unlink()
     assert read_config(path).eos_token_ids == (2,)
 

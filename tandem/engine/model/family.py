@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 
 from tandem.engine.attention.base import AttentionPlan
-from tandem.engine.model.config import Fields, ModelConfig
+from tandem.engine.model.config import ModelConfig
+from tandem.engine.model.decoder import Decoder
+from tandem.engine.model.fields import Fields
 from tandem.engine.model.layers import Place, Tensors
 from tandem.kv import KvLayout
 
@@ -29,10 +31,17 @@ class CausalLM(Protocol):
         """Every tensor the checkpoint must hold, and the memory it goes into."""
 
 
+def same_name(name: str) -> str | None:
+    """For families whose checkpoints hold nothing but the decoder, under its own names."""
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture name of `config.json`, and how to read and build it."""
 
     architecture: str
     parse: Callable[[Fields], ModelConfig]
-    build: Callable[[ModelConfig, Place], CausalLM]
+    build: Callable[[ModelConfig, Place], CausalLM] = Decoder
+    rename: Callable[[str], str | None] = same_name
+    """From the name of a stored tensor to the decoder's; None for one that is no part of the decoder."""

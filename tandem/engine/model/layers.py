@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from tandem.engine.kernels.ops import Ops, TorchOps
+from tandem.engine.model.config import NormConfig
 
 Tensors = dict[str, torch.Tensor]
 """Checkpoint name -> the memory that the loader copies this tensor into."""
@@ -82,6 +84,21 @@ class Linear:
         return named
 
 
+class Norm(Protocol):
+    """A norm of the last dimension."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape and dtype back."""
+
+
+class NoNorm:
+    """Gives back what it gets."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Norm`."""
+        return x
+
+
 class RMSNorm:
     """Root mean square layer normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
@@ -93,6 +110,29 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension; float32 inside."""
         return self._ops.rms_norm(x, self.weight, self.eps)
+
+
+class WideRMSNorm:
+    """RMSNorm whose weight, plus an offset, multiplies in float32, before the result is rounded to the dtype of `x`."""
+
+    def __init__(self, size: int, config: NormConfig, place: Place) -> None:
+        self.weight = torch.empty(size, dtype=torch.float32, device=place.device)
+        self.config = config
+        self._ops = place.ops
+
+    @cached_property
+    def effective(self) -> torch.Tensor:
+        """What multiplies; computed at the first use, when the weight is loaded."""
+        return self.weight + self.config.offset
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Norm`."""
+        return self._ops.rms_norm(x.float(), self.effective, self.config.eps).to(x.dtype)
+
+
+def make_norm(size: int, config: NormConfig, place: Place) -> RMSNorm | WideRMSNorm:
+    """The norm that the model's configuration asks for."""
+    return WideRMSNorm(size, config, place) if config.wide else RMSNorm(size, config.eps, place)
 
 
 class Embedding:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tandem.engine.model.config import Fields, ModelConfig
-from tandem.engine.model.family import CausalLM
+from tandem.engine.model.config import ModelConfig
+from tandem.engine.model.family import CausalLM, Family
+from tandem.engine.model.fields import Fields
 from tandem.engine.model.layers import Place, Tensors
 from tandem.engine.model.registry import family_of
 from tandem.errors import CheckpointError, ConfigError
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BARE = EMBEDDING.removeprefix("model.")
 SAMPLE_BYTES = 256
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors of old checkpoints that repeat what the configuration says."""
@@ -36,6 +39,8 @@ class StoredTensor:
     """Where one tensor lies."""
 
     file: Path
+    name: str
+    """In the file; the decoder's own name may be another."""
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -81,10 +86,11 @@ def load_model(path: Path, dtype: str, device: torch.device) -> LoadedModel:
     architecture, rotary kind or dtype, missing, unexpected or wrongly shaped tensors, unreadable files.
     """
     config = read_config(path)
-    stored = find_tensors(path)
-    chosen = choose_dtype(config, dtype, path)
     fields = Fields.read(path / "config.json")
-    module = family_of(fields).build(config, Place(chosen, device))
+    family = family_of(fields)
+    stored = rename_tensors(find_tensors(path), family)
+    chosen = choose_dtype(config, dtype, path)
+    module = family.build(config, Place(chosen, device))
     targets = module.tensors()
     check_tensors(targets, stored, config)
     _fill(targets, stored, config)
@@ -92,14 +98,14 @@ def load_model(path: Path, dtype: str, device: torch.device) -> LoadedModel:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """`config.json`, with the end-of-sequence ids of `generation_config.json` where that names them."""
+    """`config.json`, with the end-of-sequence ids of `generation_config.json` before its own."""
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint folder at {path}")
     fields = Fields.read(path / "config.json")
     config = family_of(fields).parse(fields)
     generation = path / "generation_config.json"
     ids = Fields.read(generation).token_ids("eos_token_id") if generation.exists() else ()
-    config = replace(config, eos_token_ids=ids or config.eos_token_ids)
+    config = replace(config, eos_token_ids=tuple(dict.fromkeys(ids + config.eos_token_ids)))
     for token in config.eos_token_ids:
         if token >= config.vocab_size:
             raise CheckpointError(f"{path}: eos_token_id {token} is outside the vocabulary of {config.vocab_size}")
@@ -147,7 +153,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(f"{file} is cut short: {total} bytes")
             header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
+        tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()}
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,9 +164,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _stored(file: Path, entry: Mapping[str, list[int]], base: int) -> StoredTensor:
+def _stored(file: Path, name: str, entry: Mapping[str, list[int]], base: int) -> StoredTensor:
     start, end = entry["data_offsets"]
-    return StoredTensor(file, str(entry["dtype"]), tuple(entry["shape"]), base + start, end - start)
+    return StoredTensor(file, name, str(entry["dtype"]), tuple(entry["shape"]), base + start, end - start)
+
+
+def rename_tensors(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """The decoder's tensors under its own names; of a checkpoint saved without its head, "model." goes before all."""
+    bare = BARE in stored
+    named = {}
+    for name, tensor in stored.items():
+        own = f"model.{name}" if bare and name != HEAD else family.rename(name)
+        if own is not None:
+            named[own] = tensor
+    return named
 
 
 def check_tensors(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
@@ -174,7 +191,7 @@ def check_tensors(targets: Tensors, stored: Mapping[str, StoredTensor], config: 
         if stored[name].dtype not in ("F32", "BF16", "F16"):
             raise CheckpointError(f"tensor {name} has dtype {stored[name].dtype}; expected F32, BF16 or F16")
     for name in sorted(stored.keys() - targets.keys()):
-        if not name.endswith(DERIVED_SUFFIXES) and not (name == "lm_head.weight" and config.tied_embeddings):
+        if not name.endswith(DERIVED_SUFFIXES) and not (name == HEAD and config.tied_embeddings):
             shape = list(stored[name].shape)
             raise CheckpointError(f"tensor {name} of shape {shape} is unexpected: {config.architecture} has none")
 
@@ -184,15 +201,15 @@ def _fill(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelCon
     for name, tensor in _read(stored):
         if name in targets:
             targets[name].copy_(tensor)
-        elif name == "lm_head.weight":
-            embedding = targets["model.embed_tokens.weight"]
+        elif name == HEAD:
+            embedding = targets[EMBEDDING]
             if not torch.equal(tensor.to(embedding), embedding):
                 raise CheckpointError("tensor lm_head.weight differs from the embedding; tie_word_embeddings ties them")
 
 
 def _read(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in an order that has each file open once, the head last (it may be compared with the embedding)."""
-    order = sorted(stored, key=lambda name: (name == "lm_head.weight", str(stored[name].file), name))
+    order = sorted(stored, key=lambda name: (name == HEAD, str(stored[name].file), name))
     file: Path | None = None
     handle: Any = None
     for name in order:
@@ -200,7 +217,7 @@ def _read(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tenso
             if stored[name].file != file:
                 file = stored[name].file
                 handle = safe_open(str(file), framework="pt")
-            yield name, handle.get_tensor(name)
+            yield name, handle.get_tensor(stored[name].name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name} of {file}: {error}") from error
 

@@ -1,20 +1,28 @@
-"""Qwen 2 and 2.5: Llama's shape with biases on q, k and v only."""
+"""Qwen 2 and 2.5: biases on q, k and v only; the upper layers may have sliding windows."""
 
 from __future__ import annotations
 
-from tandem.engine.model import llama
-from tandem.engine.model.config import Fields, ModelConfig, parse_decoder
+from dataclasses import replace
+
+from tandem.engine.model.config import FULL, SLIDING, ModelConfig, parse_decoder, windowed
 from tandem.engine.model.family import Family
+from tandem.engine.model.fields import Fields
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+
+
+def with_windows(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """`use_sliding_window` switches windows on: in `layer_types`, or from layer `max_window_layers` upwards."""
+    fields = fields.over(sliding_window=4096)
+    if not fields.flag("use_sliding_window", False):
+        fields = Fields(fields.raw | {"sliding_window": None}, fields.where)
+    first = fields.integer("max_window_layers", 28, low=0) if fields.has("sliding_window") else config.num_layers
+    return windowed(config, fields, [SLIDING if index >= first else FULL for index in range(config.num_layers)])
 
 
 def parse(fields: Fields) -> ModelConfig:
-    """Refuses layers with sliding-window attention, which the checkpoint may switch on."""
-    layers = fields.raw.get("layer_types") or []
-    beyond = fields.integer("max_window_layers", 28, low=0) < fields.integer("num_hidden_layers")
-    windowed = "sliding_attention" in layers if layers else beyond and fields.has("sliding_window")
-    if fields.flag("use_sliding_window", False) and windowed:
-        raise fields.unsupported("use_sliding_window", "sliding-window attention is not supported")
-    return parse_decoder(fields, "Qwen2ForCausalLM", qkv_bias=True, output_bias=False, mlp_bias=False)
+    """See the module's text."""
+    return with_windows(replace(parse_decoder(fields, ARCHITECTURE), qkv_bias=True), fields)
 
 
-FAMILY = Family("Qwen2ForCausalLM", parse, llama.build)
+FAMILY = Family(ARCHITECTURE, parse)

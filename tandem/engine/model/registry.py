@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from tandem.engine.model import llama, qwen2
-from tandem.engine.model.config import Fields
+from tandem.engine.model import gemma2, gemma3, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
 from tandem.engine.model.family import Family
+from tandem.engine.model.fields import Fields
 from tandem.errors import CheckpointError
 
-FAMILIES = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY)}
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        llama.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        mistral.FAMILY,
+        mistral.MINISTRAL_FAMILY,
+        gemma2.FAMILY,
+        gemma3.FAMILY,
+        gemma3.MULTIMODAL_FAMILY,
+        phi3.FAMILY,
+        olmo2.FAMILY,
+        granite.FAMILY,
+        smollm3.FAMILY,
+    )
+}
 
 
 def family_of(fields: Fields) -> Family:
