@@ -3,6 +3,7 @@
 Rows are split into buckets of similar shape, and each bucket is one padded, batched call of torch's flash attention.
 For one token per row (decode) the query heads that share a KV head stand as its queries. Plain batched products would
 do as well in float32; in bfloat16 each new length costs them a newly compiled kernel, ten times what attention takes.
+Capped scores, which flash attention does not have, take plain products in float32.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
+from tandem.engine.attention.buckets import Pieces, cut_rows, page_table, split_rows
 from tandem.engine.kv_pool import KvPool
 
-MAX_PADDING = 1.5
-"""A bucket is split when padding would make it this many times larger than its rows are."""
+CAPPED_QUERIES = 128
+"""Queries of a row whose capped scores are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,62 +44,73 @@ class _Bucket:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class _GroupPlan:
+    """The plan of the layers with one attention span."""
+
+    window: int | None
+    slots: torch.Tensor
+    """`[tokens]`: where the new keys and values go."""
+    buckets: list[_Bucket]
+
+
 class TorchPagedAttention:
-    """The backend: full causal attention with grouped queries over the pool's planes `k` and `v`."""
+    """The backend: causal attention, full or windowed, with grouped queries over the pool's planes `k` and `v`."""
 
     def __init__(self, pool: KvPool) -> None:
-        planes = {plane.name: plane for plane in pool.layout.planes}
-        if set(planes) != {"k", "v"} or any(group.window is not None for group in pool.layout.groups):
-            raise ValueError("torch_paged serves layouts of planes k and v with full attention only")
+        if {plane.name for plane in pool.layout.planes} != {"k", "v"}:
+            raise ValueError("torch_paged serves layouts of planes k and v")
         self.pool = pool
         self._workspace = pool.plane("k", 0).new_empty(0)
 
     def plan(self, batch: AttentionBatch) -> TorchPagedPlan:
         """See `AttentionBackend.plan`."""
-        offsets = np.concatenate(([0], np.cumsum(batch.counts)))
-        page = self.pool.page_size
+        groups = self.pool.layout.groups
+        if len(batch.pages) != len(groups):
+            raise ValueError(f"pages of {len(batch.pages)} layer groups; the pool has {len(groups)}")
+        offsets = np.cumsum(batch.counts) - batch.counts
         row = np.repeat(np.arange(len(batch.counts)), batch.counts)
-        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - batch.starts, batch.counts)
-        table = _page_table(batch)
-        slots = table[row, positions // page] * page + positions % page
-        groups = split_rows(batch.counts, batch.starts + batch.counts)
-        buckets = [self._bucket(batch, table, offsets, rows) for rows in groups]
-        return TorchPagedPlan(self.pool, self._on_device(slots), buckets)
+        positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
+        page, plans = self.pool.page_size, {}
+        for group, pages in zip(groups, batch.pages, strict=True):
+            table = page_table(pages)
+            slots = table[row, positions // page] * page + positions % page
+            pieces = cut_rows(batch, group.window)
+            buckets = [self._bucket(pieces.take(which), table) for which in split_rows(pieces.counts, pieces.lengths)]
+            plans.update(dict.fromkeys(group.layers, _GroupPlan(group.window, self._on_device(slots), buckets)))
+        return TorchPagedPlan(self.pool, plans)
 
-    def _bucket(self, batch: AttentionBatch, table: IntArray, offsets: IntArray, rows: IntArray) -> _Bucket:
-        starts, counts = batch.starts[rows], batch.counts[rows]
-        lengths = starts + counts
+    def _bucket(self, pieces: Pieces, table: IntArray) -> _Bucket:
+        counts, lengths = pieces.counts, pieces.lengths
         count, length, page = int(counts.max()), int(lengths.max()), self.pool.page_size
         # Padding repeats the row's own last position: what lies elsewhere may be another sequence's, or not finite.
-        positions = np.minimum(np.arange(length), lengths[:, None] - 1)
-        slots = np.take_along_axis(table[rows], positions // page, axis=1) * page + positions % page
+        positions = pieces.firsts[:, None] + np.minimum(np.arange(length), lengths[:, None] - 1)
+        slots = np.take_along_axis(table[pieces.rows], positions // page, axis=1) * page + positions % page
         steps = np.minimum(np.arange(count), counts[:, None] - 1)
-        tokens = (offsets[rows][:, None] + steps).ravel()
+        tokens = (pieces.offsets[:, None] + steps).ravel()
         contiguous = bool((np.diff(tokens) == 1).all())
         real = np.flatnonzero((np.arange(count) < counts[:, None]).ravel())
-        causal = count > 1 and not starts.any()
+        causal = pieces.causal()
         return _Bucket(
             tokens=None if contiguous else self._on_device(tokens),
             first=int(tokens[0]),
             real=None if len(real) == len(tokens) else self._on_device(real),
             slots=self._on_device(slots.ravel()),
             gathered=self._room_for(slots.size),
-            mask=None if causal else self._mask(starts, lengths, count, length),
+            mask=None if causal else self._mask(pieces),
             causal=causal,
-            rows=len(rows),
+            rows=len(counts),
             count=count,
             length=length,
         )
 
-    def _mask(self, starts: IntArray, lengths: IntArray, count: int, length: int) -> torch.Tensor | None:
-        """Hides keys after the query's own position; the last position of a row of its full length sees everything."""
-        if count == 1 and (lengths == length).all():
+    def _mask(self, pieces: Pieces) -> torch.Tensor | None:
+        """See `_Bucket.mask`."""
+        hidden = pieces.hidden()
+        if hidden is None:
             return None
-        queries = starts[:, None] + np.arange(count)
-        queries = np.minimum(queries, lengths[:, None] - 1)
-        hidden = torch.from_numpy(np.arange(length) > queries[:, :, None])
-        dtype = self.pool.plane("k", 0).dtype
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(self.pool.device)
+        mask = torch.zeros(hidden.shape, dtype=self.pool.plane("k", 0).dtype)
+        return mask.masked_fill_(torch.from_numpy(hidden), -torch.inf)[:, None].to(self.pool.device)
 
     def _room_for(self, slots: int) -> torch.Tensor:
         """`[2, slots, kv_heads, head_dim]` of the workspace, which all buckets and layers use one after another."""
@@ -113,26 +126,27 @@ class TorchPagedAttention:
 class TorchPagedPlan:
     """See `AttentionPlan`."""
 
-    def __init__(self, pool: KvPool, slots: torch.Tensor, buckets: list[_Bucket]) -> None:
+    def __init__(self, pool: KvPool, plans: dict[int, _GroupPlan]) -> None:
         self._pool = pool
-        self._slots = slots
-        self._buckets = buckets
+        self._plans = plans
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
-        """See `AttentionPlan.run`."""
-        scale = form.scale
-        keys, values = self._pool.plane("k", layer), self._pool.plane("v", layer)
-        keys.index_copy_(0, self._slots, key)
-        values.index_copy_(0, self._slots, value)
-        if len(self._buckets) == 1 and self._buckets[0].tokens is None and self._buckets[0].real is None:
-            return self._attend(query, keys, values, self._buckets[0], scale)
+        """See `AttentionPlan.run`. Raises ValueError when the form's window is not that of the layer's group."""
+        plan = self._plans[layer]
+        if form.window != plan.window:
+            raise ValueError(f"layer {layer} has a window of {form.window}; its group has {plan.window}")
+        keys, values, buckets = self._pool.plane("k", layer), self._pool.plane("v", layer), plan.buckets
+        keys.index_copy_(0, plan.slots, key)
+        values.index_copy_(0, plan.slots, value)
+        if len(buckets) == 1 and buckets[0].tokens is None and buckets[0].real is None:
+            return self._attend(query, keys, values, buckets[0], form)
         out = torch.empty_like(query)
-        for bucket in self._buckets:
+        for bucket in buckets:
             end = bucket.first + bucket.rows * bucket.count
             part = query[bucket.first : end] if bucket.tokens is None else query.index_select(0, bucket.tokens)
-            result = self._attend(part, keys, values, bucket, scale)
+            result = self._attend(part, keys, values, bucket, form)
             if bucket.tokens is None:
                 out[bucket.first : end] = result
             elif bucket.real is None:
@@ -142,7 +156,7 @@ class TorchPagedPlan:
         return out
 
     def _attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, scale: float
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: _Bucket, form: AttentionForm
     ) -> torch.Tensor:
         """A bucket's queries `[rows * count, heads, dim]` against gathered context; returns the same shape."""
         kv_heads, dim = keys.shape[1:]
@@ -150,40 +164,42 @@ class TorchPagedPlan:
         torch.index_select(keys, 0, bucket.slots, out=gathered[0])
         torch.index_select(values, 0, bucket.slots, out=gathered[1])
         key, value = gathered.view(2, bucket.rows, bucket.length, kv_heads, dim).transpose(2, 3)
+        if form.softcap is not None:
+            q = query.view(bucket.rows, bucket.count, heads, dim)
+            return _capped(q, key, value, bucket, form.scale, form.softcap).reshape(query.shape)
         if bucket.count == 1:
             q = query.view(bucket.rows, kv_heads, -1, dim)
-            return scaled_dot_product_attention(q, key, value, attn_mask=bucket.mask, scale=scale).reshape(query.shape)
+            mask, scale = bucket.mask, form.scale
+            return scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale).reshape(query.shape)
         q = query.view(bucket.rows, bucket.count, heads, dim).transpose(1, 2)
         out = scaled_dot_product_attention(
-            q, key, value, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=heads != kv_heads
+            q,
+            key,
+            value,
+            attn_mask=bucket.mask,
+            is_causal=bucket.causal,
+            scale=form.scale,
+            enable_gqa=heads != kv_heads,
         )
         return out.transpose(1, 2).reshape(query.shape)
 
 
-def split_rows(counts: IntArray, lengths: IntArray) -> list[IntArray]:
-    """Row numbers grouped so that padding each group to its largest count and length wastes little.
-
-    Decode rows (one new token) are never mixed with chunks. Within each kind, rows in order of length are cut into
-    groups where the padded size would exceed `MAX_PADDING` times the real one.
-    """
-    if len(counts) == 1:
-        return [np.zeros(1, dtype=np.int64)]
-    groups = []
-    for kind in (np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)):
-        ordered = kind[np.argsort(counts[kind] * lengths[kind], kind="stable")]
-        while len(ordered):
-            count, length = np.maximum.accumulate(counts[ordered]), np.maximum.accumulate(lengths[ordered])
-            padded = count * length * np.arange(1, len(ordered) + 1)
-            fits = padded <= MAX_PADDING * np.cumsum(counts[ordered] * lengths[ordered])
-            size = int(np.flatnonzero(fits)[-1]) + 1
-            groups.append(np.sort(ordered[:size]))
-            ordered = ordered[size:]
-    return groups
-
-
-def _page_table(batch: AttentionBatch) -> IntArray:
-    """`[rows, most pages]`, padded with 0 behind a row's own pages; never read there."""
-    table = np.zeros((len(batch.pages[0]), max(len(pages) for pages in batch.pages[0])), dtype=np.int64)
-    for row, pages in enumerate(batch.pages[0]):
-        table[row, : len(pages)] = pages
-    return table
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bucket: _Bucket, scale: float, cap: float
+) -> torch.Tensor:
+    """`[rows, count, heads, dim]` queries over `[rows, kv_heads, length, dim]`; all in float32 but the result."""
+    rows, count, _, dim = query.shape
+    grouped = query.float().view(rows, count, key.shape[1], -1, dim).permute(0, 2, 3, 1, 4)
+    key, value = key.float().transpose(2, 3)[:, :, None], value.float()[:, :, None]
+    mask = bucket.mask
+    if bucket.causal:
+        mask = torch.full((count, bucket.length), -torch.inf, device=query.device).triu_(1).expand(1, 1, -1, -1)
+    parts = []
+    for first in range(0, count, CAPPED_QUERIES):
+        scores = torch.matmul(grouped[:, :, :, first : first + CAPPED_QUERIES], key)
+        scores.mul_(scale / cap).tanh_().mul_(cap)
+        if mask is not None:
+            scores += mask[:, :, None, first : first + CAPPED_QUERIES]
+        parts.append(torch.matmul(scores.softmax(-1), value))
+    out = torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
+    return out.permute(0, 3, 1, 2, 4).to(query.dtype)
