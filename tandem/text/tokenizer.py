@@ -8,14 +8,17 @@ more than short texts do.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.config import set_before_import
 from tandem.errors import BadRequest, CheckpointError
+from tandem.text.byte_tokens import BYTE_TOKEN, byte_level_bytes
+from tandem.text.decoder_parser import Decoding, NotStreamed, parse
+
+log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
@@ -55,12 +58,15 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids that decoding skips by default."""
-        self.byte_level: bool = _decoder_kinds(self.backend) == ["ByteLevel"]
-        """Every token is a string of bytes (GPT-2's scheme), so that tokens can be decoded one at a time."""
+        self._clean_up: bool = _cleans_up(wrapped)
+        self.decoding: Decoding | None = _decoding(self.backend, self._clean_up)
+        """How tokens become text, for streams; None if only whole texts can be decoded."""
+        self.byte_level: bool = self.decoding is not None and self.decoding.byte_level
+        """Every token is a string of bytes (GPT-2's scheme)."""
         self.size: int = self.backend.get_vocab_size(with_added_tokens=True)
         """Ids are below this; the model's own vocabulary may be padded to more."""
-        self._bytes: dict[int, bytes] = {}
-        """Memory of `token_bytes`; at most one entry for each token that there is."""
+        self._bytes: dict[tuple[int, bool], bytes] = {}
+        """Memory of `token_bytes`; at most two entries for each token that there is."""
 
     @classmethod
     def load(cls, path: str) -> Tokenizer:
@@ -99,7 +105,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are skipped."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return self._wrapped.clean_up_tokenization(text) if self._clean_up else text
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model expects it, in transformers' jinja sandbox.
@@ -127,52 +133,45 @@ class Tokenizer:
         spelling: str | None = self.backend.id_to_token(token_id)
         return spelling
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes an id stands for, for reports on single tokens; empty for an id without a token."""
-        known = self._bytes.get(token_id)
+    def token_bytes(self, token_id: int, first: bool = False) -> bytes:
+        """The bytes an id stands for, for reports on single tokens; empty for an id without a token.
+
+        Those of a text's tokens concatenate to its UTF-8, characters that are cut into several tokens included; they
+        do not where a decoder changes text across tokens (clean-up), nor where U+FFFD stands for invalid bytes.
+        first: the id is the text's first one; some decoders drop the space before it.
+        """
+        known = self._bytes.get((token_id, first))
         if known is None:
             spelling = self.token(token_id)
             if spelling is None:
                 return b""
-            known = self._bytes[token_id] = self._bytes_of(spelling)
+            known = self._bytes[token_id, first] = self._bytes_of(spelling, first)
         return known
 
-    def _bytes_of(self, spelling: str) -> bytes:
-        if self.byte_level:
+    def _bytes_of(self, spelling: str, first: bool) -> bytes:
+        if self.decoding is None:
+            return str(self.backend.decoder.decode([spelling])).encode()
+        if self.decoding.byte_level:
             return byte_level_bytes(spelling)
-        if match := BYTE_TOKEN.fullmatch(spelling):
+        if self.decoding.byte_fallback and (match := BYTE_TOKEN.fullmatch(spelling)):
             return bytes([int(match[1], 16)])
-        return spelling.replace("\u2581", " ").encode()
+        return self.decoding.start().spell(spelling, first).encode()
 
 
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""How vocabularies with byte fallback (sentencepiece) spell a single byte."""
+def _cleans_up(wrapped: Any) -> bool:
+    """Whether transformers removes spaces before punctuation: where the checkpoint asks for it, but not for BPE."""
+    if not wrapped.clean_up_tokenization_spaces:
+        return False
+    is_bpe = type(wrapped.backend_tokenizer.model).__name__ == "BPE"
+    return not is_bpe or bool(wrapped.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output)
 
 
-def byte_level_bytes(spelling: str) -> bytes:
-    """The bytes behind a byte-level BPE token; a spelling outside that alphabet stands for its UTF-8 bytes."""
+def _decoding(backend: Any, clean_up: bool) -> Decoding | None:
     try:
-        return bytes(_BYTE_OF[char] for char in spelling)
-    except KeyError:
-        return spelling.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: visible Latin-1 for itself, the rest from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _decoder_kinds(backend: Any) -> list[str]:
-    """Type names of the decoder's steps, in order."""
-    if backend.decoder is None:
-        return []
-    state = json.loads(backend.decoder.__getstate__())
-    return [step["type"] for step in state.get("decoders", [state])]
+        return parse(backend.decoder, clean_up)
+    except NotStreamed as error:
+        log.warning("the tokenizer's decoder cannot be streamed, answers come whole at their end: %s", error)
+        return None
 
 
 def _one_line(error: BaseException) -> str:
