@@ -12,15 +12,17 @@ from starlette.responses import Response
 from router.answer import Answer
 from router.backend import Dispatcher
 from router.body import ClientGone, read_body, while_connected
+from router.completion_format import CompletionFormat
+from router.defaults import GenerationDefaults
 from router.job import Endpoint, Job, chat_job, completion_job
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
 from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, chat_turns, parse, plain_text
 from router.problems import envelope, public
-from router.responses import DONE, ChatFormat, CompletionFormat, Format, Json, event, to_json
+from router.responses import DONE, ChatFormat, Format, Json, event, to_json, with_usage
 from router.sse import EventBuffer, EventStream, SlowClient
 from router.stream import Piece
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, Internal, Overloaded, TandemError, Unavailable, UnknownModel
+from tandem.errors import BadRequest, ContextTooLong, Internal, Overloaded, TandemError, Unavailable, UnknownModel
 from tandem.text.prompt import PromptTokenizer
 from tandem.types import ModelInfo
 
@@ -32,6 +34,10 @@ class TextSource(Protocol):
 
     async def get(self, model: ModelInfo) -> PromptTokenizer:
         """The model's tokeniser, loaded when first asked for. Raises TandemError when that fails."""
+        ...
+
+    async def defaults(self, model: ModelInfo) -> GenerationDefaults:
+        """The model's own sampling defaults. Raises as `get`."""
         ...
 
 
@@ -143,13 +149,19 @@ class Api:
         text = await self._texts.get(job.model)
         self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))
         self._metrics.encoded_tokens.inc(sum(len(prompt.ids) - prompt.reused for prompt in job.prompts))
-        answer = await Answer.start(job, self._dispatcher, text, timer)
+        try:
+            answer = await Answer.start(job, self._dispatcher, text, timer)
+        except ContextTooLong as error:
+            # A worker does not know what the client called its prompt.
+            error.param = job.prompt_field
+            raise
         timer.accepted()
         return answer, form(job, text.tokenizer)
 
     async def _endpoint(self, request: Request, name: str | None) -> Endpoint:
         model = self._known(name)
-        return Endpoint(request.state.request_id, model, self._served_name(model), await self._texts.get(model))
+        text, defaults = await self._texts.get(model), await self._texts.defaults(model)
+        return Endpoint(request.state.request_id, model, self._served_name(model), text, defaults)
 
     def _known(self, name: str | None) -> ModelInfo:
         model = self._dispatcher.model
@@ -187,7 +199,7 @@ class Streaming:
             # One event, however many choices: nothing may be refused before `run`, which ends the work.
             if opening := b"".join(self._out.opening()):
                 buffer.put(opening)
-            await self._answer.run(lambda piece: buffer.put(self._out.chunk(piece)))
+            await self._answer.run(lambda piece: buffer.put(self._chunk(piece)))
             usage = self._answer.usage()
             if self._answer.job.options.include_usage:
                 buffer.put(self._out.usage_chunk(usage))
@@ -206,6 +218,10 @@ class Streaming:
         else:
             self._timer.prompt(usage.prompt_tokens, usage.cached_tokens)
             self._timer.end("ok")
+
+    def _chunk(self, piece: Piece) -> bytes:
+        made = self._out.chunk(piece)
+        return with_usage(made, self._answer.usage()) if self._answer.job.options.continuous_usage else made
 
 
 async def _collect(answer: Answer, out: Format) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import problems
@@ -30,22 +31,42 @@ def create_app(config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, 
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health),
-        ("HEAD", "/health", api.health),
         ("GET", "/ready", api.ready),
-        ("HEAD", "/ready", api.ready),
         ("GET", "/metrics", api.metrics_page),
     ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, handler, methods=methods, response_model=None)
     problems.add_handlers(app)
     app.add_middleware(RequestBoundary)
+    if config.cors_origins:
+        # Outermost: a browser shows its page an error only if that, too, allows the page's origin.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
+
+
+MAX_CLIENT_ID = 128
+"""Characters of a client's own `x-request-id` that are repeated; a longer one is not."""
+
+
+def client_id(scope: Scope) -> bytes | None:
+    """The client's own `x-request-id`, if it is fit for an answer's header and the log."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    fit = 0 < len(given) <= MAX_CLIENT_ID and all(0x21 <= byte <= 0x7E for byte in given)
+    return given if fit else None
 
 
 class RequestBoundary:
     """Middleware: draws each request's id, puts it into the answer's `x-request-id` and into log records.
 
     Also the last resort for defects: one log record with the traceback, and an answer that tells nothing of it. A
-    client's own id is not taken over: ids name work in the cluster, and two clients may choose the same.
+    client's own `x-request-id` comes back to it, but names nothing here: ids name work in the cluster, and two clients
+    may choose the same. The request's own is then in `x-tandem-request-id`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -59,13 +80,18 @@ class RequestBoundary:
         request_id = new_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
+        theirs = client_id(scope)
+        ours = [(b"x-request-id", request_id.encode())]
+        if theirs is not None:
+            ours = [(b"x-request-id", theirs), (b"x-tandem-request-id", request_id.encode())]
+            log.debug("request %s is the client's %s", request_id, theirs.decode())
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), *ours]
             await send(message)
 
         with obs.request_context(request_id):

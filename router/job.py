@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from router.openai import ChatBody, CompletionBody, GenerationBody, chat_turns, prompts, stop_strings
+from router.defaults import GenerationDefaults
+from router.echo import Echo, echo_of
+from router.openai import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    StreamOptions,
+    chat_turns,
+    prompts,
+    stop_strings,
+)
+from router.sampling import check_ids, output_room, sampling_params
 from tandem.cluster import new_id
-from tandem.errors import BadRequest, ContextTooLong
+from tandem.errors import BadRequest
 from tandem.text.prompt import Prompt, PromptTokenizer
-from tandem.types import MAX_CHOICES, GenerateRequest, ModelInfo, SamplingParams
+from tandem.types import MAX_CHOICES, GenerateRequest, ModelInfo
 
 COMPLETION_TOKENS = 16
 """Output tokens of /v1/completions when the client names no limit; OpenAI's default."""
@@ -27,7 +36,11 @@ class OutputOptions:
     """Stop strings are not looked for in this many first tokens."""
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
+    """Every chunk of a stream tells the usage so far."""
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """As the client asked for them; an echo's come with `logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,22 @@ class Endpoint:
     model: ModelInfo
     served_name: str
     text: PromptTokenizer
+    defaults: GenerationDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the endpoints call by different names, for every prompt of a body alike."""
+
+    prompt_field: str
+    limit_field: str
+    limit: int | None
+    """Output tokens; None where the client says nothing."""
+    usual_limit: int | None
+    """What the model's author recommends then; None leaves all of the context."""
+    choices: int
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +80,13 @@ class Job:
     """The model's name in answers."""
     requests: tuple[GenerateRequest, ...]
     prompts: tuple[Prompt, ...]
-    echo: tuple[str, ...]
-    """Text that each prompt's choices start with; empty strings unless the client asked for an echo."""
+    echo: tuple[Echo, ...]
+    """What each prompt's choices start with; empty unless the client asked for it."""
     options: OutputOptions
+    keep: int
+    """Choices of each prompt that are answered; fewer than a request has where the best are wanted."""
+    prompt_field: str
+    """Where the client put its prompt, for errors about it."""
 
 
 async def chat_job(body: ChatBody, to: Endpoint) -> Job:
@@ -64,112 +97,90 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     turns = chat_turns(body.messages, to.text.tokenizer.knows_developer)
     prompt = await to.text.chat(turns, body.cache_salt or "")
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    return _job(body, to, [prompt], [""], limit, logprobs)
+    asked = Asked(
+        prompt_field="messages",
+        limit_field="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+        limit=limit,
+        usual_limit=to.defaults.max_new_tokens,
+        choices=body.n or 1,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    return Job(
+        job_id=to.job_id,
+        model=to.model,
+        served_name=to.served_name,
+        requests=(_request(body, to, prompt, asked, to.job_id),),
+        prompts=(prompt,),
+        echo=(Echo(),),
+        options=_options(body, logprobs),
+        keep=asked.choices,
+        prompt_field=asked.prompt_field,
+    )
 
 
 async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
     """Raises BadRequest naming the field at fault."""
-    given = prompts(body.prompt)
-    if len(given) * (body.n or 1) > MAX_TOTAL_CHOICES:
-        raise BadRequest(f"{len(given)} prompts times n exceed {MAX_TOTAL_CHOICES} choices", "n")
-    tokenised = [await to.text.plain(each) if isinstance(each, str) else Prompt(tuple(each)) for each in given]
-    echo = [""] * len(given)
-    if body.echo:
-        echo = [each if isinstance(each, str) else to.text.tokenizer.decode(each) for each in given]
-    limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    return _job(body, to, tokenised, echo, limit, body.logprobs)
-
-
-def _job(
-    body: GenerationBody,
-    to: Endpoint,
-    tokenised: Sequence[Prompt],
-    echo: Sequence[str],
-    limit: int | None,
-    logprobs: int | None,
-) -> Job:
+    given, keep = prompts(body.prompt), body.n or 1
+    made = max(body.best_of or 1, keep)
+    if len(given) * made > MAX_TOTAL_CHOICES:
+        raise BadRequest(f"{len(given)} prompts times n or best_of exceed {MAX_TOTAL_CHOICES} choices", "n")
+    scored = bool(body.echo) and body.logprobs is not None
+    # The best are known by their log-probabilities.
+    logprobs = body.logprobs if made == keep else body.logprobs or 0
+    asked = Asked(
+        prompt_field="prompt",
+        limit_field="max_tokens",
+        limit=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+        usual_limit=None,
+        choices=made,
+        logprobs=logprobs,
+        prompt_logprobs=max(body.logprobs or 0, body.prompt_logprobs or 0) if scored else body.prompt_logprobs,
+    )
     requests: list[GenerateRequest] = []
-    model = to.model
-    for prompt in tokenised:
-        _check_ids(prompt.ids, model, "prompt")
-        sampling = _sampling(body, model, _room(len(prompt.ids), limit, model), logprobs)
-        requests.append(
-            GenerateRequest(
-                request_id=new_id() if requests else to.job_id,
-                model=model.name,
-                prompt=prompt.ids,
-                sampling=sampling,
-                choices=body.n or 1,
-                salt=body.cache_salt or "",
-                priority=body.priority or 0,
-            )
-        )
-    options = OutputOptions(
+    tokenised, echo = [], []
+    for each in given:
+        prompt = await to.text.plain(each) if isinstance(each, str) else Prompt(tuple(each))
+        requests.append(_request(body, to, prompt, asked, new_id() if requests else to.job_id))
+        tokenised.append(prompt)
+        echo.append(await echo_of(each, prompt.ids, to.text.tokenizer, scored) if body.echo else Echo())
+    return Job(
+        job_id=to.job_id,
+        model=to.model,
+        served_name=to.served_name,
+        requests=tuple(requests),
+        prompts=tuple(tokenised),
+        echo=tuple(echo),
+        options=_options(body, body.logprobs),
+        keep=keep,
+        prompt_field=asked.prompt_field,
+    )
+
+
+def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, request_id: str) -> GenerateRequest:
+    check_ids(prompt.ids, to.model, asked.prompt_field)
+    room = output_room(len(prompt.ids), asked.limit, to.model, asked.prompt_field, asked.limit_field)
+    if asked.limit is None and asked.usual_limit is not None:
+        room = min(room, asked.usual_limit)
+    return GenerateRequest(
+        request_id=request_id,
+        model=to.model.name,
+        prompt=prompt.ids,
+        sampling=sampling_params(body, to.model, to.defaults, room, asked.logprobs, asked.prompt_logprobs),
+        choices=asked.choices,
+        salt=body.cache_salt or "",
+        priority=body.priority or 0,
+    )
+
+
+def _options(body: GenerationBody, logprobs: int | None) -> OutputOptions:
+    wanted = body.stream_options or StreamOptions()
+    return OutputOptions(
         stop=stop_strings(body.stop),
         min_tokens=body.min_tokens or 0,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=bool(wanted.include_usage),
+        continuous_usage=bool(wanted.include_usage and wanted.continuous_usage_stats),
         logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    return Job(to.job_id, model, to.served_name, tuple(requests), tuple(tokenised), tuple(echo), options)
-
-
-def _room(prompt_tokens: int, limit: int | None, model: ModelInfo) -> int:
-    """Output tokens allowed: the client's limit, else what the prompt leaves of the context."""
-    if prompt_tokens == 0:
-        raise BadRequest("prompt is empty; at least 1 token is needed", "prompt")
-    left = model.max_context - prompt_tokens
-    if left < 1:
-        raise ContextTooLong(
-            f"the prompt has {prompt_tokens} tokens; the context of {model.name} is {model.max_context} tokens, "
-            "of which at least 1 is needed for the output"
-        )
-    if limit is not None and limit > left:
-        raise ContextTooLong(
-            f"the prompt has {prompt_tokens} tokens and max_tokens is {limit}; together they exceed the context of "
-            f"{model.name}, {model.max_context} tokens",
-            "max_tokens",
-        )
-    return left if limit is None else limit
-
-
-def _sampling(body: GenerationBody, model: ModelInfo, max_tokens: int, logprobs: int | None) -> SamplingParams:
-    bias = _logit_bias(body.logit_bias or {}, model)
-    stop_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
-    _check_ids(stop_ids, model, "stop_token_ids")
-    fields = {
-        name: value
-        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-        if (value := getattr(body, name)) is not None
-    }
-    try:
-        return SamplingParams(
-            **fields,
-            top_k=max(body.top_k or 0, 0),
-            logit_bias=bias,
-            seed=secrets.randbits(64) if body.seed is None else body.seed % (1 << 64),
-            max_tokens=max_tokens,
-            min_tokens=body.min_tokens or 0,
-            stop_token_ids=stop_ids,
-            ignore_eos=bool(body.ignore_eos),
-            logprobs=logprobs,
-            prompt_logprobs=body.prompt_logprobs,
-        )
-    except ValueError as error:
-        raise BadRequest(str(error), str(error).split(" ", 1)[0].split("[", 1)[0]) from None
-
-
-def _logit_bias(bias: dict[str, float], model: ModelInfo) -> tuple[tuple[int, float], ...]:
-    pairs: dict[int, float] = {}
-    for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise BadRequest(f"logit_bias has the key {key[:40]!r}; keys must be token ids", "logit_bias")
-        pairs[int(key)] = value
-    _check_ids(tuple(pairs), model, "logit_bias")
-    return tuple(sorted(pairs.items()))
-
-
-def _check_ids(ids: Sequence[int], model: ModelInfo, param: str) -> None:
-    if ids and not 0 <= (worst := min(ids)) <= max(ids) < model.vocab_size:
-        worst = worst if worst < 0 else max(ids)
-        raise BadRequest(f"{param} has the token id {worst}; ids are 0 to {model.vocab_size - 1}", param)

@@ -1,6 +1,6 @@
 """OpenAI's request bodies: what is accepted, what is refused and with which words.
 
-Unknown fields are ignored; fields of OpenAI's that Tandem does not serve are refused by name. Ranges of the sampling
+Fields without a model of their own are in `router/fields.py`: ignored, not served, unknown. Ranges of the sampling
 fields are `SamplingParams`' own; here is what JSON adds to them: types, lengths, nulls.
 """
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from router.fields import check_fields
 from tandem.errors import BadRequest
 from tandem.types import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
@@ -32,10 +33,14 @@ class StreamOptions(_Body):
     """`stream_options`"""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: usage so far in every chunk."""
 
 
 class GenerationBody(_Body):
     """The fields that chat completions and completions share. None always means the default."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     stream: bool | None = None
@@ -113,6 +118,8 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`"""
 
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    """0 only scores the prompt, which `echo` and `logprobs` then report."""
     prompt: Any
     """A string, a list of ids, or a list of either; see `prompts`."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -154,7 +161,7 @@ def parse(kind: type[_Parsed], body: bytes) -> _Parsed:
     except ValidationError as error:
         raise _first_fault(error) from None
     if isinstance(parsed, GenerationBody):
-        _refuse_what_is_not_served(parsed)
+        _check(parsed)
     return parsed
 
 
@@ -170,16 +177,15 @@ def _first_fault(error: ValidationError) -> BadRequest:
     return BadRequest(f"{'.'.join(path)}: {fault['msg']}", path[0])
 
 
-def _refuse_what_is_not_served(body: GenerationBody) -> None:
-    for name, inert in body.not_served.items():
-        value = getattr(body, name)
-        if value is not None and value not in inert:
-            raise BadRequest(f"{name} is not supported yet", name)
-    if isinstance(body, CompletionBody):
-        if body.best_of is not None and body.best_of > (body.n or 1):
-            raise BadRequest(f"best_of ({body.best_of}) greater than n ({body.n or 1}) is not supported yet", "best_of")
-        if body.echo and body.logprobs is not None:
-            raise BadRequest("echo together with logprobs is not supported yet; use prompt_logprobs", "echo")
+def _check(body: GenerationBody) -> None:
+    check_fields(body, body.not_served, body.model_extra or {})
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options is only allowed when stream is true", "stream_options")
+    if isinstance(body, CompletionBody) and body.best_of is not None:
+        if body.best_of < (body.n or 1):
+            raise BadRequest(f"best_of is {body.best_of}; it must be at least n, which is {body.n or 1}", "best_of")
+        if body.stream and body.best_of > (body.n or 1):
+            raise BadRequest("best_of greater than n cannot be streamed: the best are known only at the end", "best_of")
 
 
 def plain_text(text: str, param: str) -> str:

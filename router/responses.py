@@ -36,6 +36,15 @@ def event(value: Json) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+NO_USAGE = b',"usage":null}\n\n'
+"""How a chunk ends when usage was asked for; JSON holds no bare newline, so it stands nowhere else."""
+
+
+def with_usage(chunks: bytes, usage: TotalUsage) -> bytes:
+    """The same chunks with the usage so far instead of none."""
+    return chunks.replace(NO_USAGE, b',"usage":' + to_json(usage_json(usage)) + b"}\n\n")
+
+
 def usage_json(usage: TotalUsage) -> Json:
     """OpenAI's `usage`."""
     return {
@@ -58,7 +67,7 @@ class Format(ABC):
         self.tokenizer = tokenizer
         self.created = int(time.time())
         self.choices = sum(request.choices for request in job.requests)
-        self._tail = b',"usage":null}\n\n' if job.options.include_usage else b"}\n\n"
+        self._tail = NO_USAGE if job.options.include_usage else b"}\n\n"
 
     def head(self, object_name: str) -> Json:
         """The fields that every object of this answer starts with."""
@@ -110,10 +119,11 @@ class Format(ABC):
 
     def prompt_logprobs(self, entries: tuple[TokenLogprob | None, ...]) -> list[Json | None]:
         """In vLLM's form: for each prompt token but the first, its own and its likeliest rivals' by id."""
-        return [None if entry is None else self._ranked(entry) for entry in entries]
+        wanted = self.job.options.prompt_logprobs or 0
+        return [None if entry is None else self._ranked(entry, wanted) for entry in entries]
 
-    def _ranked(self, entry: TokenLogprob) -> Json:
-        rivals = dict(entry.top)
+    def _ranked(self, entry: TokenLogprob, wanted: int) -> Json:
+        rivals = dict(entry.top[:wanted])
         rivals.setdefault(entry.token, entry.logprob)
         return {
             str(token): {"logprob": finite(logprob), "decoded_token": self.token_text(token)}
@@ -185,66 +195,6 @@ class ChatFormat(Format):
     def _entry(self, token: int, logprob: float) -> Json:
         data = self.tokenizer.token_bytes(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
-
-
-class CompletionFormat(Format):
-    """`/v1/completions`"""
-
-    prefix = "cmpl"
-    stream_object = "text_completion"
-    whole_object = "text_completion"
-
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
-        super().__init__(job, tokenizer)
-        self._head = self.before_choice()
-        self._text_head = [self._head + b'{"index":%d,"text":' % index for index in range(self.choices)]
-        self._text_tail = b',"logprobs":null,"finish_reason":null}' + self.after_choice()
-        self._echo = [
-            text for text, request in zip(job.echo, job.requests, strict=True) for _ in range(request.choices)
-        ]
-
-    def opening(self) -> list[bytes]:
-        """The prompts, when they are to be echoed."""
-        return [self._chunk(index, text, None, None) for index, text in enumerate(self._echo) if text]
-
-    def chunk(self, piece: Piece) -> bytes:
-        """See `Format`."""
-        if piece.finish is None and not piece.logprobs and not piece.prompt_logprobs:
-            return self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
-        logprobs = self._logprobs(piece.logprobs, piece.choice) if piece.logprobs else None
-        extra: Json = {"stop_reason": piece.stop} if piece.stop is not None else {}
-        if piece.prompt_logprobs:
-            extra["prompt_logprobs"] = self.prompt_logprobs(piece.prompt_logprobs)
-        return self._chunk(piece.choice, piece.text, logprobs, finish_word(piece), extra)
-
-    def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
-        """See `Format`."""
-        index, prompt = pieces[0].choice, first_prompt_logprobs(pieces)
-        logprobs = self._logprobs(placed, index) if self.job.options.logprobs is not None else None
-        extra = {"prompt_logprobs": self.prompt_logprobs(prompt)} if prompt else {}
-        return {"text": self._echo[index] + text, "logprobs": logprobs, **extra}
-
-    def _chunk(
-        self, index: int, text: str, logprobs: Json | None, finish: str | None, extra: Json | None = None
-    ) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish, **(extra or {})}
-        return self._head + to_json(choice) + self.after_choice()
-
-    def _logprobs(self, placed: tuple[PlacedLogprob, ...], index: int) -> Json:
-        """OpenAI's older form: parallel lists; the likeliest tokens by their text, best first where texts are equal."""
-        wanted = self.job.options.logprobs or 0
-        tops: list[dict[str, float]] = []
-        for each in placed:
-            best: dict[str, float] = {}
-            for token, logprob in each.entry.top[:wanted]:
-                best.setdefault(self.token_text(token), finite(logprob))
-            tops.append(best)
-        return {
-            "tokens": [self.token_text(each.entry.token) for each in placed],
-            "token_logprobs": [finite(each.entry.logprob) for each in placed],
-            "top_logprobs": tops,
-            "text_offset": [len(self._echo[index]) + each.offset for each in placed],
-        }
 
 
 def finish_word(piece: Piece) -> str | None:

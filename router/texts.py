@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
+from router.defaults import GenerationDefaults, read_defaults
 from tandem.errors import TandemError, Unavailable
 from tandem.text.prompt import PromptTokenizer
 from tandem.text.tokenizer import Tokenizer
@@ -14,10 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class ModelTexts:
-    """A `TextSource`. path: folder or hub id to load from; None takes what the workers report."""
+    """A `TextSource`. path: folder or hub id to load from; None takes what the workers report.
 
-    def __init__(self, path: str | None) -> None:
+    use_defaults: whether the model's `generation_config.json` counts.
+    """
+
+    def __init__(self, path: str | None, use_defaults: bool = True) -> None:
         self._path = path
+        self._use_defaults = use_defaults
+        self._defaults = GenerationDefaults()
         self._loading: asyncio.Task[PromptTokenizer] | None = None
 
     async def get(self, model: ModelInfo) -> PromptTokenizer:
@@ -33,10 +40,17 @@ class ModelTexts:
                 self._loading = None
             raise
 
+    async def defaults(self, model: ModelInfo) -> GenerationDefaults:
+        """The model's own sampling defaults. Raises as `get`: both come from one folder."""
+        await self.get(model)
+        return self._defaults
+
     async def _load(self, path: str) -> PromptTokenizer:
         try:
             tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         except TandemError as error:
             log.error("the tokeniser cannot be loaded: %s", error)
             raise Unavailable(f"the tokeniser cannot be loaded: {error}") from error
+        if self._use_defaults:
+            self._defaults = await asyncio.to_thread(read_defaults, Path(path))
         return PromptTokenizer(tokenizer)

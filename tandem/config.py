@@ -82,6 +82,12 @@ class RouterConfig(_Settings):
         "cost", description="how plans are made"
     )
     cluster_key: str = Field("tandem", description="part of every block hash; equal on all processes of a cluster")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto takes sampling defaults from the model's generation_config.json, none takes none"
+    )
+    cors_origins: Addresses = Field(
+        (), description="origins whose pages may call this, such as https://chat.example; * allows all"
+    )
     max_body_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="largest request body, MiB")
     max_inflight: Annotated[int, Field(ge=1)] = Field(1024, description="requests admitted at once; more get 429")
     index_max_blocks: Annotated[int, Field(ge=1)] = Field(4_000_000, description="blocks the prefix index keeps")
@@ -207,6 +213,11 @@ def set_before_import(values: dict[str, str]) -> None:
     """Sets variables that a library reads when it is imported, where the user did not set them."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept for this user (`XDG_CACHE_HOME`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
 def dump(settings: _Settings) -> dict[str, Any]:

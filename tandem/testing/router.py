@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.cluster import Candidate, Plan, new_id
 from tandem.errors import TandemError
@@ -40,7 +40,7 @@ class FakeAccepted:
 
     async def _play(self) -> AsyncIterator[Delta]:
         try:
-            for step in range(max(map(len, self._tokens))):
+            for step in range(max(1, *map(len, self._tokens))):
                 await self._owner.pace(step)
                 if step == self._owner.drop_after:
                     return
@@ -49,6 +49,9 @@ class FakeAccepted:
                 for choice, tokens in enumerate(self._tokens):
                     if step < len(tokens):
                         yield self._delta(choice, step)
+                    elif step == 0:
+                        scores = self._prompt_logprobs(choice)
+                        yield replace(self._end(choice, 0, FinishReason.LENGTH), prompt_logprobs=scores)
                 if self.cancelled.is_set() and self._owner.silent_cancel:
                     return
                 if self.cancelled.is_set():
@@ -68,7 +71,6 @@ class FakeAccepted:
         last = step + 1 == len(tokens)
         finish = None if not last else FinishReason.STOP if stopped else FinishReason.LENGTH
         top = tuple((token + rank, -0.5 - rank) for rank in range(sampling.logprobs or 0))
-        prompt = tuple(TokenLogprob(t, -1.0, ((t, -1.0),)) if i else None for i, t in enumerate(self._request.prompt))
         return Delta(
             self._request.request_id,
             self._request.attempt,
@@ -76,11 +78,17 @@ class FakeAccepted:
             step,
             (token,),
             (TokenLogprob(token, -0.5, top),) if sampling.logprobs is not None else (),
-            prompt if sampling.prompt_logprobs is not None and step == 0 else (),
+            self._prompt_logprobs(choice) if step == 0 else (),
             finish,
             token if stopped and last else None,
             usage=self._usage(step + 1) if last else None,
         )
+
+    def _prompt_logprobs(self, choice: int) -> tuple[TokenLogprob | None, ...]:
+        """Only the first choice brings them."""
+        if self._request.sampling.prompt_logprobs is None or choice:
+            return ()
+        return tuple(TokenLogprob(t, -1.0, ((t, -1.0),)) if i else None for i, t in enumerate(self._request.prompt))
 
     def _end(self, choice: int, step: int, finish: FinishReason, error: str = "") -> Delta:
         request = self._request

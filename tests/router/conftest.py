@@ -11,6 +11,7 @@ import pytest_asyncio
 from fastapi import FastAPI
 
 from router.app import create_app
+from router.defaults import GenerationDefaults
 from router.metrics import RouterMetrics
 from tandem.config import RouterConfig
 from tandem.testing.router import FakeDispatcher
@@ -25,9 +26,13 @@ class OneText:
 
     def __init__(self, text: PromptTokenizer) -> None:
         self.text = text
+        self.recommended = GenerationDefaults()
 
     async def get(self, model: ModelInfo) -> PromptTokenizer:
         return self.text
+
+    async def defaults(self, model: ModelInfo) -> GenerationDefaults:
+        return self.recommended
 
 
 @dataclass
@@ -39,6 +44,7 @@ class World:
     text: PromptTokenizer
     dispatcher: FakeDispatcher
     metrics: RouterMetrics
+    source: OneText
     app: FastAPI
     answers: list[str]
     """What the model says, by choice; the last one repeats. `<|end|>` is sampled after it."""
@@ -65,8 +71,9 @@ def world(tokenizer: Tokenizer) -> World:
     text = PromptTokenizer(tokenizer)
     dispatcher = FakeDispatcher(info, script)
     metrics = RouterMetrics()
-    app = create_app(config, dispatcher, OneText(text), metrics)
-    return World(config, tokenizer, text, dispatcher, metrics, app, answers)
+    source = OneText(text)
+    app = create_app(config, dispatcher, source, metrics)
+    return World(config, tokenizer, text, dispatcher, metrics, source, app, answers)
 
 
 @pytest_asyncio.fixture

@@ -134,7 +134,7 @@ async def test_sampling_fields_reach_the_cluster(client: httpx.AsyncClient, worl
         "repetition_penalty": 1.2, "logit_bias": {"5": -100, "3": 2.5}, "seed": -1, "min_tokens": 2, "ignore_eos": True,
         "stop_token_ids": [9, 9, 8], "priority": 3, "cache_salt": "tenant", "max_tokens": 11,
     }  # fmt: skip
-    await client.post("/v1/chat/completions", json={**CHAT, **fields, "unknown_field": {"a": 1}, "stop": None})
+    await client.post("/v1/chat/completions", json={**CHAT, **fields, "stop": None})
     (request,) = world.dispatcher.requests
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 7, 0.1)
@@ -289,9 +289,16 @@ async def test_unknown_routes_and_methods_use_the_envelope(client: httpx.AsyncCl
 
 
 async def test_request_ids_are_the_routers_own(client: httpx.AsyncClient, world: Any) -> None:
-    response = await client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
-    assert response.headers["x-request-id"] != "mine"
-    assert world.dispatcher.requests[0].request_id == response.headers["x-request-id"]
+    for theirs, answered in ((None, None), ("mine", "mine"), ("x" * 129, None), ("a b", None), ("", None)):
+        headers = {} if theirs is None else {"x-request-id": theirs}
+        response = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        ours = world.dispatcher.requests[-1].request_id
+        assert ours != theirs
+        assert response.json()["id"] == f"chatcmpl-{ours}"
+        assert response.headers["x-request-id"] == (answered or ours)
+        assert response.headers.get("x-tandem-request-id", ours) == ours
+    refused = await client.post("/v1/chat/completions", json={}, headers={"x-request-id": "mine"})
+    assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine")
 
 
 async def test_metrics_count_each_request_once(client: httpx.AsyncClient, world: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -55,8 +54,8 @@ async def test_a_lost_worker_ends_a_stream_with_an_error_event(
     client: httpx.AsyncClient, world: Any, path: str
 ) -> None:
     world.dispatcher.fail_after = 2
-    body = {**CHAT, "prompt": ["Hi", "Ho"], "stream": True}
-    response = await client.post(path, json=body)
+    asked = CHAT if path.endswith("chat/completions") else {"prompt": ["Hi", "Ho"]}
+    response = await client.post(path, json={**asked, "stream": True})
     last = response.text.rstrip().split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "worker_lost"
     assert "[DONE]" not in response.text
@@ -128,11 +127,7 @@ async def test_a_template_refusal_names_the_messages(client: httpx.AsyncClient, 
 async def test_a_client_that_is_cut_before_the_first_token_leaves_no_work(world: Any) -> None:
     """Each choice of a chat starts with an event of its own; they must not fill the buffer before the work is owned."""
 
-    async def get(model: object) -> object:
-        return world.text
-
-    texts: Any = SimpleNamespace(get=get)
-    app = create_app(RouterConfig(stream_queue=1), world.dispatcher, texts, RouterMetrics())
+    app = create_app(RouterConfig(stream_queue=1), world.dispatcher, world.source, RouterMetrics())
     body = json.dumps({**CHAT, "n": 3, "stream": True}).encode()
     asked = iter([{"type": "http.request", "body": body}])
 
