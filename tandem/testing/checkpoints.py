@@ -49,7 +49,7 @@ class CheckpointSpec:
     shards: int = 1
     """Files that the tensors are spread over; more than 1 come with an index."""
     std: float = 0.15
-    """Standard deviation of matrices and embeddings; norms are 1 plus, biases are 0 plus as much noise."""
+    """Standard deviation of matrices and embeddings; norms (1, Gemma's 0) and biases (0) get as much noise."""
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     """Further fields of config.json, such as rope_parameters or attention_bias."""
@@ -96,7 +96,7 @@ def make_model(spec: CheckpointSpec) -> Any:
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator) * spec.std
-            weight.copy_(noise + 1.0 if "norm" in name else noise)
+            weight.copy_(noise + weight if "norm" in name else noise)
     return model
 
 

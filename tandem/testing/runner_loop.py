@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from tandem.engine.attention.base import AttentionBatch, AttentionPlan
+from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel
 from tandem.engine.runner import Runner
@@ -14,12 +17,25 @@ from tandem.engine.sequence import Batch, Row, Sampled, Seq
 from tandem.types import SamplingParams
 
 
+class SamePages:
+    """An attention backend for sequences whose layer groups all use the same page numbers."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._backend = TorchPagedAttention(pool)
+        self._groups = len(pool.layout.groups)
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        """See `AttentionBackend.plan`."""
+        return self._backend.plan(replace(batch, pages=[batch.pages[0]] * self._groups))
+
+
 class RunnerLoop:
     """Sequences that are computed in chunks and decoded together until each has its `max_tokens`."""
 
     def __init__(self, loaded: LoadedModel, page_size: int = 16, num_pages: int = 256, seed: int = 0) -> None:
         self.pool = KvPool(loaded.layout, num_pages, page_size, loaded.device)
-        self.runner = Runner(loaded.module, self.pool, loaded.config.vocab_size, loaded.device)
+        attention = SamePages(self.pool)
+        self.runner = Runner(loaded.module, self.pool, loaded.config.vocab_size, loaded.device, attention)
         self._free = random.Random(seed).sample(range(num_pages), num_pages)
         self._made = 0
 
