@@ -89,9 +89,9 @@ check: $(DEV_READY)
 	exit $$status
 
 bench: $(DEV_READY)
-	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "No benchmarks yet"; exit 0; }; \
-	echo "Benchmarks: $(BIN)/python -m benchmarks.NAME --help, with NAME one of"; \
-	grep -l __main__ benchmarks/*.py | sed 's,.*/,  ,; s,\.py$$,,'
+	@$(BIN)/python -m benchmarks.compare tandem-1p1d tandem-0p2d --model demo --rounds 1
+	@$(BIN)/python -m benchmarks.handover --rounds 3
+	@echo "More: $(BIN)/python -m benchmarks.{serve,compare,handover} --help, and docs/performance.md"
 
 proto: $(DEV_READY)
 	@PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --grpc_python_out=$(OUT) \

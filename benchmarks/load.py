@@ -1,165 +1,135 @@
-"""A closed-loop load on any OpenAI-compatible endpoint: black box, over HTTP, streamed.
-
-python -m benchmarks.load --concurrency 8 --requests 64 --prompt-tokens 300 --output-tokens 64
-"""
+"""Asks conversations of an endpoint: at random times, in a closed loop, or when a trace says."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
-from dataclasses import asdict, dataclass
-from statistics import median
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
-import typer
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.client import Client, Sample
+from benchmarks.workloads import Conversation
+
+DETAILS = 3
+"""Errors of a kind that are shown in full."""
 
 
-@dataclass
-class Sample:
-    """One request as its client saw it; seconds."""
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests arrive. One of `concurrency`, `rate` and a trace's own times decides."""
 
-    ttft: float = 0.0
-    generating: float = 0.0
-    """From the first chunk to the last."""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    error: str = ""
+    concurrency: int = 0
+    """Clients that each ask the next conversation when theirs has ended; with a rate, the most open ones (0: any)."""
+    rate: float = 0.0
+    """Conversations a second, with exponential gaps; 0 is the closed loop."""
+    speed: float = 0.0
+    """A trace's times are divided by this; 0 ignores them."""
+    seed: int = 0
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 0 or self.rate < 0 or self.speed < 0 or self.timeout_s <= 0:
+            raise ValueError("concurrency, rate and speed must not be below 0, and timeout must be above")
+        if not (self.concurrency or self.rate or self.speed):
+            raise ValueError("concurrency, rate or a trace's speed is needed")
+
+    def arrivals(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Seconds after the start at which each conversation starts, at the earliest."""
+        if self.speed:
+            if any(each.at_s is None for each in conversations):
+                raise ValueError("speed is for traces; this workload has no times of its own")
+            return [(each.at_s or 0.0) / self.speed for each in conversations]
+        if not self.rate:
+            return [0.0] * len(conversations)
+        rng, now, times = random.Random(f"arrivals {self.seed}"), 0.0, []
+        for _ in conversations:
+            times.append(now)
+            now += rng.expovariate(self.rate)
+        return times
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a load measured. Latencies in milliseconds."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A load's requests, in the order in which they ended."""
 
-    requests: int
-    errors: int
+    samples: tuple[Sample, ...]
     seconds: float
-    output_tokens_per_s: float
-    ttft_p50_ms: float
-    ttft_p99_ms: float
-    tpot_p50_ms: float
-    """Time per output token after the first, by request: chunks are no measure, for a chunk may hold several tokens."""
-    tpot_p99_ms: float
-    cached_share: float
+    client_cpu_s: float
+    """CPU time of this process meanwhile: what the load generator took from a server on the same machine."""
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Nearest rank; 0 of nothing."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the requests go."""
+
+    url: str
+    model: str = ""
+    """Empty takes the first that the server names."""
+    key: str = ""
+    extra: tuple[tuple[str, Any], ...] = ()
+    """Further fields of each body."""
+
+    async def resolve(self) -> str:
+        """The model's name. Raises ConnectionError when the server does not say."""
+        if self.model:
+            return self.model
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            async with httpx.AsyncClient(timeout=30, headers=headers) as client:
+                answer = await client.get(self.url.rstrip("/") + "/v1/models")
+                return str(answer.raise_for_status().json()["data"][0]["id"])
+        except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+            raise ConnectionError(f"{self.url} names no model: {type(error).__name__}: {error}") from None
 
 
-async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> Sample:
-    """Streams one completion."""
-    sample, started = Sample(), time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            sample.error = (await answer.aread()).decode()
-            return sample
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            now, chunk = time.perf_counter(), json.loads(line[6:])
-            if "error" in chunk:
-                sample.error = chunk["error"]["message"]
-            elif chunk.get("usage"):
-                usage = chunk["usage"]
-                sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-                sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            elif not sample.ttft:
-                sample.ttft = now - started
-            else:
-                sample.generating = now - started - sample.ttft
-    return sample
+async def run(endpoint: Endpoint, conversations: Sequence[Conversation], load: Load) -> Measured:
+    """Asks everything and waits for all answers. Raises ConnectionError when there is no server to ask."""
+    arrivals = load.arrivals(conversations)
+    model = await endpoint.resolve()
+    client = Client(endpoint.url, load.timeout_s)
+    if endpoint.key:
+        client.authorize(endpoint.key)
+    common = {
+        "model": model, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True}, **dict(endpoint.extra),
+    }  # fmt: skip
+    samples: list[Sample] = []
+    slots = asyncio.Semaphore(load.concurrency or len(conversations) or 1)
+    started, cpu = time.perf_counter(), time.process_time()
+
+    async def ask(conversation: Conversation) -> None:
+        try:
+            await _converse(client, common, conversation, samples)
+        finally:
+            slots.release()
+
+    async with asyncio.TaskGroup() as tasks:
+        for at, conversation in zip(arrivals, conversations, strict=True):
+            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+            await slots.acquire()
+            tasks.create_task(ask(conversation))
+    seconds = time.perf_counter() - started
+    client.close()
+    return Measured(tuple(samples), seconds, time.process_time() - cpu)
 
 
-async def run(
-    url: str,
-    concurrency: int,
-    requests: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    shared_tokens: int = 0,
-    seed: int = 0,
-) -> Report:
-    """`concurrency` clients, each sending its next request when the last one ended, until `requests` were sent."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(8, 250) for _ in range(shared_tokens)]
-    bodies = [
-        {
-            "prompt": shared + [rng.randrange(8, 250) for _ in range(prompt_tokens - shared_tokens)],
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        for _ in range(requests)
-    ]
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        samples: list[Sample] = []
-
-        async def worker() -> None:
-            while bodies:
-                samples.append(await one(client, {"model": model, **bodies.pop()}))
-
-        started = time.perf_counter()
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
-        return report(samples, time.perf_counter() - started)
-
-
-def report(samples: list[Sample], seconds: float) -> Report:
-    """Sums up; failed requests count as errors and nowhere else."""
-    good = [sample for sample in samples if not sample.error]
-    ttfts = [s.ttft * 1e3 for s in good]
-    tpots = [s.generating * 1e3 / (s.output_tokens - 1) for s in good if s.output_tokens > 1]
-    prompts = sum(s.prompt_tokens for s in good)
-    return Report(
-        requests=len(samples),
-        errors=len(samples) - len(good),
-        seconds=seconds,
-        output_tokens_per_s=sum(s.output_tokens for s in good) / seconds,
-        ttft_p50_ms=median(ttfts) if ttfts else 0.0,
-        ttft_p99_ms=percentile(ttfts, 0.99),
-        tpot_p50_ms=median(tpots) if tpots else 0.0,
-        tpot_p99_ms=percentile(tpots, 0.99),
-        cached_share=sum(s.cached_tokens for s in good) / prompts if prompts else 0.0,
-    )
-
-
-def show(rows: dict[str, Report], title: str) -> None:
-    """A table and, below it, the same as JSON."""
-    table = Table(title=title)
-    for column in ("", *Report.__dataclass_fields__):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values())
-        )
-    Console(width=200).print(table)
-    print(json.dumps({name: asdict(row) for name, row in rows.items()}))
-
-
-def main(
-    url: str = "http://127.0.0.1:8000",
-    concurrency: Annotated[int, typer.Option(min=1)] = 8,
-    requests: Annotated[int, typer.Option(min=1)] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 300,
-    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    shared_tokens: Annotated[int, typer.Option(min=0, help="tokens that all prompts start with")] = 0,
-    seed: int = 0,
-) -> None:
-    """One load, one table."""
-    result = asyncio.run(run(url, concurrency, requests, prompt_tokens, output_tokens, shared_tokens, seed))
-    show({"load": result}, f"{url}: {prompt_tokens} in, {output_tokens} out, concurrency {concurrency}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+async def _converse(client: Client, common: dict[str, Any], conversation: Conversation, samples: list[Sample]) -> None:
+    """All turns of one conversation; it ends with the first turn that fails."""
+    messages: list[dict[str, str]] = []
+    if conversation.system:
+        messages.append({"role": "system", "content": conversation.system})
+    for turn in conversation.turns:
+        limits = {"max_tokens": turn.max_tokens, "min_tokens": turn.max_tokens}
+        if isinstance(turn.prompt, str):
+            messages.append({"role": "user", "content": turn.prompt})
+            sample = await client.stream("/v1/chat/completions", {**common, **limits, "messages": messages})
+            messages.append({"role": "assistant", "content": sample.text})
+        else:
+            sample = await client.stream("/v1/completions", {**common, **limits, "prompt": turn.prompt})
+        samples.append(sample)
+        if sample.error:
+            return
