@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from tandem.errors import ConfigError
+from tandem.text.formats.registry import REASONING_PARSERS, TOOL_PARSERS
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -66,6 +67,21 @@ def _yaml(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSettingsSou
         raise ConfigError(f"--config is {path}; it must be a YAML mapping of settings: {reason}", "config") from None
 
 
+def _one_of(names: tuple[str, ...]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+ToolParser = Annotated[str, _one_of(TOOL_PARSERS)]
+ReasoningParser = Annotated[str, _one_of(REASONING_PARSERS)]
+TOOL_PARSER_HELP = f"how the model writes tool calls: {', '.join(TOOL_PARSERS)}; auto asks the chat template"
+REASONING_PARSER_HELP = f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; auto asks the template"
+
+
 class RouterConfig(_Settings):
     """`tandem router`"""
 
@@ -81,6 +97,8 @@ class RouterConfig(_Settings):
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
     )
+    tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
+    reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
     cluster_key: str = Field("tandem", description="part of every block hash; equal on all processes of a cluster")
     generation_config: Literal["auto", "none"] = Field(
         "auto", description="auto takes sampling defaults from the model's generation_config.json, none takes none"
@@ -129,6 +147,9 @@ class WorkerConfig(_Settings):
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="compute threads; 0 takes all cores")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto", description="CPU kernels: native ones are compiled at first use; auto takes torch where they cannot be"
+    )
     compute_slots: int | None = Field(
         None, description="System V semaphore that bounds how many workers of this machine compute at once"
     )
@@ -196,6 +217,8 @@ class UpConfig(_Settings):
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
     )
+    tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
+    reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tandem.config import WorkerConfig
 from tandem.device import resolve_device
 from tandem.engine.engine import Engine
+from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.policy import EngineConfig
@@ -26,10 +27,10 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     Raises CheckpointError when the model cannot be served, ConfigError when a setting does not fit it or this machine.
     """
     device = resolve_device(config.device)
-    model = load_model(Path(config.model), config.dtype, device)
+    model = load_model(Path(config.model), config.dtype, device, choose_kernels(config.kernels, device))
     pages = count_pages(config, model.layout)
     pool = KvPool(model.layout, pages, config.page_size, device)
-    runner = Runner(model.module, pool, model.config.vocab_size, device)
+    runner = Runner(model.module, pool, model.config.vocab_size, device, model.kernels.attention(pool))
     size = pages * _page_bytes(config, model.layout) / MIB
     log.info("KV memory: %d pages of %d tokens, %.1f MiB", pages, config.page_size, size)
     return Engine(runner, pool, engine_config(config)), model

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tandem.engine.attention.base import AttentionBatch, AttentionPlan
-from tandem.engine.attention.torch_paged import TorchPagedAttention
+from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel
 from tandem.engine.runner import Runner
@@ -20,9 +19,9 @@ from tandem.types import SamplingParams
 class SamePages:
     """An attention backend for sequences whose layer groups all use the same page numbers."""
 
-    def __init__(self, pool: KvPool) -> None:
-        self._backend = TorchPagedAttention(pool)
-        self._groups = len(pool.layout.groups)
+    def __init__(self, backend: AttentionBackend, groups: int) -> None:
+        self._backend = backend
+        self._groups = groups
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         """See `AttentionBackend.plan`."""
@@ -34,7 +33,7 @@ class RunnerLoop:
 
     def __init__(self, loaded: LoadedModel, page_size: int = 16, num_pages: int = 256, seed: int = 0) -> None:
         self.pool = KvPool(loaded.layout, num_pages, page_size, loaded.device)
-        attention = SamePages(self.pool)
+        attention = SamePages(loaded.kernels.attention(self.pool), len(loaded.layout.groups))
         self.runner = Runner(loaded.module, self.pool, loaded.config.vocab_size, loaded.device, attention)
         self._free = random.Random(seed).sample(range(num_pages), num_pages)
         self._made = 0

@@ -1,1 +1,1 @@
-"""The operations between matrix products and attention: one interface, one file an implementation."""
+"""The operations of a model beside attention: one interface, one file an implementation; `cpu/` holds C++ sources."""

@@ -1,4 +1,4 @@
-"""What a model asks for between its matrix products, and the plain torch form of it that every other form must equal."""
+"""What a model asks for beside attention, and the plain torch form of it that every other form must equal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """`[..., size] -> [..., size]` in the dtype of `x`; float32 inside."""
 
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x + y` in the dtype of `x`, and its `rms_norm`."""
+
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotates `[tokens, heads, head_dim]` (last dimension dense) by `[tokens, 1, head_dim]` cosines and sines.
 
@@ -25,6 +30,20 @@ class Ops(Protocol):
     def gated(self, activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
         """`[tokens, 2 * inner] -> [tokens, inner]`: the activation of the first half times the second half."""
 
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        wide: bool = False,
+    ) -> torch.Tensor:
+        """`[tokens, inputs] -> [tokens, outputs]`: `x weight^T + bias`, and `residual` added to that.
+
+        weight: `[outputs, inputs]`, dense, as checkpoints have it. residual: `[tokens, outputs]`. wide: the result is
+        float32 (logits).
+        """
+
 
 class TorchOps:
     """The reference, on every device."""
@@ -32,6 +51,13 @@ class TorchOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Ops`. Zhang and Sennrich 2019, arXiv:1910.07467."""
         return torch.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Ops`."""
+        total = x + y
+        return total, self.rms_norm(total, weight, eps)
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """See `Ops`."""
@@ -43,3 +69,16 @@ class TorchOps:
         if activation == "silu":
             return functional.silu(gate) * up
         return functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        wide: bool = False,
+    ) -> torch.Tensor:
+        """See `Ops`."""
+        out = functional.linear(x, weight, bias)
+        out = out if residual is None else residual + out
+        return out.float() if wide else out

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
 from tandem.engine.attention.base import AttentionForm, AttentionPlan
 from tandem.engine.model.config import LayerConfig, ModelConfig
@@ -45,15 +44,17 @@ class Attention:
         self.ops = place.ops
         self.output = Linear((Part("o_proj", config.hidden_size),), query, config.output_bias, place, method)
 
-    def __call__(self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`; writes the tokens' KV through the plan."""
+    def __call__(
+        self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[tokens, hidden] -> [tokens, hidden]`, added to `residual`; writes the tokens' KV through the plan."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned = self.norm(qkv[:, : self.heads + self.kv_heads])
         if self.rope is not None:
             turned = turn(self.ops, turned, angles[self.rope])
         query, key = turned[:, : self.heads], turned[:, self.heads :]
         out = plan.run(self.layer, query, key, qkv[:, self.heads + self.kv_heads :], self.form)
-        return self.output(out.reshape(x.shape[0], -1))
+        return self.output(out.reshape(x.shape[0], -1), residual)
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""
@@ -73,9 +74,9 @@ class GatedMlp:
         self.ops = place.ops
         self.down = Linear((Part("down_proj", hidden),), inner, config.mlp_bias, place, method)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`"""
-        return self.down(self.ops.gated(self.activation, self.gate_up(x)))
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[tokens, hidden] -> [tokens, hidden]`, added to `residual` if that is given."""
+        return self.down(self.ops.gated(self.activation, self.gate_up(x)), residual)
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""
@@ -95,9 +96,13 @@ class Block:
         self.attention = Attention(config, layer, place, method)
         self.mlp = GatedMlp(config, place, method)
         self.scale = config.residual_scale
+        self.plain = self.scale == 1.0 and not names.after_attention and not names.after_mlp
 
     def __call__(self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`; angles: those of each of the model's rotations."""
+        if self.plain:  # the products add to the residual stream themselves
+            x = self.attention(self.before_attention(x), angles, plan, x)
+            return self.mlp(self.before_mlp(x), x)
         added = self.after_attention(self.attention(self.before_attention(x), angles, plan))
         x = torch.add(x, added, alpha=self.scale)
         return torch.add(x, self.after_mlp(self.mlp(self.before_mlp(x))), alpha=self.scale)
@@ -112,7 +117,8 @@ class Decoder:
     """A decoder with a language-model head. See `family.CausalLM` for what the engine needs of it."""
 
     def __init__(self, config: ModelConfig, place: Place, method: LinearMethod | None = None) -> None:
-        method = method or Unquantised()
+        method = method or Unquantised(place.ops)
+        self.ops = place.ops
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.blocks = [Block(config, layer, place, method) for layer in range(config.num_layers)]
@@ -137,7 +143,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.logits`."""
-        logits = functional.linear(self.norm(hidden), self.head.weight).float()
+        logits = self.ops.linear(self.norm(hidden), self.head.weight, wide=True)
         if self.config.logit_divisor != 1.0:
             logits = logits / self.config.logit_divisor
         cap = self.config.logit_softcap

@@ -37,21 +37,28 @@ class LinearMethod(Protocol):
     def create(self, inputs: int, outputs: int, bias: bool, place: Place) -> Mapping[str, torch.Tensor]:
         """Tensors by suffix ("weight", "bias"); the first dimension is `outputs`, so that merged parts are slices."""
 
-    def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, inputs] -> [tokens, outputs]`"""
+    def apply(
+        self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`[tokens, inputs] -> [tokens, outputs]`, added to `residual` if that is given."""
 
 
 class Unquantised:
     """Weights in the model's own dtype."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
 
     def create(self, inputs: int, outputs: int, bias: bool, place: Place) -> Mapping[str, torch.Tensor]:
         """See `LinearMethod`."""
         weight = {"weight": place.empty(outputs, inputs)}
         return weight | {"bias": place.empty(outputs)} if bias else weight
 
-    def apply(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def apply(
+        self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
         """See `LinearMethod`."""
-        return functional.linear(x, tensors["weight"], tensors.get("bias"))
+        return self._ops.linear(x, tensors["weight"], tensors.get("bias"), residual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +77,9 @@ class Linear:
         self.method = method
         self._tensors = method.create(inputs, sum(part.outputs for part in parts), bias, place)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, inputs] -> [tokens, sum of the parts' outputs]`"""
-        return self.method.apply(self._tensors, x)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[tokens, inputs] -> [tokens, sum of the parts' outputs]`, added to `residual` if that is given."""
+        return self.method.apply(self._tensors, x, residual)
 
     def tensors(self, prefix: str) -> Tensors:
         """Each part's slice of the merged tensors, under its own name."""

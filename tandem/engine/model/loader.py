@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tandem.engine.kernels.choose import Kernels, choose_kernels
 from tandem.engine.model.config import ModelConfig
 from tandem.engine.model.family import CausalLM, Family
 from tandem.engine.model.fields import Fields
@@ -58,6 +59,8 @@ class LoadedModel:
     device: torch.device
     path: str
     fingerprint: str
+    kernels: Kernels
+    """What it is computed with, attention included."""
 
     @property
     def layout(self) -> KvLayout:
@@ -79,22 +82,23 @@ class LoadedModel:
         )
 
 
-def load_model(path: Path, dtype: str, device: torch.device) -> LoadedModel:
-    """Reads the checkpoint in folder `path`.
+def load_model(path: Path, dtype: str, device: torch.device, kernels: Kernels | None = None) -> LoadedModel:
+    """Reads the checkpoint in folder `path`; without `kernels`, the best that this machine has.
 
     dtype: "auto" (the checkpoint's), "bfloat16" or "float32". Raises CheckpointError in one line: unsupported
     architecture, rotary kind or dtype, missing, unexpected or wrongly shaped tensors, unreadable files.
     """
+    kernels = kernels or choose_kernels("auto", device)
     config = read_config(path)
     fields = Fields.read(path / "config.json")
     family = family_of(fields)
     stored = rename_tensors(find_tensors(path), family)
     chosen = choose_dtype(config, dtype, path)
-    module = family.build(config, Place(chosen, device))
+    module = family.build(config, Place(chosen, device, kernels.ops))
     targets = module.tensors()
     check_tensors(targets, stored, config)
     _fill(targets, stored, config)
-    return LoadedModel(module, config, chosen, device, str(path), fingerprint(fields, stored))
+    return LoadedModel(module, config, chosen, device, str(path), fingerprint(fields, stored), kernels)
 
 
 def read_config(path: Path) -> ModelConfig:
