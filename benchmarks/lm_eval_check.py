@@ -4,7 +4,7 @@ python -m benchmarks.lm_eval_check --lm-eval /path/to/venv/bin/lm_eval [--model 
 
 Writes a multiple-choice task, runs it over `local-completions` on a cluster of its own (one prefill and one decode
 worker, float32) and over `hf` (float32), and compares accuracies and every log-likelihood. Needs
-`pip install lm_eval[api] transformers torch` in an environment of its own.
+`pip install lm_eval[api,hf]` in an environment of its own.
 """
 
 from __future__ import annotations
