@@ -4,6 +4,7 @@
 #   make test     the whole test suite
 #   make check    formatting, lint, types, import rules, structure rules
 #   make bench    a short run of every benchmark
+#   make docs     regenerate the tables of docs/models.md
 #   make proto    regenerate tandem/wire/v1 from proto/
 #   make clean    remove .venv and everything built
 #
@@ -34,7 +35,7 @@ test bench check: export OMP_NUM_THREADS := 1
 test bench check: export TOKENIZERS_PARALLELISM := false
 test check: export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench proto clean
+.PHONY: help demo test check bench docs proto clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -92,6 +93,9 @@ bench: $(DEV_READY)
 	@$(BIN)/python -m benchmarks.compare tandem-1p1d tandem-0p2d --model demo --rounds 1
 	@$(BIN)/python -m benchmarks.handover --rounds 3
 	@echo "More: $(BIN)/python -m benchmarks.{serve,compare,handover} --help, and docs/performance.md"
+
+docs: $(DEV_READY)
+	@$(BIN)/python -m tandem.testing.model_table docs/models.md
 
 proto: $(DEV_READY)
 	@PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --grpc_python_out=$(OUT) \

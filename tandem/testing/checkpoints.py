@@ -69,11 +69,11 @@ def make_checkpoint(path: Path, spec: CheckpointSpec) -> Path:
     return path
 
 
-def make_model(spec: CheckpointSpec) -> Any:
-    """The `transformers` model itself, in evaluation mode, for comparison."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def make_config(spec: CheckpointSpec) -> Any:
+    """The `transformers` configuration."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         spec.family,
         vocab_size=spec.vocab,
         hidden_size=spec.hidden,
@@ -89,6 +89,13 @@ def make_model(spec: CheckpointSpec) -> Any:
         eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
         **spec.config,
     )
+
+
+def make_model(spec: CheckpointSpec) -> Any:
+    """The `transformers` model itself, in evaluation mode, for comparison."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(spec)
     dtype = getattr(torch, spec.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     config.architectures, config.dtype = [type(model).__name__], spec.dtype

@@ -31,6 +31,16 @@ CPU = torch.device("cpu")
 SOURCE = random.Random(5)
 PROMPT = [SOURCE.randrange(6, 300) for _ in range(120)]
 PLAIN = ("llama", "qwen2", "qwen3", "mistral", "ministral", "gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3")
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+"""What every checkpoint names."""
 
 
 def load(path: Path, spec: CheckpointSpec) -> LoadedModel:
@@ -110,9 +120,7 @@ def test_fields_that_are_left_out_have_the_defaults_of_transformers(architecture
     types = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind != "gemma3"}
     kind = types.get(architecture, "gemma3_text")
     full = AutoConfig.for_model(kind).to_dict()
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shape += ("num_key_value_heads", "max_position_embeddings")
-    named = {name: full[name] for name in shape}
+    named = {name: full[name] for name in SHAPE}
     if architecture == "Gemma3ForConditionalGeneration":
         full, named = {"text_config": full}, {"text_config": {"hidden_size": full["hidden_size"]}}
     names = {"architectures": [architecture]}

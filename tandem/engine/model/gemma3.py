@@ -1,4 +1,4 @@
-"""Gemma 3's text model: one layer in six is without a window and has its own rotation (arXiv:2503.19786)."""
+"""Gemma 3 (text): one layer in six is without a window and has its own rotation (arXiv:2503.19786)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and everything of their shape: pre-norm blocks, one rotation, a gated SiLU network."""
+"""Llama 2 and 3: pre-norm blocks, one rotation, a gated SiLU network; so are many models of other names."""
 
 from __future__ import annotations
 

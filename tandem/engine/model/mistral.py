@@ -1,4 +1,4 @@
-"""Mistral, and Ministral with its alternating layers: Llama's shape with a sliding window (arXiv:2310.06825)."""
+"""Mistral and Ministral: Llama's shape with a sliding window, in alternating layers of Ministral (arXiv:2310.06825)."""
 
 from __future__ import annotations
 
