@@ -11,7 +11,8 @@ strings; what it withholds is what a later token can still change, and it is bou
 - `Strip`: the characters at the end that it would take away, at most its `stop`.
 - `BPEDecoder`: the last token from its first end-of-word mark on, which is no space at the text's end.
 - clean-up, and `Replace` behind `Fuse`: what may start its pattern, which is at most a character less than the pattern.
-  All of clean-up's patterns together withhold at most 19 characters.
+  All of clean-up's patterns together withhold at most 19 characters, some spaces of them without need: a step does
+  not know what the steps before it withhold.
 
 `decoder_parser` makes them from what a tokeniser says.
 """
