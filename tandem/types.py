@@ -26,6 +26,34 @@ class OutputKind(Enum):
     SCORES = "scores"
 
 
+class GrammarKind(Enum):
+    """What language a grammar is written in."""
+
+    JSON_OBJECT = "json_object"
+    """Any JSON object; the source is empty."""
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    EBNF = "ebnf"
+    """GBNF, as llama.cpp has it, with the rule `root`."""
+    STRUCTURAL_TAG = "structural_tag"
+    """XGrammar's structural tags, JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output's text must be a sentence of."""
+
+    kind: GrammarKind
+    source: str = ""
+    after: TokenIds = ()
+    """The output is free until it has held these tokens in a row: the end of a reasoning model's thoughts."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        _within("the grammar's length", len(self.source.encode()), 0, MAX_GRAMMAR_BYTES)
+        _within("the grammar's `after`", len(self.after), 0, MAX_STOP_IDS)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Ranges are enforced here once, so that no later layer has to ask."""
@@ -60,6 +88,8 @@ class SamplingParams:
     """Report each output token's log-probability and this many of the likeliest alternatives; None reports none."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; None reports none."""
+    grammar: Grammar | None = None
+    """What the output must be a sentence of; None leaves it free."""
 
     def __post_init__(self) -> None:
         """Raises ValueError whose text names the field, the value and the limit."""
@@ -93,6 +123,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
 MAX_CHOICES = 128
+MAX_GRAMMAR_BYTES = 1 << 18
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -27,6 +27,8 @@ from tandem.types import (
     Delta,
     FinishReason,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     ModelInfo,
     OutputKind,
     SamplingParams,
@@ -45,6 +47,13 @@ _OUTPUT_KIND: dict[OutputKind, pb.OutputKind] = {
     OutputKind.EMBEDDING: pb.OUTPUT_KIND_EMBEDDING,
     OutputKind.SCORES: pb.OUTPUT_KIND_SCORES,
 }
+_GRAMMAR_KIND: dict[GrammarKind, pb.GrammarKind] = {
+    GrammarKind.JSON_OBJECT: pb.GRAMMAR_KIND_JSON_OBJECT,
+    GrammarKind.JSON_SCHEMA: pb.GRAMMAR_KIND_JSON_SCHEMA,
+    GrammarKind.REGEX: pb.GRAMMAR_KIND_REGEX,
+    GrammarKind.EBNF: pb.GRAMMAR_KIND_EBNF,
+    GrammarKind.STRUCTURAL_TAG: pb.GRAMMAR_KIND_STRUCTURAL_TAG,
+}
 _FINISH: dict[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -60,6 +69,7 @@ _EVENT: dict[EventKind, pb.EventKind] = {
     EventKind.WITHDRAWN: pb.EVENT_KIND_WITHDRAWN,
 }
 _OUTPUT_KIND_BACK = {int(wire): kind for kind, wire in _OUTPUT_KIND.items()}
+_GRAMMAR_KIND_BACK = {int(wire): kind for kind, wire in _GRAMMAR_KIND.items()}
 _FINISH_BACK = {int(wire): reason for reason, wire in _FINISH.items()}
 _ROLE_BACK = {int(wire): role for role, wire in _ROLE.items()}
 _EVENT_BACK = {int(wire): kind for kind, wire in _EVENT.items()}
@@ -108,7 +118,16 @@ def sampling_params_to_wire(params: SamplingParams) -> pb.SamplingParams:
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        grammar=None if params.grammar is None else _grammar_to_wire(params.grammar),
     )
+
+
+def _grammar_to_wire(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=_GRAMMAR_KIND[grammar.kind], source=grammar.source, after=grammar.after)
+
+
+def _grammar_from_wire(message: pb.Grammar) -> Grammar:
+    return Grammar(_enum("grammar.kind", _GRAMMAR_KIND_BACK, message.kind), message.source, tuple(message.after))
 
 
 def sampling_params_from_wire(message: pb.SamplingParams) -> SamplingParams:
@@ -129,6 +148,7 @@ def sampling_params_from_wire(message: pb.SamplingParams) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=_grammar_from_wire(message.grammar) if message.HasField("grammar") else None,
     )
 
 

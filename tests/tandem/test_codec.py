@@ -27,6 +27,8 @@ from tandem.types import (
     Delta,
     FinishReason,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     ModelInfo,
     OutputKind,
     SamplingParams,
@@ -65,6 +67,7 @@ SAMPLING = st.builds(
     ignore_eos=st.booleans(),
     logprobs=OPTIONAL_N,
     prompt_logprobs=OPTIONAL_N,
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), TEXT, TOKENS),
 )
 REQUEST = st.builds(
     GenerateRequest,
@@ -226,7 +229,7 @@ def _request() -> pb.GenerateRequest:
         (lambda m: setattr(m, "output_kind", 0), "output_kind"),
         (lambda m: setattr(m.sampling, "temperature", math.nan), "temperature"),
         (lambda m: setattr(m.sampling, "top_p", 0.0), "top_p"),
-        (lambda m: setattr(m.sampling, "max_tokens", 0), "max_tokens"),
+        (lambda m: setattr(m.sampling, "max_tokens", -1), "max_tokens"),
         (lambda m: setattr(m.sampling, "logprobs", 21), "logprobs"),
     ],
 )

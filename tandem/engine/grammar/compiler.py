@@ -1,0 +1,188 @@
+"""Compiles grammars beside the worker: in processes that can be killed, within limits, and each text only once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import xgrammar
+
+from tandem.errors import BadRequest, Unavailable
+from tandem.types import Grammar
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0
+"""Longest start of a compiling process: it loads the tokeniser."""
+IDLE = 1
+"""Compiling processes that are kept for the next grammar."""
+FAILURE_BYTES = 1024
+"""What a complaint counts in the cache."""
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CompilerSettings:
+    """Limits of one worker's grammars."""
+
+    folder: str
+    """With the model's tokeniser."""
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    """What may follow a complete text; empty takes the tokeniser's."""
+    seconds: float = 10.0
+    """For one grammar."""
+    memory_mib: int = 1024
+    """For one grammar, beside the vocabulary."""
+    cache_mib: int = 256
+    processes: int = 2
+    """Grammars compiled at the same time."""
+
+
+@dataclass(slots=True)
+class _Cached:
+    """A compiled grammar, or the complaint about its text: a hostile text is not tried again and again."""
+
+    grammar: xgrammar.CompiledGrammar | None
+    complaint: str
+    size: int
+
+
+class GrammarCompiler:
+    """All methods run on one event loop."""
+
+    def __init__(self, settings: CompilerSettings) -> None:
+        self._settings = settings
+        self._cache: OrderedDict[Key, _Cached] = OrderedDict()
+        self._bytes = 0
+        self._running: dict[Key, asyncio.Task[_Cached]] = {}
+        self._slots = asyncio.Semaphore(settings.processes)
+        self._idle: list[Process] = []
+        self._processes: set[Process] = set()
+        self._vocabulary: xgrammar.TokenizerInfo | None = None
+
+    async def warm(self) -> None:
+        """Starts a process before the first grammar comes. Raises Unavailable."""
+        async with self._slots:
+            self._keep(await self._start())
+
+    async def compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
+        """Raises BadRequest naming what is wrong with the text, Unavailable when compiling is not possible here."""
+        key = (grammar.kind.value, grammar.source)
+        cached = self._cache.get(key)
+        if cached is None:
+            task = self._running.get(key)
+            if task is None:
+                task = self._running[key] = asyncio.create_task(self._compile(key))
+                task.add_done_callback(lambda _: self._running.pop(key, None))
+            # A client that goes away takes nothing from those who asked for the same text.
+            cached = await asyncio.shield(task)
+        else:
+            self._cache.move_to_end(key)
+        if cached.grammar is None:
+            raise BadRequest(f"the {grammar.kind.value} cannot be served: {cached.complaint}", "response_format")
+        return cached.grammar
+
+    async def _compile(self, key: Key) -> _Cached:
+        async with self._slots:
+            process = self._idle.pop() if self._idle else await self._start()
+            try:
+                async with asyncio.timeout(self._settings.seconds):
+                    done = await self._ask(process, key)
+            except TimeoutError:
+                self._kill(process)
+                done = _Cached(None, f"compiling it takes longer than {self._settings.seconds:g} s", FAILURE_BYTES)
+            except EOFError:
+                self._kill(process)
+                done = _Cached(None, "compiling it ended the compiler", FAILURE_BYTES)
+            except BaseException:
+                self._kill(process)
+                raise
+            else:
+                self._keep(process)
+        self._remember(key, done)
+        return done
+
+    async def _ask(self, process: Process, key: Key) -> _Cached:
+        """Raises EOFError when the process ends."""
+        assert process.stdin is not None
+        kind, source = key
+        process.stdin.write(json.dumps({"kind": kind, "source": source}).encode() + b"\n")
+        try:
+            await process.stdin.drain()
+        except ConnectionError as error:
+            raise EOFError from error
+        head, body = await self._read(process)
+        if "error" in head:
+            return _Cached(None, str(head["error"]), FAILURE_BYTES)
+        assert self._vocabulary is not None
+        compiled = await asyncio.to_thread(xgrammar.CompiledGrammar.deserialize_json, body.decode(), self._vocabulary)
+        return _Cached(compiled, "", max(len(body), int(compiled.memory_size_bytes)))
+
+    async def _read(self, process: Process) -> tuple[dict[str, object], bytes]:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if not line:
+            raise EOFError
+        head = json.loads(line)
+        try:
+            return head, await process.stdout.readexactly(int(head.get("bytes", 0)))
+        except asyncio.IncompleteReadError as error:
+            raise EOFError from error
+
+    async def _start(self) -> Process:
+        settings = self._settings
+        stops = ",".join(map(str, settings.stop_ids))
+        arguments = [settings.folder, str(settings.vocab_size), stops, str(settings.memory_mib)]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tandem.engine.grammar.compiler_process", *arguments, stdin=PIPE, stdout=PIPE
+        )
+        self._processes.add(process)
+        try:
+            async with asyncio.timeout(START_S):
+                _, body = await self._read(process)
+        except (TimeoutError, EOFError) as error:
+            self._kill(process)
+            raise Unavailable("grammars cannot be compiled here: the compiler did not start") from error
+        except BaseException:
+            self._kill(process)
+            raise
+        if self._vocabulary is None:
+            self._vocabulary = await asyncio.to_thread(xgrammar.TokenizerInfo.deserialize_json, body.decode())
+        return process
+
+    def _keep(self, process: Process) -> None:
+        if len(self._idle) < IDLE:
+            self._idle.append(process)
+        else:
+            self._kill(process)
+
+    def _kill(self, process: Process) -> None:
+        if process.returncode is None:
+            process.kill()
+
+    def _remember(self, key: Key, done: _Cached) -> None:
+        self._cache[key] = done
+        self._bytes += done.size
+        while self._bytes > self._settings.cache_mib << 20 and self._cache:
+            self._bytes -= self._cache.popitem(last=False)[1].size
+
+    async def close(self) -> None:
+        """Ends every process."""
+        for task in list(self._running.values()):
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        for process in self._processes:
+            self._kill(process)
+        await asyncio.gather(*(process.wait() for process in self._processes))
+        self._idle.clear()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the cache's size is not what it holds."""
+        assert self._bytes == sum(cached.size for cached in self._cache.values())

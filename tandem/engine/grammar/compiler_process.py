@@ -1,0 +1,94 @@
+"""The process in which grammars are compiled: it may be killed at any time, and nothing but its request is lost.
+
+Reads one line of JSON for each grammar, `{"kind": ..., "source": ...}`, and answers with one line of JSON,
+`{"bytes": n}` followed by n bytes, or `{"error": why}`. The first line it writes, `{"bytes": n}`, precedes the
+vocabulary in serialised form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import xgrammar
+
+from tandem.engine.grammar.vocabulary import load_vocabulary
+
+NICENESS = 10
+"""The engine beside it must not notice."""
+TOO_MUCH = "compiling it needs too much memory"
+MAX_COMPLAINT = 300
+LOCATION = re.compile(r"^(\[.*?\] )?(/\S+?:\d+: )?(Check failed: \(.*?\) is false: )?")
+MAX_WHITESPACE = 8
+"""Blanks and newlines that may stand between two parts of a JSON text: a model must not write them for ever."""
+
+
+def compile_one(compiler: xgrammar.GrammarCompiler, kind: str, source: str) -> xgrammar.CompiledGrammar:
+    """Raises ValueError or RuntimeError with the compiler's complaint."""
+    match kind:
+        case "json_object":
+            return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=MAX_WHITESPACE)
+        case "json_schema":
+            return compiler.compile_json_schema(source, max_whitespace_cnt=MAX_WHITESPACE)
+        case "regex":
+            return compiler.compile_regex(source)
+        case "ebnf":
+            return compiler.compile_grammar(source)
+        case "structural_tag":
+            return compiler.compile_structural_tag(source)
+    raise ValueError(f"no such kind of grammar: {kind}")
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Lets the process grow by so much from now on, and not further."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))
+
+
+def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers until the requests end."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            compiled = compile_one(compiler, request["kind"], request["source"]).serialize_json().encode()
+        except MemoryError:
+            answer(answers, {"error": TOO_MUCH})
+        except Exception as error:  # noqa: BLE001 - whatever a hostile text provokes is the text's fault
+            answer(answers, {"error": complaint(error)})
+        else:
+            answer(answers, {"bytes": len(compiled)}, compiled)
+
+
+def complaint(error: Exception) -> str:
+    """What a client can use of the compiler's text: its first line, without the compiler's own source."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "bad_alloc" in text:
+        return TOO_MUCH
+    return LOCATION.sub("", text)[:MAX_COMPLAINT]
+
+
+def answer(answers: BinaryIO, head: dict[str, object], body: bytes = b"") -> None:
+    """One header line, then the body."""
+    answers.write(json.dumps(head).encode() + b"\n" + body)
+    answers.flush()
+
+
+def main(folder: str, vocab_size: int, stop_ids: list[int], memory_mib: int) -> None:
+    """Loads the vocabulary, sends it, and serves."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library writes gets between the answers
+    os.nice(NICENESS)
+    vocabulary = load_vocabulary(folder, vocab_size, stop_ids)
+    serialised = vocabulary.serialize_json().encode()
+    answer(answers, {"bytes": len(serialised)}, serialised)
+    limit_memory(memory_mib << 20)
+    serve(xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False), sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), [int(part) for part in sys.argv[3].split(",") if part], int(sys.argv[4]))

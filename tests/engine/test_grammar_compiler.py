@@ -1,0 +1,124 @@
+"""Grammars compiled in real processes: what is served, what is refused, and what a hostile one costs the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler
+from tandem.engine.grammar.constraint import GrammarConstraint
+from tandem.errors import BadRequest, Unavailable
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import Grammar, GrammarKind
+
+MODEL = Path(__file__).parents[2] / "tandem" / "demo" / "model"
+VOCABULARY, END = 2048, 2
+SETTINGS = CompilerSettings(str(MODEL), VOCABULARY, (END,), seconds=3.0, memory_mib=160)
+TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "yes"}}
+HUGE_ENUM = json.dumps({"enum": [f"value {i} of a very long list" for i in range(7000)]})
+DEPTH = 500
+SLOW = '{"type": "object", "properties": {"a": ' * DEPTH + '{"type": "string"}' + "}}" * DEPTH
+"""Takes XGrammar 0.2 longer than half a minute."""
+
+
+@asynccontextmanager
+async def running(settings: CompilerSettings) -> AsyncIterator[GrammarCompiler]:
+    compiler = GrammarCompiler(settings)
+    try:
+        yield compiler
+    finally:
+        compiler.check_integrity()
+        await compiler.close()
+    assert not psutil.Process().children()
+
+
+def regex(source: str) -> Grammar:
+    return Grammar(GrammarKind.REGEX, source)
+
+
+def allowed(constraint: GrammarConstraint) -> set[int]:
+    mask = np.zeros((1, VOCABULARY // 32), dtype=np.int32)
+    constraint.fill(mask, 0)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+async def test_what_is_served() -> None:
+    async with running(replace(SETTINGS, cache_mib=0)) as compiler:
+        for kind, source in (
+            (GrammarKind.JSON_OBJECT, ""),
+            (GrammarKind.JSON_SCHEMA, '{"type": "integer"}'),
+            (GrammarKind.REGEX, "[0-9]+"),
+            (GrammarKind.EBNF, 'root ::= "yes" | "no"'),
+            (GrammarKind.STRUCTURAL_TAG, json.dumps(TAG)),
+        ):
+            assert allowed(GrammarConstraint(await compiler.compile(Grammar(kind, source)))), kind
+
+        first, second = await asyncio.gather(compiler.compile(regex("a+")), compiler.compile(regex("a+")))
+        assert first is second
+        assert await compiler.compile(regex("a+")) is not first, "a cache of no size keeps nothing"
+
+        masks_know_special_tokens(GrammarConstraint(await compiler.compile(regex(".+"))))
+        thoughts_are_free(GrammarConstraint(await compiler.compile(regex("[0-9]")), after=(7, 8)))
+        fixed = GrammarConstraint(await compiler.compile(regex(r'\{"colour": "red"\}')))
+        assert fixed.forced_text() == '{"colour": "red"}'
+
+
+def masks_know_special_tokens(constraint: GrammarConstraint) -> None:
+    special = Tokenizer.load(MODEL).special_ids
+    first = allowed(constraint)
+    assert len(first) > 1000 and not first & special
+    constraint.accept(min(first))
+    assert special & allowed(constraint) == {END}
+    constraint.accept(END)
+    assert constraint.finished
+
+
+def thoughts_are_free(constraint: GrammarConstraint) -> None:
+    for token in (7, 7, 9, 8, 7):
+        constraint.accept(token)
+        assert not constraint.active and constraint.forced_text() == ""
+    constraint.accept(8)
+    assert constraint.active
+    with pytest.raises(ValueError, match="not allowed"):
+        constraint.accept(7)
+
+
+async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
+    async with running(SETTINGS) as compiler:
+        for kind, source, why in (
+            (GrammarKind.REGEX, "(a", "Regex parsing error at position 3: The parenthesis is not closed."),
+            (GrammarKind.EBNF, "root ::= missing", 'Rule "missing" is not defined'),
+            (GrammarKind.JSON_SCHEMA, '{"type": "wat"}', 'Unsupported type "wat"'),
+            (GrammarKind.JSON_SCHEMA, "nope", "Failed to parse JSON"),
+            (GrammarKind.STRUCTURAL_TAG, "{}", "structural"),
+            (GrammarKind.JSON_SCHEMA, HUGE_ENUM, "too much memory"),
+        ):
+            with pytest.raises(BadRequest, match=kind.value) as refusal:
+                await compiler.compile(Grammar(kind, source))
+            assert why.lower() in str(refusal.value).lower()
+            assert "/project/" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+        hostile = asyncio.create_task(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)))
+        await asyncio.sleep(0)
+        for digit in range(3):
+            await compiler.compile(regex(f"[0-{digit}]+"))
+        with pytest.raises(BadRequest, match="longer than 3 s"):
+            await hostile
+        with pytest.raises(BadRequest):
+            await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)), 0.5)
+        assert allowed(GrammarConstraint(await compiler.compile(regex("x+"))))
+
+
+async def test_a_tokeniser_that_is_missing_is_no_fault_of_the_client(tmp_path: Path) -> None:
+    async with running(replace(SETTINGS, folder=str(tmp_path))) as compiler:
+        with pytest.raises(Unavailable, match="did not start"):
+            await compiler.compile(regex("a"))
