@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.model.config import LayerConfig, ModelConfig
 from tandem.engine.model.fields import Fields
@@ -61,10 +62,13 @@ def reference_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits.float()
 
 
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
 @pytest.mark.parametrize("family", PLAIN)
-def test_bfloat16_stays_as_close_to_the_exact_result_as_transformers(family: str, tmp_path: Path) -> None:
+def test_bfloat16_stays_as_close_to_the_exact_result_as_transformers(
+    family: str, kernels: Literal["torch", "auto"], tmp_path: Path
+) -> None:
     spec = replace(VARIANTS[family], dtype="bfloat16", std=0.1)
-    loaded = load(tmp_path, spec)
+    loaded = load_model(make_checkpoint(tmp_path, spec), "auto", CPU, choose_kernels(kernels, CPU))
     assert loaded.layout.planes[0].dtype == "bfloat16"
     ours, theirs = RunnerLoop(loaded).logits(PROMPT), reference_logits(make_model(spec), PROMPT)
     exact = reference_logits(make_model(replace(spec, dtype="float32")).bfloat16().float(), PROMPT)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem.engine.kernels.choose import Kernels, choose_kernels
 from tandem.engine.model import LoadedModel, load_model
+from tandem.errors import ConfigError
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint, make_model
 from tandem.testing.families import ROPES, VARIANTS
 from tandem.testing.reference import Reference
@@ -25,8 +27,16 @@ def prompts_of(spec: CheckpointSpec, *lengths: int) -> list[list[int]]:
     return [[source.randrange(spec.vocab) for _ in range(length)] for length in lengths]
 
 
-def load(path: Path, spec: CheckpointSpec) -> LoadedModel:
-    return load_model(make_checkpoint(path, spec), spec.dtype, CPU)
+def load(path: Path, spec: CheckpointSpec, kernels: Kernels | None = None) -> LoadedModel:
+    return load_model(make_checkpoint(path, spec), spec.dtype, CPU, kernels)
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    try:
+        return choose_kernels(request.param, CPU)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def lengths_of(spec: CheckpointSpec) -> tuple[int, int, int]:
@@ -36,9 +46,9 @@ def lengths_of(spec: CheckpointSpec) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, kernels: Kernels, tmp_path: Path) -> None:
     spec = VARIANTS[name]
-    model, loop = make_model(spec), RunnerLoop(load(tmp_path, spec))
+    model, loop = make_model(spec), RunnerLoop(load(tmp_path, spec, kernels))
     prompts, reference = prompts_of(spec, *lengths_of(spec)), Reference(model)
     for prompt in prompts:
         torch.testing.assert_close(loop.logits(prompt), reference.logits(prompt), atol=2e-4, rtol=1e-4)
