@@ -111,7 +111,7 @@ async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
         await asyncio.sleep(0)
         for digit in range(3):
             await compiler.compile(regex(f"[0-{digit}]+"))
-        with pytest.raises(BadRequest, match="longer than 3 s"):
+        with pytest.raises(BadRequest, match="longer than 3 s|ended the compiler"):
             await hostile
         with pytest.raises(BadRequest):
             await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)), 0.5)
