@@ -27,6 +27,8 @@ class TotalUsage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int | None = None
+    """Those of the completion; None when reasoning is not looked for."""
 
 
 class Answer:
@@ -93,7 +95,9 @@ class Answer:
             cached += min(*(reported or [accepted.reply.cached_tokens]), len(request.prompt) - 1)
             offset += request.choices
         prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
-        return TotalUsage(prompt_tokens, sum(len(choice.tokens) for choice in self.choices), cached)
+        thoughts = [choice.reasoning_tokens for choice in self.choices if choice.reasoning_tokens is not None]
+        completion_tokens = sum(len(choice.tokens) for choice in self.choices)
+        return TotalUsage(prompt_tokens, completion_tokens, cached, sum(thoughts) if thoughts else None)
 
     async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], prompt: Prompt, give: Give) -> None:
         deltas = accepted.deltas

@@ -14,13 +14,16 @@ from router.backend import Dispatcher
 from router.body import ClientGone, read_body, while_connected
 from router.completion_format import CompletionFormat
 from router.defaults import GenerationDefaults
+from router.formats import FormatChoice
 from router.job import Endpoint, Job, chat_job, completion_job
+from router.messages import chat_turns
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
-from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, chat_turns, parse, plain_text
+from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
 from router.problems import envelope, public
 from router.responses import DONE, ChatFormat, Format, Json, event, to_json, with_usage
 from router.sse import EventBuffer, EventStream, SlowClient
 from router.stream import Piece
+from router.tools import declarations, template_values
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Internal, Overloaded, TandemError, Unavailable, UnknownModel
 from tandem.text.prompt import PromptTokenizer
@@ -49,6 +52,7 @@ class Api:
         self._dispatcher = dispatcher
         self._texts = texts
         self._metrics = metrics
+        self._formats = FormatChoice(config)
         self._max_body = int(config.max_body_mib * (1 << 20))
 
     async def chat(self, request: Request) -> Response:
@@ -86,8 +90,10 @@ class Api:
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("exactly one of prompt and messages is needed", "prompt")
         if body.messages is not None:
-            turns = chat_turns(body.messages, tokenizer.knows_developer)
-            rendered = tokenizer.render(turns, body.add_generation_prompt is not False)
+            turns = chat_turns(body.messages, to.formats.can)
+            values = template_values(body.chat_template_kwargs, tokenizer.template_names)
+            tools = declarations(body.tools) or None
+            rendered = tokenizer.render(turns, body.add_generation_prompt is not False, tools, values)
             ids = await tokenizer.encode_async(rendered, bool(body.add_special_tokens))
         else:
             text = plain_text(body.prompt or "", "prompt")
@@ -161,7 +167,9 @@ class Api:
     async def _endpoint(self, request: Request, name: str | None) -> Endpoint:
         model = self._known(name)
         text, defaults = await self._texts.get(model), await self._texts.defaults(model)
-        return Endpoint(request.state.request_id, model, self._served_name(model), text, defaults)
+        return Endpoint(
+            request.state.request_id, model, self._served_name(model), text, defaults, self._formats.of(text.tokenizer)
+        )
 
     def _known(self, name: str | None) -> ModelInfo:
         model = self._dispatcher.model

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 
 from router.defaults import GenerationDefaults
 from router.echo import Echo, echo_of
+from router.formats import ModelFormats, Turn, assistant_turn, check_tools
+from router.messages import chat_turns
 from router.openai import (
     ChatBody,
     CompletionBody,
     GenerationBody,
     StreamOptions,
-    chat_turns,
     prompts,
     stop_strings,
 )
 from router.sampling import check_ids, output_room, sampling_params
+from router.tools import template_values, tool_use
 from tandem.cluster import new_id
 from tandem.errors import BadRequest
+from tandem.text.formats.answer import AnswerFormat
 from tandem.text.prompt import Prompt, PromptTokenizer
 from tandem.types import MAX_CHOICES, GenerateRequest, ModelInfo
 
@@ -41,6 +44,10 @@ class OutputOptions:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     """As the client asked for them; an echo's come with `logprobs`."""
+    form: AnswerFormat | None = None
+    """How tool calls and reasoning stand in the text; None: all of it is text."""
+    special: frozenset[int] = frozenset()
+    """Special tokens that are text nevertheless: `form` needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class Endpoint:
     served_name: str
     text: PromptTokenizer
     defaults: GenerationDefaults
+    formats: ModelFormats
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +102,7 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    turns = chat_turns(body.messages, to.text.tokenizer.knows_developer)
-    prompt = await to.text.chat(turns, body.cache_salt or "")
+    prompt, turn = await _chat_prompt(body, to)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     asked = Asked(
         prompt_field="messages",
@@ -113,10 +120,21 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
         requests=(_request(body, to, prompt, asked, to.job_id),),
         prompts=(prompt,),
         echo=(Echo(),),
-        options=_options(body, logprobs),
+        options=_options(body, logprobs, turn),
         keep=asked.choices,
         prompt_field=asked.prompt_field,
     )
+
+
+async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, Turn]:
+    tokenizer = to.text.tokenizer
+    use = tool_use(body)
+    check_tools(use, to.formats)
+    turns = chat_turns(body.messages, to.formats.can)
+    values = template_values(body.chat_template_kwargs, tokenizer.template_names)
+    rendered = await tokenizer.render_async(turns, use.tools or None, values)
+    turn = assistant_turn(body, use, to.formats, rendered)
+    return await to.text.rendered(rendered + turn.prefill, body.cache_salt or ""), turn
 
 
 async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
@@ -173,8 +191,8 @@ def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, r
     )
 
 
-def _options(body: GenerationBody, logprobs: int | None) -> OutputOptions:
-    wanted = body.stream_options or StreamOptions()
+def _options(body: GenerationBody, logprobs: int | None, turn: Turn | None = None) -> OutputOptions:
+    wanted, turn = body.stream_options or StreamOptions(), turn or Turn()
     return OutputOptions(
         stop=stop_strings(body.stop),
         min_tokens=body.min_tokens or 0,
@@ -183,4 +201,6 @@ def _options(body: GenerationBody, logprobs: int | None) -> OutputOptions:
         continuous_usage=bool(wanted.include_usage and wanted.continuous_usage_stats),
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        form=turn.form,
+        special=turn.special,
     )

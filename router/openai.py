@@ -75,9 +75,11 @@ class Message(_Body):
 
     role: str
     content: Any = None
-    """A string, or a list of text parts; see `message_text`."""
+    """A string, or a list of text parts; see `router.messages`."""
     name: str | None = None
     tool_calls: Any = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatBody(GenerationBody):
@@ -89,7 +91,15 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     tools: Any = None
+    """See `router.tools`, for the choice too."""
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves reasoning out of the answer."""
+    separate_reasoning: bool | None = None
+    """SGLang's: false leaves reasoning in the text, as the model wrote it."""
+
     functions: Any = None
     function_call: Any = None
     response_format: Any = None
@@ -98,11 +108,8 @@ class ChatBody(GenerationBody):
     prediction: Any = None
     web_search_options: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
 
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},),
@@ -111,7 +118,6 @@ class ChatBody(GenerationBody):
         "prediction": (),
         "web_search_options": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
     }
 
 
@@ -138,6 +144,8 @@ class TokenizeBody(_Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -197,48 +205,6 @@ def plain_text(text: str, param: str) -> str:
     except UnicodeEncodeError as error:
         raise BadRequest(f"{param} contains a lone surrogate at index {error.start}", param) from None
     return text
-
-
-def message_text(message: Message, index: int) -> str:
-    """A message's text; several text parts are joined by newlines. Raises BadRequest for any other part."""
-    where = f"messages.{index}.content"
-    if message.tool_calls:
-        raise BadRequest(f"messages.{index}.tool_calls is not supported yet", "messages")
-    content = message.content
-    if content is None:
-        if message.role == "assistant":
-            return ""
-        raise BadRequest(f"{where} is required", "messages")
-    if isinstance(content, list):
-        content = "\n".join(_part_text(part, f"{where}.{rank}") for rank, part in enumerate(content))
-    if not isinstance(content, str):
-        raise BadRequest(f"{where} must be a string or a list of text parts", "messages")
-    return plain_text(content, where)
-
-
-def _part_text(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind is None or kind == "text":
-        raise BadRequest(f"{where} must be an object with type 'text' and a string 'text'", "messages")
-    raise BadRequest(f"{where}: parts of type {str(kind)[:40]!r} are not supported yet; only text is", "messages")
-
-
-def chat_turns(messages: list[Message], knows_developer: bool) -> list[dict[str, str]]:
-    """The messages as a chat template takes them; one without a `developer` role gets those turns as `system`."""
-    turns = []
-    for index, message in enumerate(messages):
-        role = message.role
-        if role in ("tool", "function"):
-            raise BadRequest(f"messages.{index}.role {role!r} is not supported yet", "messages")
-        if role not in ("system", "developer", "user", "assistant"):
-            known = "system, developer, user or assistant"
-            raise BadRequest(f"messages.{index}.role is {role[:40]!r}; it must be {known}", "messages")
-        if role == "developer" and not knows_developer:
-            role = "system"
-        turns.append({"role": role, "content": message_text(message, index)})
-    return turns
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:

@@ -12,10 +12,12 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from router.answer import TotalUsage
+from router.deltas import delta, message
 from router.job import Job
 from router.stream import Piece, PlacedLogprob
+from tandem.text.formats.parts import Part, Text
 from tandem.text.tokenizer import Tokenizer
-from tandem.types import TokenLogprob
+from tandem.types import FinishReason, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -47,12 +49,15 @@ def with_usage(chunks: bytes, usage: TotalUsage) -> bytes:
 
 def usage_json(usage: TotalUsage) -> Json:
     """OpenAI's `usage`."""
-    return {
+    told: Json = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens is not None:
+        told["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return told
 
 
 class Format(ABC):
@@ -147,13 +152,17 @@ class ChatFormat(Format):
 
     def opening(self) -> list[bytes]:
         """A chunk with the role for each choice."""
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk(index, delta, None, None) for index in range(self.choices)]
+        form = self.job.options.form
+        # As OpenAI does: where calls may come, text may not.
+        first = {"role": "assistant", "content": "" if form is None or form.tools is None else None}
+        return [self._chunk(index, first, None, None) for index in range(self.choices)]
 
     def chunk(self, piece: Piece) -> bytes:
         """See `Format`. The end is an event of its own, after the last text."""
         out = b""
-        if piece.text or piece.logprobs:
+        if piece.parts is not None:
+            out = self._part_chunks(piece, piece.parts)
+        elif piece.text or piece.logprobs:
             if piece.logprobs:
                 logprobs = self._logprobs(piece.logprobs)
                 out = self._chunk(piece.choice, {"content": piece.text}, logprobs, None)
@@ -170,7 +179,8 @@ class ChatFormat(Format):
     def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
         """See `Format`."""
         logprobs = self._logprobs(placed) if self.job.options.logprobs is not None else None
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+        parts = [part for piece in pieces for part in ((Text(piece.text),) if piece.parts is None else piece.parts)]
+        return {"message": message(parts), "logprobs": logprobs}
 
     def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
         """See `Format`."""
@@ -178,10 +188,18 @@ class ChatFormat(Format):
         extra = {"prompt_logprobs": self.prompt_logprobs(prompt)} if prompt else {}
         return {**super().whole(pieces, usage), **extra}
 
+    def _part_chunks(self, piece: Piece, parts: tuple[Part, ...]) -> bytes:
+        """A chunk for each part; the first brings the log-probabilities of all."""
+        logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
+        deltas = [delta(part) for part in parts] or ([{}] if logprobs else [])
+        return b"".join(
+            self._chunk(piece.choice, each, logprobs if not index else None, None) for index, each in enumerate(deltas)
+        )
+
     def _chunk(
-        self, index: int, delta: Json, logprobs: Json | None, finish: str | None, extra: Json | None = None
+        self, index: int, said: Json, logprobs: Json | None, finish: str | None, extra: Json | None = None
     ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, **(extra or {})}
+        choice = {"index": index, "delta": said, "logprobs": logprobs, "finish_reason": finish, **(extra or {})}
         return self._head + to_json(choice) + self.after_choice()
 
     def _logprobs(self, placed: tuple[PlacedLogprob, ...]) -> Json:
@@ -199,6 +217,8 @@ class ChatFormat(Format):
 
 def finish_word(piece: Piece) -> str | None:
     """OpenAI's `finish_reason`; pieces that end otherwise never get here."""
+    if piece.called and piece.finish is FinishReason.STOP:
+        return "tool_calls"
     return None if piece.finish is None else piece.finish.value
 
 

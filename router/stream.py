@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
 from router.job import OutputOptions
 from tandem.errors import Internal
 from tandem.text.detokenizer import detokenizer
+from tandem.text.formats.answer import AnswerParser
+from tandem.text.formats.parts import Part, joined
 from tandem.text.stop import StopStrings
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import Delta, FinishReason, TokenIds, TokenLogprob, Usage
@@ -27,12 +30,17 @@ class Piece:
 
     choice: int
     text: str
+    """As the model wrote it."""
     logprobs: tuple[PlacedLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish: FinishReason | None = None
     stop: str | int | None = None
     """The stop string or the client's own stop token that ended the choice."""
     error: str = ""
+    parts: tuple[Part, ...] | None = None
+    """What the text says, as far as it is certain; None where all of it is text."""
+    called: bool = False
+    """The choice has called a tool, in this piece or before."""
 
 
 class ChoiceStream:
@@ -52,7 +60,10 @@ class ChoiceStream:
         self.stop_token: int | None = None
         self._options = options
         self._eos = frozenset(eos)
-        self._detokenizer = detokenizer(tokenizer, context)
+        self._detokenizer = detokenizer(tokenizer, context, keep=options.special)
+        self._parser = AnswerParser(options.form) if options.form is not None else None
+        self._starts: list[int] = []
+        """Where each token's text starts; kept only for counting reasoning."""
         self._stops = StopStrings(options.stop)
         self._position = 0
         """Characters detokenised, given out or held back."""
@@ -85,7 +96,16 @@ class ChoiceStream:
         prompt_logprobs = delta.prompt_logprobs
         if not text and not prompt_logprobs:
             return None
-        return self._piece(text, prompt_logprobs=prompt_logprobs)
+        piece = self._piece(text, prompt_logprobs=prompt_logprobs)
+        return piece if piece.parts is None or piece.parts or prompt_logprobs else None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens spent on reasoning up to now; None when it is not looked for."""
+        if self._parser is None or self._options.form is None or self._options.form.reasoning is None:
+            return None
+        end = self._parser.reasoning_end
+        return len(self.tokens) if end is None else bisect_left(self._starts, end)
 
     def whole_answer(self) -> list[int] | None:
         """The ids of the answer's text, without the token that ended it; None when a stop string cut into them."""
@@ -98,6 +118,8 @@ class ChoiceStream:
     def _token(self, delta: Delta, index: int) -> str:
         token = delta.tokens[index]
         self.tokens.append(token)
+        if self._parser is not None:
+            self._starts.append(self._position)
         if delta.logprobs:
             self._logprobs.append(PlacedLogprob(delta.logprobs[index], self._position))
         if token == delta.stop_token and token in self._eos and index + 1 == len(delta.tokens):
@@ -130,7 +152,17 @@ class ChoiceStream:
     ) -> Piece:
         self.text.append(text)
         self._given += len(text)
+        parts = self._parsed(text, finish is not None)
         ready = []
-        while self._logprobs and (finish is not None or self._logprobs[0].offset < self._given):
+        # Text that the parser holds back takes its log-probabilities with it.
+        given = self._given if parts is None or parts else 0
+        while self._logprobs and (finish is not None or self._logprobs[0].offset < given):
             ready.append(self._logprobs.popleft())
-        return Piece(self.choice, text, tuple(ready), prompt_logprobs, finish, stop, error)
+        called = self._parser is not None and self._parser.called
+        return Piece(self.choice, text, tuple(ready), prompt_logprobs, finish, stop, error, parts, called)
+
+    def _parsed(self, text: str, last: bool) -> tuple[Part, ...] | None:
+        if self._parser is None:
+            return None
+        parts = self._parser.feed(text)
+        return tuple(joined([*parts, *self._parser.finish()]) if last else parts)

@@ -83,6 +83,7 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
     listen = ["--host", config.host, "--port", str(config.port)]
     listen += ["--control-host", LOOPBACK, "--control-port", str(control)]
     arguments = ["router", "--model", model, "--policy", config.policy, *listen, *common]
+    arguments += ["--tool-parser", config.tool_parser, "--reasoning-parser", config.reasoning_parser]
     router = Child("router", authority(config.host, config.port), arguments, PASSIVE)
 
     shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, "--dtype", config.dtype]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -58,22 +59,33 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(byte_level_tokenizer())
 
 
-@pytest.fixture
-def world(tokenizer: Tokenizer) -> World:
+def build_world(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> World:
+    """context: of the model, in tokens. settings: those of the router that matter to the test."""
     end = tokenizer.encode(END)[0]
-    info = ModelInfo("tiny", "/tiny", "f" * 32, tokenizer.size, 512, (end,))
+    info = ModelInfo("tiny", "/tiny", "f" * 32, tokenizer.size, context, (end,))
     answers = ["Hello, world! 🙂"]
 
     def script(request: GenerateRequest, choice: int) -> list[int]:
         return [*tokenizer.encode(answers[min(choice, len(answers) - 1)]), end]
 
-    config = RouterConfig(max_body_mib=1.0)
+    config = RouterConfig(max_body_mib=1.0, **settings)
     text = PromptTokenizer(tokenizer)
     dispatcher = FakeDispatcher(info, script)
     metrics = RouterMetrics()
     source = OneText(text)
     app = create_app(config, dispatcher, source, metrics)
     return World(config, tokenizer, text, dispatcher, metrics, source, app, answers)
+
+
+@pytest.fixture
+def world(tokenizer: Tokenizer) -> World:
+    return build_world(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_world() -> Callable[..., World]:
+    """`build_world`, for tests with tokenisers and settings of their own."""
+    return build_world
 
 
 @pytest_asyncio.fixture

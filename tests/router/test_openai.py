@@ -80,8 +80,9 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": "Hi"}, "messages", "array"),
     ({"messages": [[]]}, "messages", "messages.0"),
     ({"messages": [{}]}, "messages", "messages.0.role is required"),
-    ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages", "system, developer, user or assistant"),
-    ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages", "not supported"),
+    ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages", "system, developer, user, assistant or tool"),
+    ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages", "no turns of the role 'tool'"),
+    ({"messages": [{"role": "function", "content": "Hi"}]}, "messages", "role tool"),
     ({"messages": [{"role": "user"}]}, "messages", "messages.0.content is required"),
     ({"messages": [{"role": "user", "content": 7}]}, "messages", "string"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'image_url'"),
@@ -95,12 +96,13 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", "1"),
     ({"logprobs": 3}, "logprobs", "boolean"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools", "tools.0"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat template takes no tools"),
+    ({"tool_choice": "required"}, "tool_choice", "together with tools"),
     ({"functions": [{}]}, "functions", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"chat_template": "x"}, "chat_template", "not supported"),
-    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "not supported"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "chat_template_kwargs.tokenize"),
 ]
 
 BAD_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
