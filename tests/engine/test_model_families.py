@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.model.config import LayerConfig, ModelConfig
+from tandem.engine.model.decoder import layer_groups
 from tandem.engine.model.fields import Fields
 from tandem.engine.model.layers import Place
 from tandem.engine.model.loader import read_config
 from tandem.engine.model.registry import FAMILIES, family_of
+from tandem.engine.model.rope import inverse_frequencies
 from tandem.errors import CheckpointError
-from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint, make_model
+from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint, make_config, make_model
 from tandem.testing.families import LLAMA3, VARIANTS, WINDOW
+from tandem.testing.model_table import architecture_of
 from tandem.testing.runner_loop import RunnerLoop
 
 CPU = torch.device("cpu")
@@ -292,3 +296,40 @@ def test_a_window_that_no_context_reaches_beyond_is_none(tmp_path: Path) -> None
     for window, expected in ((511, 511), (512, None), (4096, None)):
         configure(tmp_path, partial(dict.update, sliding_window=window))
         assert {layer.window for layer in read_config(tmp_path).layers} == {expected}
+
+
+JUNK: tuple[Any, ...] = (None, True, 0, -1, 1, 3, 1.5, "x", [], [None], {}, {"rope_type": "yarn"}, 1e400, 10**400)
+
+
+def places(raw: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field, those of nested objects too."""
+    for name, value in raw.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+def put(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    inner = put(raw[path[0]], path[1:], value) if len(path) > 1 else value
+    return raw | {path[0]: inner}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "llama-yarn", "llama-dynamic", "phi4-mini", "qwen2-window", "smollm3-window"])
+def test_a_wrong_value_of_any_field_is_served_or_refused_by_its_name(name: str) -> None:
+    raw = make_config(VARIANTS[name]).to_dict() | {"architectures": [architecture_of(VARIANTS[name])]}
+    messages = []
+    for path in places(raw):
+        for value in JUNK:
+            fields = Fields(put(raw, path, value), "config.json")
+            try:
+                config = family_of(fields).parse(fields)
+            except CheckpointError as error:
+                messages.append(str(error))
+                continue
+            for rope in config.ropes:
+                frequencies, scaling = inverse_frequencies(rope)
+                assert frequencies.isfinite().all() and math.isfinite(scaling), (path, value)
+            assert math.isfinite(config.attention_scale), (path, value)
+            layer_groups(config.layers)
+    assert len(messages) > 50
+    assert all("config.json: " in message and " is " in message for message in messages)

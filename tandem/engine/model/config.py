@@ -135,7 +135,7 @@ def parse_decoder(fields: Fields, architecture: str, partial_rotary: bool = Fals
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_positions=positions,
-        layers=(LayerConfig(),) * fields.integer("num_hidden_layers"),
+        layers=(LayerConfig(),) * fields.integer("num_hidden_layers", high=10_000),
         ropes=(parse_rope(fields, head_dim, positions, partial_rotary),),
         norm=NormConfig(fields.number("rms_norm_eps", 1e-6)),
         attention_scale=head_dim**-0.5,

@@ -9,6 +9,14 @@ from typing import Any
 
 from tandem.errors import CheckpointError
 
+MOST = 2**31 - 1
+"""The largest integer that any field may hold."""
+
+
+def _is_number(value: object, low: float) -> bool:
+    """JSON as Python reads it also has NaN, infinity and integers beyond any float: they are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < 1e30
+
 
 class Fields:
     """Typed access to one JSON object of a checkpoint; raises CheckpointError naming file, field and what is wrong."""
@@ -38,17 +46,18 @@ class Fields:
         """Whether the field is there and not null."""
         return self.raw.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
-        """An integer of at least `low`; required when there is no default."""
+    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = MOST) -> int:
+        """An integer from `low` to `high`; required when there is no default."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self._wrong(name, value, f"an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            most = f" and at most {high}" if isinstance(value, int) and value > high else ""
+            raise self._wrong(name, value, f"an integer of at least {low}{most}")
         return value
 
     def number(self, name: str, default: float | None = None, low: float = 0.0) -> float:
-        """A number greater than `low`, unless it is the default."""
+        """A finite number greater than `low`, unless it is the default."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or (value <= low and value != default):
+        if not _is_number(value, low) and (value != default or isinstance(value, bool)):
             raise self._wrong(name, value, f"a number greater than {low:g}")
         return float(value)
 
@@ -74,7 +83,7 @@ class Fields:
         """A list of exactly `count` numbers greater than 0."""
         value = self._value(name, None)
         items = value if isinstance(value, list) else []
-        if len(items) != count or any(isinstance(n, bool) or not isinstance(n, int | float) or n <= 0 for n in items):
+        if len(items) != count or not all(_is_number(item, 0.0) for item in items):
             raise self._wrong(name, value, f"a list of {count} numbers greater than 0")
         return tuple(float(item) for item in items)
 

@@ -46,8 +46,8 @@ def _ropes(fields: Fields, config: ModelConfig) -> tuple[RopeConfig, RopeConfig]
     full = nested.nested(FULL) or fields.nested("rope_scaling") or empty
     sliding = nested.nested(SLIDING) or empty
     bases = (
-        full.number("rope_theta", fields.number("rope_theta", 1e6)),
-        sliding.number("rope_theta", fields.number("rope_local_base_freq", 1e4)),
+        full.number("rope_theta", fields.number("rope_theta", 1e6, low=1.0), low=1.0),
+        sliding.number("rope_theta", fields.number("rope_local_base_freq", 1e4, low=1.0), low=1.0),
     )
     made = [
         rope_of(rope, fields, base, config.head_dim, config.max_positions)

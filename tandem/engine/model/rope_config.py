@@ -42,7 +42,7 @@ def parse_rope(fields: Fields, head_dim: int, positions: int, partial: bool = Fa
     positions: the model's context. partial: whether the family may rotate only a part of each head.
     """
     rope = fields.nested("rope_parameters") or fields.nested("rope_scaling") or Fields({}, fields.where)
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0, low=1.0), low=1.0)
     return rope_of(rope, fields, theta, head_dim, positions, partial)
 
 
@@ -59,9 +59,9 @@ def rope_of(
     rotary_dim = _rotary_dim((rope, fields), head_dim, partial)
     if kind == "default":
         return RopeConfig(kind, theta, rotary_dim)
-    original = rope.integer("original_max_position_embeddings", positions)
+    original = rope.integer("original_max_position_embeddings", positions, low=2)
     if fields.has("original_max_position_embeddings"):
-        original = fields.integer("original_max_position_embeddings")
+        original = fields.integer("original_max_position_embeddings", low=2)
     needs_factor = positions / original if kind in ("yarn", "longrope") else None
     factor = rope.number("factor", needs_factor)
     if kind == "llama3":
