@@ -18,11 +18,13 @@ log = logging.getLogger(__name__)
 class ModelTexts:
     """A `TextSource`. path: folder or hub id to load from; None takes what the workers report.
 
-    use_defaults: whether the model's `generation_config.json` counts.
+    use_defaults: whether the model's `generation_config.json` counts. chat_template: a file to take the chat template
+    from; None takes the checkpoint's.
     """
 
-    def __init__(self, path: str | None, use_defaults: bool = True) -> None:
+    def __init__(self, path: str | None, use_defaults: bool = True, chat_template: Path | None = None) -> None:
         self._path = path
+        self._chat_template = chat_template
         self._use_defaults = use_defaults
         self._defaults = GenerationDefaults()
         self._loading: asyncio.Task[PromptTokenizer] | None = None
@@ -47,10 +49,10 @@ class ModelTexts:
 
     async def _load(self, path: str) -> PromptTokenizer:
         try:
-            tokenizer = await asyncio.to_thread(Tokenizer.load, path)
+            text = await asyncio.to_thread(lambda: PromptTokenizer(Tokenizer.load(path, self._chat_template)))
         except TandemError as error:
             log.error("the tokeniser cannot be loaded: %s", error)
             raise Unavailable(f"the tokeniser cannot be loaded: {error}") from error
         if self._use_defaults:
             self._defaults = await asyncio.to_thread(read_defaults, Path(path))
-        return PromptTokenizer(tokenizer)
+        return text

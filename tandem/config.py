@@ -76,6 +76,14 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    return path
+
+
+ChatTemplate = Annotated[Path, AfterValidator(_existing)]
+CHAT_TEMPLATE_HELP = "file with the jinja template of chats; default: the checkpoint's own"
 ToolParser = Annotated[str, _one_of(TOOL_PARSERS)]
 ReasoningParser = Annotated[str, _one_of(REASONING_PARSERS)]
 TOOL_PARSER_HELP = f"how the model writes tool calls: {', '.join(TOOL_PARSERS)}; auto asks the chat template"
@@ -99,6 +107,7 @@ class RouterConfig(_Settings):
     )
     tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
     reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
+    chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE_HELP)
     cluster_key: str = Field("tandem", description="part of every block hash; equal on all processes of a cluster")
     generation_config: Literal["auto", "none"] = Field(
         "auto", description="auto takes sampling defaults from the model's generation_config.json, none takes none"
@@ -219,6 +228,7 @@ class UpConfig(_Settings):
     )
     tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
     reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
+    chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE_HELP)
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

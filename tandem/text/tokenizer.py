@@ -8,26 +8,22 @@ more than short texts do.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tandem.config import set_before_import
-from tandem.errors import BadRequest, CheckpointError
+from tandem.errors import BadRequest
 from tandem.text.byte_tokens import BYTE_TOKEN, byte_level_bytes
 from tandem.text.decoder_parser import Decoding, NotStreamed, parse
+from tandem.text.loading import load_wrapped, one_line
 
 log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
-
-TOOL_CHARS = 1024
-"""What the declaration of a function counts for, about."""
-TEMPLATE_OWN = frozenset({"messages", "raise_exception", "strftime_now"})
-"""Names that every chat template can use."""
 
 Message = Mapping[str, Any]
 
@@ -70,22 +66,14 @@ class Tokenizer:
         self.byte_level: bool = self.decoding is not None and self.decoding.byte_level
         """Every token is a string of bytes (GPT-2's scheme)."""
         self.size: int = self.backend.get_vocab_size(with_added_tokens=True)
-        """Ids are below this; the model's own vocabulary may be padded to more."""
+        """Number of tokens. Ids may have gaps, and the model's own vocabulary may be padded to more."""
         self._bytes: dict[tuple[int, bool], bytes] = {}
         """Memory of `token_bytes`; at most two entries for each token that there is."""
 
     @classmethod
-    def load(cls, path: str) -> Tokenizer:
-        """Loads from a folder or a hub id. Raises CheckpointError when there is no tokeniser or only a slow one."""
-        from transformers import AutoTokenizer
-
-        try:
-            wrapped = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise CheckpointError(f"cannot load a tokenizer from {path!r}: {_one_line(error)}") from error
-        if not getattr(wrapped, "is_fast", False):
-            raise CheckpointError(f"the tokenizer of {path!r} has no tokenizer.json; only such tokenizers are served")
-        return cls(wrapped)
+    def load(cls, path: str, chat_template: Path | None = None) -> Tokenizer:
+        """Loads from a folder or a hub id, see `load_wrapped`. Raises CheckpointError."""
+        return cls(load_wrapped(path, chat_template))
 
     @property
     def has_chat_template(self) -> bool:
@@ -113,55 +101,26 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return self._wrapped.clean_up_tokenization(text) if self._clean_up else text
 
-    @property
-    def template_text(self) -> str:
-        """The source of the chat template, of all of them if there are several; empty if there is none."""
-        template = self._wrapped.chat_template or ""
-        return template if isinstance(template, str) else "\n".join(map(str, template.values()))
-
-    @property
-    def template_names(self) -> frozenset[str]:
-        """What a chat template sees that a request may not replace."""
-        parameters = inspect.signature(self._wrapped.apply_chat_template).parameters
-        return frozenset(parameters) | frozenset(self._wrapped.special_tokens_map) | TEMPLATE_OWN
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        values: Mapping[str, Any] | None = None,
-    ) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model expects it, in transformers' jinja sandbox.
 
-        tools: declarations of functions, as OpenAI has them. values: further names that the template may know.
         Raises BadRequest when the template refuses the messages or the checkpoint has no template.
         """
         if not self.has_chat_template:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
         try:
             rendered: str = self._wrapped.apply_chat_template(
-                list(messages),
-                tools=None if tools is None else list(tools),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(values or {}),
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template may raise anything: it is a program of the checkpoint's author
-            raise BadRequest(f"the chat template refused the messages: {_one_line(error)}", "messages") from error
+            raise BadRequest(f"the chat template refused the messages: {one_line(error)}", "messages") from error
         return rendered
 
-    async def render_async(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        values: Mapping[str, Any] | None = None,
-    ) -> str:
+    async def render_async(self, messages: Sequence[Message]) -> str:
         """As `render`, for messages of any length: long ones are rendered in a thread."""
-        size = sum(len(str(message.get("content", ""))) for message in messages) + (TOOL_CHARS * len(tools or ()))
-        if size < LONG_TEXT:
-            return self.render(messages, tools=tools, values=values)
-        return await asyncio.to_thread(self.render, messages, True, tools, values)
+        if sum(len(str(message.get("content", ""))) for message in messages) < LONG_TEXT:
+            return self.render(messages)
+        return await asyncio.to_thread(self.render, messages)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id without a token."""
@@ -207,8 +166,3 @@ def _decoding(backend: Any, clean_up: bool) -> Decoding | None:
     except NotStreamed as error:
         log.warning("the tokenizer's decoder cannot be streamed, answers come whole at their end: %s", error)
         return None
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
