@@ -84,6 +84,7 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
     listen += ["--control-host", LOOPBACK, "--control-port", str(control)]
     arguments = ["router", "--model", model, "--policy", config.policy, *listen, *common]
     arguments += ["--tool-parser", config.tool_parser, "--reasoning-parser", config.reasoning_parser]
+    arguments += ["--chat-template", str(config.chat_template)] if config.chat_template is not None else []
     router = Child("router", authority(config.host, config.port), arguments, PASSIVE)
 
     shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, "--dtype", config.dtype]

@@ -8,6 +8,7 @@ more than short texts do.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
+
+TOOL_CHARS = 1024
+"""What the declaration of a function counts for, about."""
+TEMPLATE_OWN = frozenset({"messages", "raise_exception", "strftime_now"})
+"""Names that every chat template can use."""
 
 Message = Mapping[str, Any]
 
@@ -101,26 +107,55 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return self._wrapped.clean_up_tokenization(text) if self._clean_up else text
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    @property
+    def template_text(self) -> str:
+        """The source of the chat template, of all of them if there are several; empty if there is none."""
+        template = self._wrapped.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(map(str, template.values()))
+
+    @property
+    def template_names(self) -> frozenset[str]:
+        """What a chat template sees that a request may not replace."""
+        parameters = inspect.signature(self._wrapped.apply_chat_template).parameters
+        return frozenset(parameters) | frozenset(self._wrapped.special_tokens_map) | TEMPLATE_OWN
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as the model expects it, in transformers' jinja sandbox.
 
+        tools: declarations of functions, as OpenAI has them. values: further names that the template may know.
         Raises BadRequest when the template refuses the messages or the checkpoint has no template.
         """
         if not self.has_chat_template:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
         try:
             rendered: str = self._wrapped.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(values or {}),
             )
         except Exception as error:  # a template may raise anything: it is a program of the checkpoint's author
             raise BadRequest(f"the chat template refused the messages: {one_line(error)}", "messages") from error
         return rendered
 
-    async def render_async(self, messages: Sequence[Message]) -> str:
+    async def render_async(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         """As `render`, for messages of any length: long ones are rendered in a thread."""
-        if sum(len(str(message.get("content", ""))) for message in messages) < LONG_TEXT:
-            return self.render(messages)
-        return await asyncio.to_thread(self.render, messages)
+        size = sum(len(str(message.get("content", ""))) for message in messages) + (TOOL_CHARS * len(tools or ()))
+        if size < LONG_TEXT:
+            return self.render(messages, tools=tools, values=values)
+        return await asyncio.to_thread(self.render, messages, True, tools, values)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id without a token."""
