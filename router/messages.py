@@ -32,6 +32,8 @@ def chat_turns(messages: list[Message], can: TemplateAbilities) -> list[Turn]:
             hint = "; results of tools have the role tool" if message.role == "function" else ""
             known = ", ".join(KNOWN_ROLES[:-1]) + f" or {KNOWN_ROLES[-1]}"
             raise BadRequest(f"{where}.role is {message.role[:40]!r}; it must be {known}{hint}", "messages")
+        if message.function_call is not None:
+            raise BadRequest(f"{where}.function_call is deprecated and not supported; use tool_calls", "messages")
         if message.tool_calls and message.role == "assistant":
             turn = _with_calls(message, where, can.calls)
             called |= {call["id"]: call["function"]["name"] for call in turn["tool_calls"]}

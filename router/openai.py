@@ -79,6 +79,8 @@ class Message(_Body):
     name: str | None = None
     tool_calls: Any = None
     tool_call_id: str | None = None
+    function_call: Any = None
+    """The form before `tool_calls`; refused."""
     reasoning_content: str | None = None
 
 

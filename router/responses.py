@@ -190,6 +190,8 @@ class ChatFormat(Format):
 
     def _part_chunks(self, piece: Piece, parts: tuple[Part, ...]) -> bytes:
         """A chunk for each part; the first brings the log-probabilities of all."""
+        if not piece.logprobs and len(parts) == 1 and isinstance(parts[0], Text):
+            return self._text_head[piece.choice] + to_json(parts[0].text) + self._text_tail
         logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
         deltas = [delta(part) for part in parts] or ([{}] if logprobs else [])
         return b"".join(

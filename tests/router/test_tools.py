@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,7 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from router.messages import chat_turns
+from router.openai import ChatBody, parse
+from router.tools import tool_use
+from tandem.errors import BadRequest
 from tandem.testing.tokenizer import byte_level_tokenizer
 from tandem.text.abilities import CallStyle, find_abilities
 from tandem.text.tokenizer import Tokenizer
@@ -270,6 +277,21 @@ async def test_a_forced_call_is_begun_in_the_prompt(serve: Any, kind: str, force
         assert failed["finish_reason"] == "stop"
 
 
+async def test_a_forced_call_is_spliced_into_the_next_turn(serve: Any) -> None:
+    async with serve(reasoning_parser="none") as served:
+        rest = " {}}\n</tool_call>"
+        body = await served.ask(rest, tool_choice={"type": "function", "function": {"name": "now"}})
+        first = served.world.dispatcher.requests[-1].prompt
+        message = body["choices"][0]["message"]
+        result = {**RESULT, "tool_call_id": message["tool_calls"][0]["id"]}
+        before = served.world.metric("tandem_spliced_prompt_tokens_total")
+        await served.ask("It is noon.", messages=[*ASK["messages"], message, result])
+        second = served.world.dispatcher.requests[-1].prompt
+        answer = (*first, *served.world.tokenizer.encode(f"{rest}<|end|>"))
+        assert second[: len(answer)] == answer
+        assert served.world.metric("tandem_spliced_prompt_tokens_total") - before >= 2 * len(answer)
+
+
 async def test_a_forced_call_is_one_call_and_spares_the_reasoning(serve: Any) -> None:
     choice = {"type": "function", "function": {"name": "now"}}
     async with serve() as served:
@@ -353,6 +375,7 @@ async def test_what_was_chosen_is_logged(serve: Any, caplog: pytest.LogCaptureFi
     assert "reasoning parser: think (asked for: auto)" in said
 
 
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
 CALLED = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 
 
@@ -408,6 +431,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         history({"role": "assistant", "tool_calls": [{**CALLED, "function": {"name": "f", "arguments": {}}}]}),
         "messages", "arguments must be a string",
     ),
+    (history({"role": "assistant", "function_call": {"name": "f"}}), "messages", "use tool_calls"),
     (history({"role": "assistant", "content": "a", "reasoning_content": 5}), "messages", "reasoning_content"),
 ]  # fmt: skip
 
@@ -434,9 +458,6 @@ async def test_broken_arguments_in_the_history_do_not_end_the_conversation(serve
             assert f'{{"name": "now", "arguments": {shown}' in served.prompt
 
 
-RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
-
-
 async def test_templates_that_cannot_are_said_to(serve: Any) -> None:
     async with serve("text", tool_parser="hermes") as served:
         refused = await served.refused()
@@ -460,6 +481,43 @@ def test_abilities_are_found_by_rendering() -> None:
     named = byte_level_tokenizer()
     named.chat_template = {"default": "{{ messages[0].content }}", "tool_use": HERMES}
     assert find_abilities(Tokenizer(named)).tools
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["function", "f", "assistant", "{}"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "function", "name", "id", "arguments", "strict", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+roles = st.sampled_from(["user", "assistant", "tool"])
+calls = st.fixed_dictionaries({"id": st.text(max_size=3), "type": st.just("function"), "function": json_values})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.fixed_dictionaries({}, optional={"tools": json_values, "tool_choice": json_values}),
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": roles, "content": st.none() | st.text(max_size=4)},
+            optional={"tool_calls": json_values | st.lists(calls, max_size=2), "tool_call_id": st.text(max_size=3)},
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_any_tools_and_turns_are_taken_or_refused(fields: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    tokenizer = TOKENIZERS["hermes"]
+    can = find_abilities(tokenizer)
+    with contextlib.suppress(BadRequest):
+        body = parse(ChatBody, json.dumps({**fields, "messages": messages}).encode())
+        turns = chat_turns(body.messages, can)
+        tokenizer.render(turns, tools=tool_use(body).tools or None)
 
 
 async def test_tokenize_renders_tools(serve: Any) -> None:
