@@ -26,19 +26,38 @@ def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
         # Only the prompt was asked for: what was drawn behind it is dropped.
         seq.finish = FinishReason.LENGTH
         return SeqOutput(seq, first_index, (), (), seq.finish, None)
-    seq.tokens.append(sampled.token)
-    seq.finish = _finish(seq, sampled.token, first_index)
-    if seq.finish is FinishReason.STOP:
-        seq.stop_token = sampled.token
+    taken: list[int] = []
+    for token in (sampled.token, *_constrain(seq, sampled.token)):
+        taken.append(token)
+        seq.tokens.append(token)
+        seq.finish = _finish(seq, token, first_index + len(taken) - 1)
+        if seq.finish is not None:
+            seq.stop_token = token if seq.finish is FinishReason.STOP else None
+            break
     logprobs = () if sampled.logprob is None else (sampled.logprob,)
     seq.output_logprobs += logprobs
-    return SeqOutput(seq, first_index, (sampled.token,), logprobs, seq.finish, seq.stop_token)
+    return SeqOutput(seq, first_index, tuple(taken), logprobs, seq.finish, seq.stop_token, len(taken) - 1)
+
+
+def _constrain(seq: Seq, token: int) -> list[int]:
+    """Tells the grammar of a token; returns the tokens that it lets no model choose and that follow at once.
+
+    Their KV is computed in one pass with the next sampling (jump-forward decoding: Zheng et al. 2023,
+    arXiv:2312.07104). None where log-probabilities are due: each needs its own position's distribution.
+    """
+    if seq.constraint is None:
+        return []
+    seq.constraint.accept(token)
+    room = seq.sampling.max_tokens - seq.output_len - 1
+    return seq.constraint.force(room) if room > 0 and seq.sampling.logprobs is None else []
 
 
 def _finish(seq: Seq, token: int, earlier: int) -> FinishReason | None:
     """Whether the output ends with `token`, which `earlier` others precede. A stop token beats the length."""
     if token in seq.eos_ids and earlier >= seq.sampling.min_tokens:
         return FinishReason.STOP
+    if seq.constraint is not None and seq.constraint.finished:
+        return FinishReason.STOP  # whatever `ignore_eos` and `min_tokens` say: nothing may follow a complete text
     return FinishReason.LENGTH if earlier + 1 >= seq.sampling.max_tokens else None
 
 

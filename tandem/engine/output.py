@@ -21,6 +21,8 @@ class SeqOutput:
     finish: FinishReason | None
     """Set with its last token, or ERROR when there was nothing to sample from. It then holds nothing any more."""
     stop_token: int | None
+    forced: int = 0
+    """Of the tokens, those that a grammar put there without asking the model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch
 from tandem.engine.attention.torch_paged import TorchPagedAttention
+from tandem.engine.grammar.masks import MaskFiller
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model.family import CausalLM
 from tandem.engine.sampler import sample, top_logprobs
@@ -32,19 +33,22 @@ class Runner:
         self.pool = pool
         self.vocab_size = vocab_size
         self.device = device
+        self._masks = MaskFiller(vocab_size)
         self.attention: AttentionBackend = attention or TorchPagedAttention(pool)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """Computes every position of every row, writes its KV, samples where asked; one result per row."""
+        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
+        masks = self._masks.start([batch.rows[index].seq for index in sampling])
         hidden = self.forward(batch)
         ends = np.cumsum([row.count for row in batch.rows])
-        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         results = [Sampled(None)] * len(batch.rows)
         if sampling:
             last = torch.from_numpy(ends[sampling] - 1).to(self.device)
             logits = self.model.logits(hidden.index_select(0, last))[:, : self.vocab_size]
-            picked = sample(logits, [batch.rows[index].seq for index in sampling])
+            allowed = masks.result() if masks is not None else None
+            picked = sample(logits, [batch.rows[index].seq for index in sampling], allowed)
             for index, (token, logprob) in zip(sampling, picked, strict=True):
                 results[index] = Sampled(token, logprob)
         for index, row in enumerate(batch.rows):

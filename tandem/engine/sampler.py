@@ -1,8 +1,9 @@
 """From logits to tokens, for a whole batch at once.
 
-Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens`; then, unless greedy, temperature,
-top-k, top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the cumulative distribution,
-whose order is that of the token ids. Log-probabilities are those of the model's own distribution, before all of this.
+Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens` or that of a grammar; then, unless
+greedy, temperature, top-k, top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the
+cumulative distribution, whose order is that of the token ids. Log-probabilities are those of the model's own
+distribution, before all of this.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tandem.engine.grammar.masks import Allowed
 from tandem.engine.philox import uniform, uniforms
 from tandem.engine.sequence import Seq
 from tandem.types import SamplingParams, TokenLogprob
@@ -43,17 +45,20 @@ Picked = tuple[int | None, TokenLogprob | None]
 """A token and its log-probability where that was asked for; no token where the model gave no numbers."""
 
 
-def sample(logits: torch.Tensor, seqs: Sequence[Seq]) -> list[Picked]:
+def sample(logits: torch.Tensor, seqs: Sequence[Seq], allowed: Allowed | None = None) -> list[Picked]:
     """The next token of each sequence.
 
+    allowed: what grammars leave of some rows. A row of which nothing is left yields no token either.
     logits: `[len(seqs), vocabulary]`, float32; not changed. A row that holds a NaN or an infinity yields no token: that
     sequence cannot go on, and the others must not notice.
     """
     adjusted = logits
-    if any(_adjusts(seq) for seq in seqs):
+    if allowed is not None or any(_adjusts(seq) for seq in seqs):
         adjusted = logits.clone()
         _penalise(adjusted, seqs)
         _bias(adjusted, seqs)
+        if allowed is not None:
+            allowed.apply(adjusted)
     tokens = adjusted.argmax(dim=-1)
     # argmax prefers a NaN to any number, so the chosen logit tells for its whole row.
     broken = ~adjusted.gather(1, tokens[:, None]).isfinite()
@@ -197,11 +202,15 @@ def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
         rows, tokens, values = zip(*biases, strict=True)
         where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
         logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
-    early = [row for row, seq in enumerate(seqs) if seq.output_len < seq.sampling.min_tokens]
+    early = [row for row, seq in enumerate(seqs) if seq.output_len < seq.sampling.min_tokens and not _bound(seq)]
     ends = [(row, token) for row in early for token in seqs[row].eos_ids if token in vocab]
     if ends:
         rows, tokens = zip(*ends, strict=True)
         logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = -torch.inf
+
+
+def _bound(seq: Seq) -> bool:
+    return seq.constraint is not None and seq.constraint.active
 
 
 def _output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq]) -> list[TokenLogprob | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any, Protocol
 
 from tandem.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -20,6 +21,28 @@ class SeqState(Enum):
     HELD = auto()
     """Prefill only: computed, its pages are referenced until they were pushed."""
     FINISHED = auto()
+
+
+class TokenConstraint(Protocol):
+    """A sequence's way through its grammar: which token may come next."""
+
+    active: bool
+    """Whether the output is bound now; False while a reasoning model thinks."""
+    stuck: bool
+    """Whether the last mask allowed nothing."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete and was ended by a stop token."""
+
+    def fill(self, mask: Any, row: int) -> None:
+        """Sets the bits of the tokens that may come next in `mask[row]`: int32 words, 32 tokens each."""
+
+    def accept(self, token: int) -> None:
+        """Takes the next token. Raises ValueError when the grammar does not allow it."""
+
+    def force(self, limit: int) -> list[int]:
+        """At most `limit` tokens of the text that must come next whatever the model says; they are accepted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +85,8 @@ class Seq:
     cached_tokens: int = 0
     """Prompt tokens found in this worker's cache when it was first admitted."""
     retractions: int = 0
+    constraint: TokenConstraint | None = None
+    """What its output's text must be; None leaves it free."""
     finish: FinishReason | None = None
     stop_token: int | None = None
     output_logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import xgrammar
 from numpy.typing import NDArray
@@ -12,26 +14,43 @@ Bitmask = NDArray[np.int32]
 """`[rows, ceil(vocabulary / 32)]`: bit t % 32 of word t // 32 says whether token t is allowed."""
 
 
+class Vocabulary:
+    """What a forced text needs to become tokens."""
+
+    def __init__(self, info: xgrammar.TokenizerInfo, encode: Callable[[str], Sequence[int]]) -> None:
+        """encode: a text's token ids, without any special ones."""
+        self.encode = encode
+        self.texts: list[bytes] = list(info.decoded_vocab)
+        self.lengths = np.array([len(text) for text in self.texts], dtype=np.int64)
+
+
 class GrammarConstraint:
     """A `TokenConstraint` by XGrammar's matcher. Used by one thread at a time."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, after: TokenIds = ()) -> None:
+    def __init__(
+        self, compiled: xgrammar.CompiledGrammar, vocabulary: Vocabulary | None = None, after: TokenIds = ()
+    ) -> None:
+        """vocabulary: None forces no text. after: see `Grammar.after`."""
+        self.active = not after
+        self.stuck = False
         self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._vocabulary = vocabulary
         self._after = after
         self._recent: list[int] = []
-        self.active = not after
 
     @property
     def finished(self) -> bool:
-        """Whether the text is complete and was ended by a stop token."""
+        """See `TokenConstraint`."""
         return bool(self._matcher.is_terminated())
 
     def fill(self, mask: Bitmask, row: int) -> None:
-        """Writes which tokens may come next."""
-        self._matcher.fill_next_token_bitmask(mask, row)
+        """See `TokenConstraint`."""
+        if not self._matcher.fill_next_token_bitmask(mask, row):
+            mask[row] = -1
+        self.stuck = not mask[row].any()
 
     def accept(self, token: int) -> None:
-        """Takes the next token. Raises ValueError when the grammar does not allow it."""
+        """See `TokenConstraint`."""
         if self.active:
             if not self._matcher.accept_token(token):
                 raise ValueError(f"token {token} is not allowed by the grammar")
@@ -39,8 +58,31 @@ class GrammarConstraint:
         self._recent = [*self._recent, token][-len(self._after) :]
         self.active = tuple(self._recent) == self._after
 
-    def forced_text(self) -> str:
-        """The text that must come next, whatever the model says; empty when there is a choice, or an end."""
-        if not self.active or self.finished:
-            return ""
-        return str(self._matcher.find_jump_forward_string())
+    def force(self, limit: int) -> list[int]:
+        """See `TokenConstraint`.
+
+        The text is tokenised as a whole. Its last token is left to the model where a longer one may stand in its place:
+        what would follow decides that, and a model is used to the longer one.
+        """
+        if self._vocabulary is None or not self.active or self.finished:
+            return []
+        text = str(self._matcher.find_jump_forward_string())
+        rest = text.encode()
+        taken: list[int] = []
+        for token in self._vocabulary.encode(text)[:limit] if rest else ():
+            spelled = self._vocabulary.texts[token]
+            if not spelled or not rest.startswith(spelled) or (spelled == rest and self._reaches_beyond(rest)):
+                break
+            self.accept(token)
+            taken.append(token)
+            rest = rest[len(spelled) :]
+        return taken
+
+    def _reaches_beyond(self, rest: bytes) -> bool:
+        """Whether some allowed token is longer than the text that is forced."""
+        assert self._vocabulary is not None
+        lengths = self._vocabulary.lengths
+        mask: Bitmask = np.zeros((1, -(-len(lengths) // 32)), dtype=np.int32)
+        self._matcher.fill_next_token_bitmask(mask, 0)
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(lengths)]
+        return bool((lengths[allowed.nonzero()[0]] > len(rest)).any())
