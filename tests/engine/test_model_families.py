@@ -249,6 +249,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "chunked": ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types is .*; a list of 2, one for each"),
     "few types": ("gemma2", {"layer_types": ["full_attention"]}, "layer_types is .*; a list of 4, one for each layer"),
+    "no windows": ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "sliding_window is None: a number is needed"),
     "no window": ("gemma2", {"sliding_window": None}, "sliding_window is None: a number is needed"),
     "window": ("mistral", {"sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
     "both ways": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: only causal"),

@@ -27,7 +27,7 @@ def parse(fields: Fields) -> ModelConfig:
     )
     config = replace(config, layers=layers)
     if not fields.flag("use_sliding_window", False):
-        return config
+        fields = Fields(fields.raw | {"sliding_window": None}, fields.where)
     blind = SLIDING if fields.has("sliding_window") else FULL
     return windowed(config, fields, [FULL if turned else blind for turned in rotated])
 
