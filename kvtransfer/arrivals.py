@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +12,7 @@ from enum import Enum
 import numpy as np
 
 from kvtransfer.base import Buffer, Landing
+from kvtransfer.layout import SLAB_SPANS
 from kvtransfer.manifest import Manifest, digest, parse
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class Arrivals:
         self._landing, self._deliver, self._broken = landing, deliver, broken
         self._lock = threading.Lock()
         self._grants: dict[str, dict[int, Expected | None]] = {}
+        self._spare: deque[Buffer] = deque(maxlen=SLAB_SPANS)
         self.outstanding = self.late = 0
         landing.guard(self.allows)
 
@@ -83,6 +86,17 @@ class Arrivals:
         with self._lock:
             grants = [grant for ticket in self._grants.values() for grant in ticket.values() if grant is not None]
         return any((grant.offset, grant.length) == (offset, length) for grant in grants)
+
+    def recycle(self, data: Buffer) -> None:
+        """Gives verified data back when nobody reads it any more: first writes into fresh memory are slow."""
+        self._spare.append(data if data.base is None else data.base)
+
+    def _buffer(self, length: int) -> Buffer:
+        try:
+            spare = self._spare.pop()
+        except IndexError:
+            spare = np.empty(0, dtype=np.uint8)
+        return spare[:length] if spare.nbytes >= length else np.empty(length, dtype=np.uint8)
 
     def poll(self) -> bool:
         """Takes what has landed; whether there was anything. A landing or a manifest that is bad breaks the pair."""
@@ -117,6 +131,6 @@ class Arrivals:
         said = (manifest.attempt, manifest.start, manifest.count, manifest.length)
         if said != (grant.attempt, grant.start, grant.count, grant.length):
             return Fault.FOREIGN
-        copy = np.empty(grant.length, dtype=np.uint8)
+        copy = self._buffer(grant.length)
         copy[:] = self._landing.memory[grant.offset : grant.offset + grant.length]
         return copy if digest(copy) == manifest.digest else Fault.DIGEST

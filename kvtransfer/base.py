@@ -112,7 +112,7 @@ class SpanSink(Protocol):
         """Waits for room for the whole prompt; returns the first token still wanted, or None to give up."""
 
     async def land(self, span: Span, data: Buffer) -> None:
-        """Takes a verified span. Spans come one at a time, not always in order; `data` belongs to the sink."""
+        """Takes a verified span. Spans come one at a time, not always in order; `data` is used again afterwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,8 @@ class PairClient:
         return "" if tokens else "the prompt is empty"
 
     async def _drive(self, fetch: _Fetch, sink: SpanSink) -> None:
-        state = fetch.state
+        state, arrivals = fetch.state, self._arrivals
+        assert arrivals is not None
         reserving = asyncio.ensure_future(sink.reserve())
         reserving.add_done_callback(fetch.events.put_nowait)
         try:
@@ -256,6 +257,7 @@ class PairClient:
                     state.plan(first, self._span_tokens)
                 elif not isinstance(event.outcome, Fault) and state.spans is not None:
                     await sink.land(state.spans[event.sequence], event.outcome)
+                    arrivals.recycle(event.outcome)
                     if event.sequence in state.copied:  # else the pair was closed meanwhile
                         self._slab.release(state.land(event.sequence))
                 self._pump()

@@ -183,11 +183,11 @@ class DecodeConfig(WorkerConfig):
     staging_mib: Annotated[float, Field(gt=0)] = Field(
         8.0, description="registered memory that spans are sent from, MiB"
     )
-    slab_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="landing slab for each prefill worker, MiB")
+    slab_mib: Annotated[float, Field(gt=0)] = Field(32.0, description="landing slab for each prefill worker, MiB")
     slabs_max_mib: Annotated[float, Field(gt=0)] = Field(
-        256.0, description="landing slabs in all; over it the worker drains and exits"
+        512.0, description="landing slabs in all; over it the worker drains and exits"
     )
-    span_tokens: Annotated[int, Field(ge=1)] = Field(256, description="tokens pushed at once")
+    span_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens pushed at once")
     local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
         32, description="misses up to this are always computed locally"
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 
@@ -53,17 +55,21 @@ class KvPool:
         Raises ValueError on another length, or when `pages` do not cover the span.
         """
         flat, slots = self._flat(out, span), self._slots(pages, span)
-        for target, tensor, layers in self._parts(flat, span.count):
-            target[layers] = tensor.view(torch.uint8).flatten(2).index_select(1, slots).cpu()
+        for target, memory, layers in self._parts(flat, span.count):
+            if self.device.type == "cpu" and isinstance(layers, slice):
+                torch.index_select(memory, 1, slots, out=target)  # straight into the staging: one pass over memory
+            else:
+                target[layers] = memory.index_select(1, slots).cpu()
 
     def scatter(self, pages: Sequence[int], span: Span, data: Buffer) -> None:
         """The inverse of `gather`: copies canonical bytes into the sequence's own pages. Raises the same errors."""
         flat, slots = self._flat(data, span), self._slots(pages, span)
-        for source, tensor, layers in self._parts(flat, span.count):
-            raw = source[layers].to(self.device)
-            if raw.storage_offset() % tensor.element_size():
-                raw = raw.clone()  # a plane of wider elements may start anywhere behind one of narrower ones
-            tensor.index_copy_(1, slots, raw.view(tensor.dtype).unflatten(2, tensor.shape[2:]))
+        for source, memory, layers in self._parts(flat, span.count):
+            if self.device.type == "cpu":
+                for first, slot, count in _runs(slots.numpy()):
+                    memory[:, slot : slot + count] = source[layers, first : first + count]
+            else:
+                memory.index_copy_(1, slots, source[layers].to(self.device))
 
     def copy_tokens(self, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of a page to the start of another, in all planes and layers."""
@@ -75,7 +81,7 @@ class KvPool:
                 tensor[:, target : target + count] = tensor[:, source : source + count]
 
     def _parts(self, flat: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice | list[int]]]:
-        """Per plane and group: the plane's bytes `[layer, token, byte]`, the group's tensor, the group's layers."""
+        """Per plane and group: a span's and the pool's bytes `[layer, token or slot, byte]`, and the group's layers."""
         layers, offset = self.layout.num_layers, 0
         for plane, groups in zip(self.layout.planes, self._tensors, strict=True):
             size = layers * count * plane.token_bytes
@@ -83,7 +89,7 @@ class KvPool:
             offset += size
             for group, tensor in zip(self.layout.groups, groups, strict=True):
                 whole = group.layers == tuple(range(layers))
-                yield block, tensor, slice(None) if whole else list(group.layers)
+                yield block, tensor.view(torch.uint8).flatten(2), slice(None) if whole else list(group.layers)
 
     def _flat(self, buffer: Buffer, span: Span) -> torch.Tensor:
         array = np.frombuffer(buffer, dtype=np.uint8)
@@ -101,3 +107,12 @@ class KvPool:
         numbers = np.asarray(pages, dtype=np.int64)
         slots = numbers[positions // self.page_size] * self.page_size + positions % self.page_size
         return torch.from_numpy(slots).to(self.device)
+
+
+def _runs(slots: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """(index, slot, count) of slots that follow one another: pages side by side are copied at once."""
+    cuts = np.flatnonzero(np.diff(slots) != 1) + 1
+    bounds = [0, *cuts.tolist(), len(slots)]
+    for first, end in pairwise(bounds):
+        if end > first:
+            yield first, int(slots[first]), end - first

@@ -122,7 +122,7 @@ class FakeSink:
         await self.gate.wait()
         if span in self.spans:
             raise ValueError(f"{span} landed twice")
-        self.spans[span] = data
+        self.spans[span] = data.copy()
 
     def holds(self, layout: KvLayout, tokens: TokenIds, start: int, end: int) -> bool:
         """Whether exactly `[start, end)` has landed, with the right bytes."""

@@ -182,5 +182,5 @@ def test_addresses_in_the_environment_are_separated_by_commas(monkeypatch: pytes
 
 
 def test_the_cap_over_all_slabs_has_room_for_one() -> None:
-    with pytest.raises(ValidationError, match="slab_mib is 16; slabs_max_mib leaves room for 8"):
+    with pytest.raises(ValidationError, match="slab_mib is 32; slabs_max_mib leaves room for 8"):
         DecodeConfig(model="m", slabs_max_mib=8.0)
