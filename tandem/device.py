@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -45,3 +46,8 @@ def set_compute_threads(threads: int) -> int:
         except RuntimeError as error:
             log.warning("inter-op threads stay at %d: %s", torch.get_num_interop_threads(), error)
     return torch.get_num_threads()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the calling thread's current one while the context lasts; libraries launch their kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

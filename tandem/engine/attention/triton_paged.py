@@ -1,0 +1,251 @@
+"""Paged attention by Triton kernels: keys and values are read where they lie, in any page size.
+
+Chunks are cut into tiles of queries. Decoding rows are cut along their context instead, in parts of a fixed length: a
+long sequence then does not wait for one processor, and what a row computes does not depend on the rows beside it.
+
+Not measured: these kernels ran in Triton's interpreter and were compiled, but no GPU has run them yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tandem.device import on_device
+from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
+from tandem.engine.kernels.gpu.attend import attend, combine, store
+from tandem.engine.kv_pool import KvPool
+
+PART_TOKENS = 256
+"""Context that one program of a decoding row reads."""
+LEAST_LANES = 16
+"""The smallest tile a tensor core takes."""
+ALIGNED = 4
+"""Integers in 16 bytes. Triton compiles a kernel anew for a pointer that is not aligned so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Block sizes of the kernels, powers of two."""
+
+    decode: int
+    """Query heads of a group, padded."""
+    chunk: int
+    """Pairs of a new token and a query head of a group."""
+    context: int
+    """Positions whose keys and values are held at once."""
+    dim: int
+    """The size of a head, padded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupPlan:
+    """The plan of the layers with one attention span; int32 on the device. See `attend` for rows, items and firsts."""
+
+    window: int | None
+    decoding: int
+    slots: torch.Tensor
+    rows: torch.Tensor
+    pages: torch.Tensor
+    firsts: torch.Tensor
+    parts: torch.Tensor
+    """Items of decoding rows."""
+    tiles: torch.Tensor
+    """Items of chunks."""
+
+
+class TritonPagedAttention:
+    """The backend: grouped queries, windows, soft caps, every head size; float32, bfloat16, float16."""
+
+    def __init__(self, pool: KvPool, heads: int, part_tokens: int = PART_TOKENS) -> None:
+        """heads: query heads of every layer. Raises ValueError on layouts that it cannot serve."""
+        planes = {plane.name: plane for plane in pool.layout.planes}
+        if set(planes) != {"k", "v"} or len({(p.heads, p.head_dim, p.dtype) for p in planes.values()}) != 1:
+            raise ValueError("triton attention serves layouts of planes k and v of one shape and dtype")
+        self.kv_heads, self.dim = planes["k"].heads, planes["k"].head_dim
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {self.kv_heads} KV heads")
+        self.pool = pool
+        self.heads = heads
+        self.group = heads // self.kv_heads
+        self.part_tokens = part_tokens
+        self.tiles = tiles_for(self.group, self.dim, pool.plane("k", 0).element_size())
+
+    def plan(self, batch: AttentionBatch) -> TritonPagedPlan:
+        """See `AttentionBackend.plan`. Raises ValueError when pages are missing or out of range."""
+        groups = self.pool.layout.groups
+        if len(batch.pages) != len(groups):
+            raise ValueError(f"pages of {len(batch.pages)} layer groups; the pool has {len(groups)}")
+        plans: dict[int, _GroupPlan] = {}
+        for group, pages in zip(groups, batch.pages, strict=True):
+            plans.update(dict.fromkeys(group.layers, self._plan_group(batch, pages, group.window)))
+        return TritonPagedPlan(self, plans)
+
+    def _plan_group(self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None) -> _GroupPlan:
+        offsets = np.cumsum(batch.counts) - batch.counts
+        table, firsts = visible_pages(batch, pages, window, self.pool)
+        rows = np.stack((batch.starts, batch.counts, offsets, firsts), axis=1)
+        row = np.repeat(np.arange(len(rows)), batch.counts)
+        positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
+        page = self.pool.page_size
+        slots = table[firsts[row] + positions // page] * page + positions % page
+        order = np.argsort(batch.counts > 1, kind="stable")  # decoding rows first
+        decoding = int((batch.counts == 1).sum())
+        rows = rows[order]
+        parts, first_parts = decode_items(rows[:decoding], window, self.part_tokens)
+        tiles = chunk_items(rows, decoding, window, self.group, self.tiles.chunk)
+        on_device = pack((slots, rows, table, first_parts, parts, tiles), self.pool.device)
+        return _GroupPlan(window, decoding, *on_device)
+
+
+class TritonPagedPlan:
+    """See `AttentionPlan`."""
+
+    def __init__(self, backend: TritonPagedAttention, plans: dict[int, _GroupPlan]) -> None:
+        self._backend = backend
+        self._plans = plans
+
+    def run(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
+    ) -> torch.Tensor:
+        """See `AttentionPlan.run`. Raises ValueError when the form's window is not that of the layer's group."""
+        backend, plan = self._backend, self._plans[layer]
+        if form.window != plan.window:
+            raise ValueError(f"layer {layer} has a window of {form.window}; its group has {plan.window}")
+        query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
+        pool, shape = backend.pool, (len(plan.slots), backend.kv_heads, backend.dim)
+        if key.shape != shape or value.shape != shape or query.shape != (shape[0], backend.heads, shape[2]):
+            raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)}; {shape} were planned")
+        keys, values = pool.plane("k", layer), pool.plane("v", layer)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        with on_device(pool.device):
+            block = 1 << (backend.kv_heads * backend.dim - 1).bit_length()
+            store[(shape[0],)](
+                key, value, keys, values, plan.slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+                HEADS=backend.kv_heads, DIM=backend.dim, BLOCK=block,
+            )  # fmt: skip
+            if plan.decoding:
+                self._decode(plan, query, keys, values, out, form)
+            if len(plan.tiles):
+                self._attend(plan, plan.tiles, query, keys, values, (out, out, out), form, backend.tiles.chunk)
+        return out
+
+    def _decode(
+        self,
+        plan: _GroupPlan,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        form: AttentionForm,
+    ) -> None:
+        backend = self._backend
+        partial = torch.empty((len(plan.parts), *out.shape[1:]), dtype=torch.float32, device=out.device)
+        sums, peaks = torch.empty((2, *partial.shape[:2]), dtype=torch.float32, device=out.device)
+        targets = (partial, sums, peaks)
+        self._attend(plan, plan.parts, query, keys, values, targets, form, backend.tiles.decode, partial=True)
+        combine[(plan.decoding, backend.heads)](
+            partial, sums, peaks, out, plan.firsts, plan.rows, DIM=backend.dim, BLOCK_D=backend.tiles.dim
+        )
+
+    def _attend(
+        self,
+        plan: _GroupPlan,
+        items: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        form: AttentionForm,
+        lanes: int,
+        partial: bool = False,
+    ) -> None:
+        backend = self._backend
+        attend[(len(items), backend.kv_heads)](
+            query, keys, values, *targets, items, plan.rows, plan.pages, form.scale, form.softcap or 1.0,
+            query.stride(0), query.stride(1), GROUP=backend.group, DIM=backend.dim, PAGE=backend.pool.page_size,
+            WINDOW=plan.window or 0, CAPPED=form.softcap is not None, PARTIAL=partial,
+            BLOCK_M=lanes, BLOCK_N=backend.tiles.context, BLOCK_D=backend.tiles.dim, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def tiles_for(group: int, dim: int, element_size: int) -> Tiles:
+    """Block sizes that keep a tile within the 99 KiB of shared memory that every supported GPU has.
+
+    group: query heads for each KV head. The choice has not been measured.
+    """
+    padded = max(LEAST_LANES, 1 << (dim - 1).bit_length())
+    size = padded * element_size
+    lanes = max(LEAST_LANES, 1 << (group - 1).bit_length())
+    chunk, context = (64, 64) if size <= 256 else (32, 32) if size <= 512 else (32, 16)
+    return Tiles(decode=lanes, chunk=chunk, context=context, dim=padded)
+
+
+def visible_pages(
+    batch: AttentionBatch, pages: Sequence[IntArray], window: int | None, pool: KvPool
+) -> tuple[IntArray, IntArray]:
+    """The page numbers that some new token of each row sees, one row after another, and where each row's page 0 is.
+
+    That is negative where a window leaves the page out. Raises ValueError when pages are missing or out of range: the
+    kernels would read and write foreign memory.
+    """
+    firsts = np.zeros_like(batch.starts)
+    if window is not None:
+        firsts = np.maximum(batch.starts - window + 1, 0) // pool.page_size
+    ends = -(-(batch.starts + batch.counts) // pool.page_size)
+    parts = [row[first:end] for row, first, end in zip(pages, firsts.tolist(), ends.tolist(), strict=True)]
+    sizes = np.array([len(part) for part in parts])
+    if (sizes != ends - firsts).any():
+        row = int(np.flatnonzero(sizes != ends - firsts)[0])
+        raise ValueError(f"row {row} has {len(pages[row])} pages; {ends[row]} are needed")
+    table = np.concatenate(parts).astype(np.int64, copy=False)
+    if int(table.min()) < 0 or int(table.max()) >= pool.num_pages:
+        raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{pool.num_pages - 1}")
+    return table, np.cumsum(sizes) - sizes - firsts
+
+
+def decode_items(rows: IntArray, window: int | None, part_tokens: int) -> tuple[IntArray, IntArray]:
+    """Parts of the decoding rows' contexts `[parts, 4]` as `attend` takes them, and `[rows + 1]` each row's first part.
+
+    rows: `[rows, 4]` as `attend` takes them. Parts begin at multiples of `part_tokens`, whatever the window.
+    """
+    ends = rows[:, 0] + 1
+    begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
+    first = begins // part_tokens
+    sizes = -(-ends // part_tokens) - first
+    firsts = np.concatenate(([0], np.cumsum(sizes)))
+    row = np.repeat(np.arange(len(rows)), sizes)
+    at = (np.arange(len(row)) - firsts[row] + first[row]) * part_tokens
+    begin, end = np.maximum(at, begins[row]), np.minimum(at + part_tokens, ends[row])
+    return np.stack((row, np.zeros_like(row), begin, end), axis=1), firsts
+
+
+def chunk_items(rows: IntArray, decoding: int, window: int | None, group: int, lanes: int) -> IntArray:
+    """Tiles of the chunks, `[tiles, 4]` as `attend` takes them.
+
+    rows: `[rows, 4]`, of which the first `decoding` are no chunks. lanes: those of a tile.
+    """
+    starts, totals = rows[decoding:, 0], rows[decoding:, 1] * group
+    sizes = -(-totals // lanes)
+    row = np.repeat(np.arange(len(totals)), sizes)
+    lane = (np.arange(len(row)) - (np.cumsum(sizes) - sizes)[row]) * lanes
+    first = starts[row] + lane // group
+    last = starts[row] + (np.minimum(lane + lanes, totals[row]) - 1) // group
+    begin = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0)
+    return np.stack((row + decoding, lane, begin, last + 1), axis=1)
+
+
+def pack(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as int32 tensors on the device, by one copy; each begins at a multiple of 16 bytes."""
+    sizes = [-(-array.size // ALIGNED) * ALIGNED for array in arrays]
+    flat = np.zeros(sum(sizes), dtype=np.int32)
+    views, at = [], 0
+    for array, size in zip(arrays, sizes, strict=True):
+        flat[at : at + array.size] = array.ravel()
+        views.append((at, array))
+        at += size
+    whole = torch.from_numpy(flat).to(device)
+    return [whole[at : at + array.size].view(array.shape) for at, array in views]
