@@ -66,8 +66,9 @@ class KvPool:
         flat, slots = self._flat(data, span), self._slots(pages, span)
         for source, memory, layers in self._parts(flat, span.count):
             if self.device.type == "cpu":
+                rows, data = memory.numpy(), source.numpy()  # torch's own copies of short runs are slower
                 for first, slot, count in _runs(slots.numpy()):
-                    memory[:, slot : slot + count] = source[layers, first : first + count]
+                    rows[:, slot : slot + count] = data[layers, first : first + count]
             else:
                 memory.index_copy_(1, slots, source[layers].to(self.device))
 
