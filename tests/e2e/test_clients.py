@@ -26,6 +26,14 @@ CONTEXT = 4096
 STREAMS = 64
 PATIENCE_S = 30.0
 MESSAGES: list[Any] = [{"role": "user", "content": "tell me about trains"}]
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<|system|>{{ tools | tojson }} Call them by <tool_call>.<|end|>{% endif %}"
+    "{% for message in messages %}{{ '<|' + ('user' if message.role == 'tool' else message.role) + '|>' }}"
+    "{{ message.content or '' }}{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
@@ -35,7 +43,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     spec = CheckpointSpec(layers=2, vocab=600, max_positions=CONTEXT, seed=3)
     model = make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", spec)
     folder = tmp_path_factory.mktemp("logs")
-    with cluster(model, folder, worker_args=["--kv-mib", "32"], router_args=["--stream-queue", "64"]) as made:
+    (template := folder / "tools.jinja").write_text(TEMPLATE)
+    router_args = ["--stream-queue", "64", "--chat-template", str(template)]
+    with cluster(model, folder, worker_args=["--kv-mib", "32"], router_args=router_args) as made:
         yield made
 
 
@@ -106,6 +116,29 @@ async def test_three_choices_are_told_apart(client: AsyncOpenAI) -> None:
             if choice.finish_reason is not None:
                 finished.add(choice.index)
     assert (streamed, finished) == (texts, {0, 1, 2})
+
+
+async def test_tools_their_results_and_a_forced_call(client: AsyncOpenAI) -> None:
+    """The random model calls nothing by itself: what is looked at is the way there and back."""
+    asked: dict[str, Any] = {"max_tokens": 12, **GREEDY}
+    plain = await client.chat.completions.create(messages=MESSAGES, **asked)
+    told = await client.chat.completions.create(messages=MESSAGES, tools=TOOLS, **asked)
+    assert plain.usage and told.usage
+    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 20, "the prompt has the tools"
+    choice: Any = {"type": "function", "function": {"name": "add"}}
+    forced = (await client.chat.completions.create(messages=MESSAGES, tools=TOOLS, tool_choice=choice, **asked)).choices
+    begun = '<tool_call>\n{"name": "add", "arguments":'
+    assert forced[0].message.tool_calls or str(forced[0].message.content).startswith(begun)
+
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    history: list[Any] = [*MESSAGES, turn, {"role": "tool", "tool_call_id": "call_1", "content": "3"}]
+    whole = await client.chat.completions.create(messages=history, tools=TOOLS, **asked)
+    async with client.chat.completions.stream(messages=history, tools=TOOLS, **asked) as stream:
+        await stream.until_done()
+        final = stream.current_completion_snapshot
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].finish_reason == whole.choices[0].finish_reason == "length"
 
 
 async def test_a_seed_repeats_an_answer_whatever_runs_beside_it(client: AsyncOpenAI) -> None:

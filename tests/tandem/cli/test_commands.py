@@ -51,6 +51,10 @@ CASES = {
     "no such folder": Case("prefill /no/such", "model is /no/such; there is no such folder"),
     "no such hub model": Case("decode org/none", "model is org/none, .* the hub cannot be reached: .*"),
     "router, no such hub model": Case("router --model org/none", "model is org/none, .* the hub cannot be reached: .*"),
+    "unknown tool parser": Case(
+        "router --tool-parser gpt", "--tool-parser: must be one of auto, none, .*hermes.*'gpt'.*"
+    ),
+    "unknown reasoning parser": Case("up {model} --reasoning-parser r2", "--reasoning-parser: must be one of auto, .*"),
     "up, no such folder": Case("up ./none --port 0", "model is ./none; there is no such folder"),
     "no model": Case("decode", "MODEL: Field required"),
     "HTTP port": Case("router --port {port}", r"--port: 127.0.0.1:\d+ cannot be listened on: address already in use"),
