@@ -93,8 +93,8 @@ class Api:
             turns = chat_turns(body.messages, to.formats.can)
             values = template_values(body.chat_template_kwargs, tokenizer.template_names)
             tools = declarations(body.tools) or None
-            rendered = tokenizer.render(turns, body.add_generation_prompt is not False, tools, values)
-            ids = await tokenizer.encode_async(rendered, bool(body.add_special_tokens))
+            rendered = await tokenizer.render_async(turns, tools, values, body.add_generation_prompt is not False)
+            ids = await tokenizer.encode_rendered(rendered, bool(body.add_special_tokens))
         else:
             text = plain_text(body.prompt or "", "prompt")
             ids = await tokenizer.encode_async(text, body.add_special_tokens is not False)
@@ -110,7 +110,7 @@ class Api:
         worst = max(body.tokens, default=0)
         if worst >= to.model.vocab_size:
             raise BadRequest(f"tokens has the id {worst}; ids are 0 to {to.model.vocab_size - 1}", "tokens")
-        return _json({"prompt": to.text.tokenizer.decode(body.tokens, bool(body.skip_special_tokens))})
+        return _json({"prompt": await to.text.tokenizer.decode_async(body.tokens, bool(body.skip_special_tokens))})
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: the process lives."""

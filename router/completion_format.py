@@ -108,14 +108,15 @@ class CompletionFormat(Format):
         echo = self.job.echo[prompt]
         if echoed:
             ids, entries = self.job.requests[prompt].prompt, self._prompt_logprobs.get(prompt, ())
-            for token, offset, entry in zip(ids, echo.offsets or (), entries, strict=True):
-                self._append(scores, token, entry, offset)
+            start = next((at for at, token in enumerate(ids) if token not in self.tokenizer.special_ids), None)
+            for at, (token, offset, entry) in enumerate(zip(ids, echo.offsets or (), entries, strict=True)):
+                self._append(scores, token, entry, offset, at == start)
         for each in placed:
-            self._append(scores, each.entry.token, each.entry, len(echo.text) + each.offset)
+            self._append(scores, each.entry.token, each.entry, len(echo.text) + each.offset, each.first)
         return scores.json()
 
-    def _append(self, scores: Scores, token: int, entry: TokenLogprob | None, offset: int) -> None:
-        text = self.token_text(token)
+    def _append(self, scores: Scores, token: int, entry: TokenLogprob | None, offset: int, first: bool) -> None:
+        text = self.token_text(token, first)
         scores.tokens.append(text)
         scores.text_offset.append(offset)
         scores.token_logprobs.append(None if entry is None else finite(entry.logprob))
@@ -124,7 +125,7 @@ class CompletionFormat(Format):
             return
         best: dict[str, float] = {}
         for rival, logprob in entry.top[: self.job.options.logprobs or 0]:
-            best.setdefault(self.token_text(rival), finite(logprob))
+            best.setdefault(self.token_text(rival, first), finite(logprob))
         # OpenAI's lists hold the token itself, too, however unlikely it was.
         best.setdefault(text, finite(entry.logprob))
         scores.top_logprobs.append(best)

@@ -40,7 +40,7 @@ def token_offsets(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[
     pieces = detokenizer(tokenizer)
     offsets, position = [], 0
     for token in ids:
-        offsets.append(min(position, len(text)))
+        offsets.append(min(position + pieces.held, len(text)))
         if token in tokenizer.special_ids:
             spelling = tokenizer.token(token) or ""
             position += len(spelling) if spelling and text.startswith(spelling, position) else 0

@@ -31,7 +31,7 @@ IGNORED = frozenset(
 INERT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "add_special_tokens": (),
+    "add_special_tokens": (False,),
     "documents": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),

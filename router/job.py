@@ -157,8 +157,9 @@ async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
     )
     requests: list[GenerateRequest] = []
     tokenised, echo = [], []
+    add_special = body.add_special_tokens is not False
     for each in given:
-        prompt = await to.text.plain(each) if isinstance(each, str) else Prompt(tuple(each))
+        prompt = await to.text.plain(each, add_special) if isinstance(each, str) else Prompt(tuple(each))
         requests.append(_request(body, to, prompt, asked, new_id() if requests else to.job_id))
         tokenised.append(prompt)
         echo.append(await echo_of(each, prompt.ids, to.text.tokenizer, scored) if body.echo else Echo())

@@ -132,6 +132,8 @@ class CompletionBody(GenerationBody):
     """A string, a list of ids, or a list of either; see `prompts`."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+    """Whether a prompt that is text gets what the tokeniser puts around texts, such as BOS; True unless it is said."""
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     suffix: Any = None

@@ -118,9 +118,9 @@ class Format(ABC):
         """A chunk from after its only choice."""
         return b"]" + self._tail
 
-    def token_text(self, token: int) -> str:
-        """Text of one token by itself; bytes of an incomplete character as U+FFFD."""
-        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+    def token_text(self, token: int, first: bool = False) -> str:
+        """Text of one token by itself; bytes of an incomplete character as U+FFFD. first: see `PlacedLogprob`."""
+        return self.tokenizer.token_bytes(token, first).decode("utf-8", "replace")
 
     def prompt_logprobs(self, entries: tuple[TokenLogprob | None, ...]) -> list[Json | None]:
         """In vLLM's form: for each prompt token but the first, its own and its likeliest rivals' by id."""
@@ -208,12 +208,12 @@ class ChatFormat(Format):
         wanted = self.job.options.logprobs or 0
         content = []
         for each in placed:
-            top = [self._entry(token, logprob) for token, logprob in each.entry.top[:wanted]]
-            content.append({**self._entry(each.entry.token, each.entry.logprob), "top_logprobs": top})
+            top = [self._entry(token, logprob, each.first) for token, logprob in each.entry.top[:wanted]]
+            content.append({**self._entry(each.entry.token, each.entry.logprob, each.first), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> Json:
-        data = self.tokenizer.token_bytes(token)
+    def _entry(self, token: int, logprob: float, first: bool) -> Json:
+        data = self.tokenizer.token_bytes(token, first)
         return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 

@@ -22,6 +22,8 @@ class PlacedLogprob:
 
     entry: TokenLogprob
     offset: int
+    first: bool = False
+    """No token's text stands before it, in the prompt neither: some tokenisers drop its space there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,11 @@ class ChoiceStream:
     def _token(self, delta: Delta, index: int) -> str:
         token = delta.tokens[index]
         self.tokens.append(token)
+        start = self._position + self._detokenizer.held
         if self._parser is not None:
-            self._starts.append(self._position)
+            self._starts.append(start)
         if delta.logprobs:
-            self._logprobs.append(PlacedLogprob(delta.logprobs[index], self._position))
+            self._logprobs.append(PlacedLogprob(delta.logprobs[index], start, not self._detokenizer.started))
         if token == delta.stop_token and token in self._eos and index + 1 == len(delta.tokens):
             return ""
         return self._through_stops(self._detokenizer.feed(token))

@@ -10,10 +10,10 @@ from tandem.errors import ConfigError
 DEMO = "demo"
 DEMO_NAME = "tandem-demo"
 CONFIGURATION = ("*.json", "*.jinja", "*.model", "*.txt")
-"""What configuration, tokenizer and chat template are stored in."""
+"""What configuration, tokenizer and chat templates are stored in."""
 WEIGHTS = ("*.safetensors",)
-ELSEWHERE = ("*/*", "consolidated*")
-"""Other formats of the same model: in folders of their own, or under Mistral's names."""
+ELSEWHERE = ("[!c]*/*", "c[!h]*/*", "ch[!a]*/*", "cha[!t]*/*", "consolidated*")
+"""Other formats of the same model: in folders of their own (all but `chat_templates`), or under Mistral's names."""
 
 
 def resolve_model(model: str, weights: bool = True) -> str:

@@ -77,9 +77,9 @@ class PromptTokenizer:
         ids = tuple(await self.tokenizer.encode_async(text))
         return Prompt(ids, 0, Conversation(boundaries, self._add_turns(ids, text, boundaries.found, None)))
 
-    async def plain(self, text: str) -> Prompt:
-        """A text to be completed, with the special tokens that the tokeniser puts around texts."""
-        return Prompt(tuple(await self.tokenizer.encode_async(text, add_special_tokens=True)))
+    async def plain(self, text: str, add_special_tokens: bool = True) -> Prompt:
+        """A text to be completed, with the special tokens that the tokeniser puts around texts if they are wanted."""
+        return Prompt(tuple(await self.tokenizer.encode_async(text, add_special_tokens)))
 
     def remember(self, prompt: Prompt, answer: Sequence[int], text: str) -> bool:
         """Keeps an answer's own ids, for when its text comes back as a turn. Returns whether it was kept.

@@ -25,9 +25,8 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
-
-TOOL_CHARS = 1024
-"""What the declaration of a function counts for, about."""
+MANY_IDS = 4096
+"""Ids from which decoding does."""
 TEMPLATE_OWN = frozenset({"messages", "raise_exception", "strftime_now"})
 """Names that every chat template can use."""
 
@@ -93,19 +92,40 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < LONG_TEXT:
+            encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # The Rust tokeniser releases the interpreter lock for batches only.
+            (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         return ids
 
+    async def encode_rendered(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of what a chat template wrote; its own BOS stays the only one where special tokens are added."""
+        ids = await self.encode_async(text, add_special_tokens)
+        bos: int | None = self._wrapped.bos_token_id
+        return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
+
     async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """As `encode`; long texts are encoded in a thread, since the Rust tokeniser releases the interpreter lock."""
+        """As `encode`; long texts are encoded in a thread."""
         if len(text) < LONG_TEXT:
             return self.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are skipped."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(ids) < MANY_IDS:
+            text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        else:
+            (text,) = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return self._wrapped.clean_up_tokenization(text) if self._clean_up else text
+
+    async def decode_async(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """As `decode`; many ids are decoded in a thread."""
+        if len(ids) < MANY_IDS:
+            return self.decode(ids, skip_special_tokens)
+        return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     @property
     def template_text(self) -> str:
@@ -150,12 +170,10 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         values: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """As `render`, for messages of any length: long ones are rendered in a thread."""
-        size = sum(len(str(message.get("content", ""))) for message in messages) + (TOOL_CHARS * len(tools or ()))
-        if size < LONG_TEXT:
-            return self.render(messages, tools=tools, values=values)
-        return await asyncio.to_thread(self.render, messages, True, tools, values)
+        """As `render`, in a thread: a template is a program, and how long it runs is not known from the messages."""
+        return await asyncio.to_thread(self.render, messages, add_generation_prompt, tools, values)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id without a token."""

@@ -23,11 +23,14 @@ FILES = {
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"hello",
+    "chat_templates/tool_use.jinja": b"tools",
+    "checkpoint-1/config.json": b"{}",
     "model.safetensors": b"weights",
     "consolidated.safetensors": b"the same weights again",
     "onnx/model.json": b"{}",
     "README.md": b"read me",
 }
+SETTINGS = {"config.json", "tokenizer.json", "chat_template.jinja", "chat_templates/tool_use.jinja"}
 COMMIT = "c" * 40
 ROOT = Path(tandem.demo.__file__).parents[2]
 
@@ -124,15 +127,14 @@ def stored(folder: str) -> set[str]:
 
 def test_a_hub_id_is_downloaded_once_and_then_found_offline(hub: str, tmp_path: Path) -> None:
     folder = resolve(hub, tmp_path, "org/open")
-    wanted = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
-    assert stored(folder) == wanted
+    assert stored(folder) == {*SETTINGS, "model.safetensors"}
     assert (Path(folder) / "config.json").read_bytes() == FILES["config.json"]
     assert resolve(hub, tmp_path, "org/open", offline="1") == folder
 
 
 def test_a_router_takes_no_weights(hub: str, tmp_path: Path) -> None:
     folder = resolve(hub, tmp_path, "org/open", weights="none")
-    assert stored(folder) == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert stored(folder) == SETTINGS
 
 
 @pytest.mark.parametrize(
