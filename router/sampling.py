@@ -24,8 +24,11 @@ def output_room(prompt_tokens: int, limit: int | None, model: ModelInfo, prompt_
     context = f"this model's maximum context length is {model.max_context} tokens"
     left = model.max_context - prompt_tokens
     if left < (0 if limit == 0 else 1):
-        least = "" if limit == 0 else ", and at least 1 is needed for the output"
-        raise ContextTooLong(f"{context}; {prompt_field} has {prompt_tokens}{least}", prompt_field)
+        least = "" if limit == 0 else ", of which at least 1 is needed for the output"
+        # Clients tell this refusal from others by one of these two phrases.
+        raise ContextTooLong(
+            f"the prompt is too long: {prompt_field} has {prompt_tokens} tokens, and {context}{least}", prompt_field
+        )
     if limit is not None and limit > left:
         raise ContextTooLong(
             f"{context}; {prompt_field} has {prompt_tokens} and {limit_field} is {limit}, "
