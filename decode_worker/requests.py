@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from decode_worker.grammars import MakeConstraint
 from tandem.engine.sequence import Seq
 from tandem.types import Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
 
@@ -97,9 +98,18 @@ class Request:
 
 
 def make_request(
-    request: GenerateRequest, router_id: str, root: bytes, eos_ids: frozenset[int], order: int, now: float
+    request: GenerateRequest,
+    router_id: str,
+    root: bytes,
+    eos_ids: frozenset[int],
+    order: int,
+    now: float,
+    constrain: MakeConstraint | None = None,
 ) -> Request:
-    """The record with one sequence for each choice. Only the first one carries the prompt's log-probabilities."""
+    """The record with one sequence for each choice. Only the first one carries the prompt's log-probabilities.
+
+    constrain: makes each choice's way through the request's grammar.
+    """
     record = Request(request, router_id, admitted_at=now)
     sampling = request.sampling
     stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
@@ -115,6 +125,7 @@ def make_request(
             priority=request.priority,
             arrival=now,
             order=order + index,
+            constraint=constrain() if constrain is not None else None,
         )
         record.choices.append(Choice(record, index, seq))
     return record

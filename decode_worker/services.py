@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from decode_worker.grammars import Grammars
 from decode_worker.moves import MoveLedger
 from decode_worker.prefill_client import PrefillClient
 from decode_worker.service import attach
@@ -17,7 +18,9 @@ from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from tandem.config import DecodeConfig
+from tandem.engine.grammar.compiler import CompilerSettings
 from tandem.engine.output import StepOutput
+from tandem.types import ModelInfo
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
@@ -49,8 +52,9 @@ class DecodeServices:
             metrics.failed,
         )
         self._client = client
+        self._grammars = Grammars(_compiler_settings(config, parts.info.model))
         self.worker = DecodeWorker(
-            parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher
+            parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher, self._grammars
         )
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
         capacity, freed = parts.info.capacity_tokens, self.worker.pages_freed
@@ -117,7 +121,8 @@ class DecodeServices:
         await self.worker.close()
 
     async def close(self) -> None:
-        """Ends every pair and ticket."""
+        """Ends every pair and ticket, and compiling."""
+        await self._grammars.close()
         await self._client.close()
         await self._handover.close()
         self._transfers.close()
@@ -125,6 +130,17 @@ class DecodeServices:
     def leaks(self) -> list[str]:
         """Requests, tickets and pages still held."""
         return self.worker.leaks() + self._handover.leaks() + self._source.leaks()
+
+
+def _compiler_settings(config: DecodeConfig, model: ModelInfo) -> CompilerSettings:
+    return CompilerSettings(
+        folder=model.path,
+        vocab_size=model.vocab_size,
+        stop_ids=model.eos_token_ids,
+        seconds=config.grammar_compile_s,
+        memory_mib=config.grammar_memory_mib,
+        cache_mib=config.grammar_cache_mib,
+    )
 
 
 def build(config: DecodeConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from decode_worker.admission import Limits, check, wants_hand_over
+from decode_worker.grammars import Grammars
 from decode_worker.outbox import Outbox, ResumeAt
 from decode_worker.prefill_client import PrefillClient, Target
 from decode_worker.requests import Choice, Request, make_request
@@ -27,6 +28,7 @@ from tandem.worker.publish import Publisher
 log = logging.getLogger(__name__)
 
 NO_NUMBERS = "the model's output for this request is not finite; its weights may be damaged"
+DEAD_END = "no token of this model can continue a text of the grammar"
 
 
 class DecodeWorker:
@@ -41,6 +43,7 @@ class DecodeWorker:
         prefill: PrefillClient,
         metrics: WorkerMetrics,
         publisher: Publisher,
+        grammars: Grammars,
     ) -> None:
         self.info = info
         self.dispatches: dict[str, int] = {}
@@ -51,6 +54,8 @@ class DecodeWorker:
         self._prefill = prefill
         self._metrics = metrics
         self._publisher = publisher
+        self._grammars = grammars
+        self._eos_ids = frozenset(info.model.eos_token_ids)
         self._root = HashRoot(config.cluster_key, info.model.fingerprint, info.kv_dtype)
         self._limits = Limits(info.model, info.capacity_tokens, config.max_waiting + config.max_running)
         self._requests: dict[str, Request] = {}
@@ -73,20 +78,17 @@ class DecodeWorker:
         planned_local: bool,
     ) -> tuple[int, str]:
         """Admits a request or raises. Returns the tokens cached here and the prefill worker asked ("" for none)."""
-        known = self._requests.get(request.request_id)
-        if known is not None and known.request.attempt >= request.attempt:
-            raise Fenced(f"request {request.request_id} attempt {request.attempt} was submitted before")
-        if router_id not in self._outboxes:
-            raise Fenced("open the token stream before submitting")
-        check(request, self._limits, len(self._choices), self.draining)
+        known = self._check(request, router_id)
+        constrain = None
+        if request.sampling.grammar is not None:
+            constrain = await self._grammars.compile(request.sampling.grammar)
+            known = self._check(request, router_id)  # much may have happened
         if known is not None:
             await self.cancel(request.request_id, known.request.attempt)
             if self._requests.get(request.request_id) is not known:
                 raise Fenced(f"request {request.request_id} was submitted twice at once")
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
-        record = make_request(
-            request, router_id, root, frozenset(self.info.model.eos_token_ids), self._order, self._loop.time()
-        )
+        record = make_request(request, router_id, root, self._eos_ids, self._order, self._loop.time(), constrain)
         self._order += request.choices
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.choices)
@@ -108,6 +110,16 @@ class DecodeWorker:
         self._announce(EventKind.PROMISED, root, request.prompt)
         self._start(record, dispatch, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
+
+    def _check(self, request: GenerateRequest, router_id: str) -> Request | None:
+        """Raises what refuses the request now. Returns the record of an earlier attempt, if there is one."""
+        known = self._requests.get(request.request_id)
+        if known is not None and known.request.attempt >= request.attempt:
+            raise Fenced(f"request {request.request_id} attempt {request.attempt} was submitted before")
+        if router_id not in self._outboxes:
+            raise Fenced("open the token stream before submitting")
+        check(request, self._limits, len(self._choices), self.draining)
+        return known
 
     def _start(self, record: Request, dispatch: int, targets: Sequence[Target]) -> None:
         request_id = record.request.request_id
@@ -171,10 +183,11 @@ class DecodeWorker:
             self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
         choice.last_token_at = now
         choice.tokens.extend(made.tokens)
+        self._metrics.forced_tokens.inc(made.forced)
         choice.logprobs.extend(made.logprobs)
         if made.finish is not None:
             choice.stop_token = made.stop_token
-            self._close(choice, made.finish, NO_NUMBERS if made.finish is FinishReason.ERROR else "")
+            self._close(choice, made.finish, _fault(choice) if made.finish is FinishReason.ERROR else "")
         if (outbox := self._outboxes.get(record.router_id)) is not None:
             outbox.mark(choice)
 
@@ -315,3 +328,9 @@ class DecodeWorker:
         """What is still held although nothing runs."""
         open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]
         return open_requests + [f"task {name} runs" for name in self._tasks] + self._prefill.leaks()
+
+
+def _fault(choice: Choice) -> str:
+    """Why there was nothing to sample from."""
+    constraint = choice.seq.constraint
+    return DEAD_END if constraint is not None and constraint.stuck else NO_NUMBERS

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 SUBMIT_S = 10.0
 """A decode worker admits or refuses well within this."""
+COMPILE_S = 60.0
+"""Longer where it has to compile a grammar first, or to start its compiler."""
 STREAM_S = 2.0
 """A new decode worker's token stream stands within this."""
 MAX_CRASHES = 2
@@ -227,7 +229,8 @@ class Dispatcher:
         stub = decode_pb2_grpc.DecodeStub(worker.channel)
         request = message.request
         try:
-            reply = await stub.Submit(message, timeout=SUBMIT_S)
+            compiles = request.sampling.HasField("grammar")
+            reply = await stub.Submit(message, timeout=SUBMIT_S + COMPILE_S if compiles else SUBMIT_S)
         except grpc.aio.AioRpcError as failure:
             if was_refused(failure):
                 raise error_of_rpc(failure) from None

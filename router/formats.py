@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from router.openai import ChatBody
 from router.tools import ToolUse
@@ -15,6 +16,7 @@ from tandem.text.formats.calls import ToolFormat
 from tandem.text.formats.reasoning import ReasoningFormat
 from tandem.text.formats.registry import REASONING_FORMATS, TOOL_FORMATS, choose
 from tandem.text.tokenizer import Tokenizer
+from tandem.types import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def check_tools(use: ToolUse, formats: ModelFormats) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class AssistantTurn:
     """The assistant's turn: what of it the prompt already has to say, and how the rest is read."""
 
     prefill: str = ""
@@ -87,14 +89,34 @@ class Turn:
     """None: everything is text."""
     special: frozenset[int] = frozenset()
     """Special tokens that are text, since the format is made of them."""
+    thoughts_end: TokenIds = ()
+    """What ends the reasoning that the turn starts with; empty when there is none."""
 
 
-def assistant_turn(body: ChatBody, use: ToolUse, formats: ModelFormats, rendered: str) -> Turn:
+def assistant_turn(
+    body: ChatBody, use: ToolUse, formats: ModelFormats, rendered: str, encode: Callable[[str], Sequence[int]]
+) -> AssistantTurn:
     """rendered: the conversation as the template wrote it, which may have begun the model's reasoning."""
+    turn = _answer(body, use, formats, rendered)
+    reasoning = formats.reasoning
+    if reasoning is None or turn.prefill or not _reasons(formats, rendered):
+        return turn
+    return replace(turn, thoughts_end=tuple(encode(reasoning.close)))
+
+
+def _reasons(formats: ModelFormats, rendered: str) -> bool:
+    """Whether the model's reasoning comes first: its template has begun it, or leaves that to the model."""
+    reasoning = formats.reasoning
+    if reasoning is None or rendered.rstrip().endswith(reasoning.close):
+        return False
+    return bool(reasoning.opened_by(rendered)) or reasoning.open in formats.template
+
+
+def _answer(body: ChatBody, use: ToolUse, formats: ModelFormats, rendered: str) -> AssistantTurn:
     reasoning = formats.reasoning if body.separate_reasoning is not False else None
     tools = formats.tools if use.tools else None
     if reasoning is None and tools is None:
-        return Turn()
+        return AssistantTurn()
     opened = formats.reasoning.opened_by(rendered) if formats.reasoning is not None else ""
     silence = call = ""
     if use.forced and tools is not None:
@@ -109,16 +131,14 @@ def assistant_turn(body: ChatBody, use: ToolUse, formats: ModelFormats, rendered
         hide_reasoning=body.include_reasoning is False,
     )
     special = frozenset(formats.special[text] for text in form.tokens if text in formats.special)
-    return Turn(silence + call, form, special)
+    return AssistantTurn(silence + call, form, special)
 
 
 def _without_reasoning(formats: ModelFormats, rendered: str, opened: str) -> str:
     """What ends the model's reasoning before it starts: a call that is forced comes first."""
     reasoning = formats.reasoning
-    if reasoning is None or rendered.rstrip().endswith(reasoning.close):
+    if reasoning is None or not _reasons(formats, rendered):
         return ""
-    if opened:
-        return (
-            reasoning.empty.removeprefix(opened) if reasoning.empty.startswith(opened) else f"\n{reasoning.close}\n\n"
-        )
-    return reasoning.empty if reasoning.open in formats.template else ""
+    if opened and not reasoning.empty.startswith(opened):
+        return f"\n{reasoning.close}\n\n"
+    return reasoning.empty.removeprefix(opened)

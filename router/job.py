@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.defaults import GenerationDefaults
 from router.echo import Echo, echo_of
-from router.formats import ModelFormats, Turn, assistant_turn, check_tools
+from router.formats import AssistantTurn, ModelFormats, assistant_turn, check_tools
 from router.messages import chat_turns
 from router.openai import (
     ChatBody,
@@ -17,12 +17,13 @@ from router.openai import (
     stop_strings,
 )
 from router.sampling import check_ids, output_room, sampling_params
+from router.structured import grammar_of
 from router.tools import template_values, tool_use
 from tandem.cluster import new_id
 from tandem.errors import BadRequest
 from tandem.text.formats.answer import AnswerFormat
 from tandem.text.prompt import Prompt, PromptTokenizer
-from tandem.types import MAX_CHOICES, GenerateRequest, ModelInfo
+from tandem.types import MAX_CHOICES, GenerateRequest, Grammar, ModelInfo
 
 COMPLETION_TOKENS = 16
 """Output tokens of /v1/completions when the client names no limit; OpenAI's default."""
@@ -75,6 +76,7 @@ class Asked:
     choices: int
     logprobs: int | None
     prompt_logprobs: int | None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,10 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
         choices=body.n or 1,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=grammar_of(body, turn.thoughts_end),
     )
+    if asked.grammar is not None and turn.form is not None and turn.form.tools is not None:
+        raise BadRequest("response_format together with tools is not supported yet", "response_format")
     return Job(
         job_id=to.job_id,
         model=to.model,
@@ -126,14 +131,14 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     )
 
 
-async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, Turn]:
+async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, AssistantTurn]:
     tokenizer = to.text.tokenizer
     use = tool_use(body)
     check_tools(use, to.formats)
     turns = chat_turns(body.messages, to.formats.can)
     values = template_values(body.chat_template_kwargs, tokenizer.template_names)
     rendered = await tokenizer.render_async(turns, use.tools or None, values)
-    turn = assistant_turn(body, use, to.formats, rendered)
+    turn = assistant_turn(body, use, to.formats, rendered, tokenizer.encode)
     return await to.text.rendered(rendered + turn.prefill, body.cache_salt or ""), turn
 
 
@@ -154,6 +159,7 @@ async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
         choices=made,
         logprobs=logprobs,
         prompt_logprobs=max(body.logprobs or 0, body.prompt_logprobs or 0) if scored else body.prompt_logprobs,
+        grammar=grammar_of(body),
     )
     requests: list[GenerateRequest] = []
     tokenised, echo = [], []
@@ -185,15 +191,18 @@ def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, r
         request_id=request_id,
         model=to.model.name,
         prompt=prompt.ids,
-        sampling=sampling_params(body, to.model, to.defaults, room, asked.logprobs, asked.prompt_logprobs),
+        sampling=replace(
+            sampling_params(body, to.model, to.defaults, room, asked.logprobs, asked.prompt_logprobs),
+            grammar=asked.grammar,
+        ),
         choices=asked.choices,
         salt=body.cache_salt or "",
         priority=body.priority or 0,
     )
 
 
-def _options(body: GenerationBody, logprobs: int | None, turn: Turn | None = None) -> OutputOptions:
-    wanted, turn = body.stream_options or StreamOptions(), turn or Turn()
+def _options(body: GenerationBody, logprobs: int | None, turn: AssistantTurn | None = None) -> OutputOptions:
+    wanted, turn = body.stream_options or StreamOptions(), turn or AssistantTurn()
     return OutputOptions(
         stop=stop_strings(body.stop),
         min_tokens=body.min_tokens or 0,

@@ -66,6 +66,17 @@ class GenerationBody(_Body):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
+    response_format: Any = None
+    """See `router.structured`, for the others down to `structured_outputs` too."""
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Fields that are refused unless they have one of these values (or null), which ask for nothing."""
 
@@ -104,7 +115,6 @@ class ChatBody(GenerationBody):
 
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -114,7 +124,6 @@ class ChatBody(GenerationBody):
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -137,9 +146,8 @@ class CompletionBody(GenerationBody):
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     suffix: Any = None
-    response_format: Any = None
 
-    not_served: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",), "response_format": ({"type": "text"},)}
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
 
 
 class TokenizeBody(_Body):

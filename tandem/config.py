@@ -200,6 +200,13 @@ class DecodeConfig(WorkerConfig):
     transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds without progress of an open ticket"
     )
+    grammar_compile_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="seconds that compiling a grammar may take"
+    )
+    grammar_memory_mib: Annotated[int, Field(ge=64)] = Field(
+        1024, description="memory that compiling a grammar may take, MiB"
+    )
+    grammar_cache_mib: Annotated[int, Field(ge=0)] = Field(256, description="memory for compiled grammars, MiB")
 
     @model_validator(mode="after")
     def _room_for_a_slab(self) -> DecodeConfig:

@@ -49,6 +49,9 @@ class WorkerMetrics:
         self.retractions = Counter(
             "tandem_worker_retractions", "Sequences put back for want of pages", registry=registry
         )
+        self.forced_tokens = Counter(
+            "tandem_worker_forced_tokens", "Output tokens that a grammar left no choice for", registry=registry
+        )
         self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))

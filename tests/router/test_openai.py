@@ -67,11 +67,18 @@ BAD_SHARED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
     ({"max_token": 5}, "max_token", "Unrecognized request argument supplied: max_token"),
     ({"x" * 500: 5}, "x" * 80, "Unrecognized request argument"),
-    ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
+    ({"guided_json": 5}, "guided_json", "an object, true or false"),
+    ({"guided_json": "{"}, "guided_json", "not JSON"),
+    ({"guided_choice": []}, "guided_choice", "1 to 1024"),
+    ({"regex": ""}, "regex", "not empty"),
+    ({"regex": "a" * (1 << 18) + "a"}, "regex", "at most 262144"),
+    ({"regex": "a", "ebnf": "root ::= 'a'"}, "ebnf", "exclude each other"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one of"),
+    ({"response_format": {"type": "xml"}}, "response_format", "text, json_object, json_schema"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
     ({"skip_special_tokens": 1}, "skip_special_tokens", "not supported"),
     ({"model": 5}, "model", "string"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "an object with a 'schema'"),
 ]
 
 BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [

@@ -67,6 +67,12 @@ class GrammarCompiler:
         self._processes: set[Process] = set()
         self._vocabulary: xgrammar.TokenizerInfo | None = None
 
+    @property
+    def vocabulary(self) -> xgrammar.TokenizerInfo:
+        """What the grammars were compiled for; there once one was."""
+        assert self._vocabulary is not None, "nothing was compiled yet"
+        return self._vocabulary
+
     async def warm(self) -> None:
         """Starts a process before the first grammar comes. Raises Unavailable."""
         async with self._slots:

@@ -1,0 +1,44 @@
+"""Every way to ask for structured output becomes the same grammar."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from router.openai import CompletionBody
+from router.structured import grammar_of
+from tandem.types import Grammar, GrammarKind
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+AS_TEXT = json.dumps(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar(GrammarKind.JSON_OBJECT)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            Grammar(GrammarKind.JSON_SCHEMA, AS_TEXT),
+        ),
+        ({"json_schema": AS_TEXT}, Grammar(GrammarKind.JSON_SCHEMA, AS_TEXT)),
+        ({"guided_json": SCHEMA}, Grammar(GrammarKind.JSON_SCHEMA, AS_TEXT)),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar(GrammarKind.JSON_SCHEMA, AS_TEXT)),
+        ({"regex": "a+"}, Grammar(GrammarKind.REGEX, "a+")),
+        ({"guided_regex": "a+"}, Grammar(GrammarKind.REGEX, "a+")),
+        ({"ebnf": 'root ::= "a"'}, Grammar(GrammarKind.EBNF, 'root ::= "a"')),
+        ({"guided_grammar": 'root ::= "a"'}, Grammar(GrammarKind.EBNF, 'root ::= "a"')),
+        ({"guided_choice": ['say "é"', "b\\"]}, Grammar(GrammarKind.EBNF, r'root ::= "say \"é\"" | "b\\"')),
+        ({"structured_outputs": {"choice": ["a"]}}, Grammar(GrammarKind.EBNF, 'root ::= "a"')),
+        (
+            {"response_format": {"type": "structural_tag", "format": {}}},
+            Grammar(GrammarKind.STRUCTURAL_TAG, '{"type": "structural_tag", "format": {}}'),
+        ),
+    ],
+)
+def test_each_form(fields: dict[str, Any], expected: Grammar | None) -> None:
+    assert grammar_of(CompletionBody.model_validate({"prompt": "x", **fields})) == expected
