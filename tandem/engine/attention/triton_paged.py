@@ -16,6 +16,7 @@ import torch
 
 from tandem.device import on_device
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
+from tandem.engine.attention.page_runs import visible_pages
 from tandem.engine.kernels.gpu.attend import attend, combine, store
 from tandem.engine.kv_pool import KvPool
 
@@ -86,11 +87,11 @@ class TritonPagedAttention:
 
     def _plan_group(self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None) -> _GroupPlan:
         offsets = np.cumsum(batch.counts) - batch.counts
-        table, firsts = visible_pages(batch, pages, window, self.pool)
+        page = self.pool.page_size
+        table, firsts = visible_pages(batch, pages, window, page, self.pool.num_pages)
         rows = np.stack((batch.starts, batch.counts, offsets, firsts), axis=1)
         row = np.repeat(np.arange(len(rows)), batch.counts)
         positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
-        page = self.pool.page_size
         slots = table[firsts[row] + positions // page] * page + positions % page
         order = np.argsort(batch.counts > 1, kind="stable")  # decoding rows first
         decoding = int((batch.counts == 1).sum())
@@ -182,29 +183,6 @@ def tiles_for(group: int, dim: int, element_size: int) -> Tiles:
     lanes = max(LEAST_LANES, 1 << (group - 1).bit_length())
     chunk, context = (64, 64) if size <= 256 else (32, 32) if size <= 512 else (32, 16)
     return Tiles(decode=lanes, chunk=chunk, context=context, dim=padded)
-
-
-def visible_pages(
-    batch: AttentionBatch, pages: Sequence[IntArray], window: int | None, pool: KvPool
-) -> tuple[IntArray, IntArray]:
-    """The page numbers that some new token of each row sees, one row after another, and where each row's page 0 is.
-
-    That is negative where a window leaves the page out. Raises ValueError when pages are missing or out of range: the
-    kernels would read and write foreign memory.
-    """
-    firsts = np.zeros_like(batch.starts)
-    if window is not None:
-        firsts = np.maximum(batch.starts - window + 1, 0) // pool.page_size
-    ends = -(-(batch.starts + batch.counts) // pool.page_size)
-    parts = [row[first:end] for row, first, end in zip(pages, firsts.tolist(), ends.tolist(), strict=True)]
-    sizes = np.array([len(part) for part in parts])
-    if (sizes != ends - firsts).any():
-        row = int(np.flatnonzero(sizes != ends - firsts)[0])
-        raise ValueError(f"row {row} has {len(pages[row])} pages; {ends[row]} are needed")
-    table = np.concatenate(parts).astype(np.int64, copy=False)
-    if int(table.min()) < 0 or int(table.max()) >= pool.num_pages:
-        raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{pool.num_pages - 1}")
-    return table, np.cumsum(sizes) - sizes - firsts
 
 
 def decode_items(rows: IntArray, window: int | None, part_tokens: int) -> tuple[IntArray, IntArray]:

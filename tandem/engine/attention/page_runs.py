@@ -1,0 +1,33 @@
+"""Which pages a batch's new tokens see, one row after another: how kernels find a row's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tandem.engine.attention.base import AttentionBatch, IntArray
+
+
+def visible_pages(
+    batch: AttentionBatch, pages: Sequence[IntArray], window: int | None, page_size: int, num_pages: int
+) -> tuple[IntArray, IntArray]:
+    """The page numbers that some new token of each row sees, one row after another, and where each row's page 0 is.
+
+    `firsts[row] + position // page_size` is where a position's page stands, so that a first may be negative where a
+    window leaves pages out. Raises ValueError when pages are missing or out of range: kernels would read and write
+    foreign memory.
+    """
+    firsts = np.zeros_like(batch.starts)
+    if window is not None:
+        firsts = np.maximum(batch.starts - window + 1, 0) // page_size
+    ends = -(-(batch.starts + batch.counts) // page_size)
+    parts = [row[first:end] for row, first, end in zip(pages, firsts.tolist(), ends.tolist(), strict=True)]
+    sizes = np.array([len(part) for part in parts])
+    if (sizes != ends - firsts).any():
+        row = int(np.flatnonzero(sizes != ends - firsts)[0])
+        raise ValueError(f"row {row} has {len(pages[row])} pages; {ends[row]} are needed")
+    table = np.concatenate(parts).astype(np.int64, copy=False)
+    if int(table.min()) < 0 or int(table.max()) >= num_pages:
+        raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{num_pages - 1}")
+    return table, np.cumsum(sizes) - sizes - firsts
