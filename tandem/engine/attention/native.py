@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
-from tandem.engine.kernels.native import SUFFIXES, Function, NativeLibrary
+from tandem.engine.kernels.native import SUFFIXES, NativeLibrary
 from tandem.engine.kv_pool import KvPool
 
 CHUNK_ROWS = 48
@@ -58,7 +58,10 @@ class NativeAttention:
         self.dtype = pool.plane("k", 0).dtype
         if self.dtype not in SUFFIXES or pool.device.type != "cpu":
             raise ValueError(f"native attention serves bfloat16 and float32 on CPUs; got {self.dtype}, {pool.device}")
-        self.kernel: Function = library.kernels("attend")[self.dtype]
+        self.library, self.kernel = library, library.kernels("attend")[self.dtype]
+        self.plans: dict[tuple[int, int], _Plan] = {}
+        """By layer group and query heads for each KV head: where the kernel finds the plan of the step."""
+        self.current: NativePlan | None = None
         self._threads = library.threads
         self._groups = {layer: at for at, group in enumerate(pool.layout.groups) for layer in group.layers}
         self._layers: dict[tuple[int, int, AttentionForm], _Layer] = {}
@@ -71,7 +74,8 @@ class NativeAttention:
         if len(batch.pages) != len(windows):
             raise ValueError(f"pages of {len(batch.pages)} layer groups; the layout has {len(windows)}")
         tables = [self._table(batch, pages, window) for pages, window in zip(batch.pages, windows, strict=True)]
-        return NativePlan(self, batch, tables)
+        self.current = NativePlan(self, batch, tables)
+        return self.current
 
     def _table(self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None) -> tuple[IntArray, IntArray]:
         """The visible page numbers of all rows, and where each row's page 0 is or would be among them."""
@@ -117,20 +121,24 @@ class NativePlan:
 
     def __init__(self, backend: NativeAttention, batch: AttentionBatch, tables: Sequence[tuple[IntArray, IntArray]]):
         self._backend = backend
-        self._kernel = backend.kernel
         self._dtype = backend.dtype
         starts, counts = (np.ascontiguousarray(part, dtype=np.int64) for part in (batch.starts, batch.counts))
         ends = counts.cumsum()
         self._tokens = int(ends[-1])
-        self._alive: list[IntArray] = [starts, counts, ends - counts]
-        self._starts_counts = self._alive
+        self._rows = (starts, counts, ends - counts)
+        self._alive: list[IntArray] = []
+        """What the kernel's plan points to."""
         self._tables = tables
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._filled: set[tuple[int, int]] = set()
+        for key in backend.plans:
+            self._fill(key)
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
         """See `AttentionPlan.run`. Raises ValueError when the tensors do not fit the batch or the pool."""
+        if self._backend.current is not self:
+            raise ValueError("another step was planned since")
         tokens, heads, dim = query.shape
         about = self._backend.layer(layer, heads, form)
         shape = (tokens, about.kv_heads, dim)
@@ -144,24 +152,26 @@ class NativePlan:
         query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
         if not query_strides[2] == key_strides[2] == value_strides[2] == 1:
             raise ValueError("the last dimension of query, key and value must be dense")
-        out = torch.empty((tokens, heads, dim), dtype=self._dtype)
-        plan = self._plan(self._backend.group_of(layer), heads // about.kv_heads)
-        self._kernel(
-            ctypes.byref(plan), ctypes.byref(about),
+        out = self._backend.library.empty((tokens, heads, dim), self._dtype)
+        plan = self._fill((self._backend.group_of(layer), heads // about.kv_heads))
+        self._backend.library.call(
+            self._backend.kernel, (query, key, value), ctypes.addressof(plan), ctypes.addressof(about),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
             *query_strides[:2], *key_strides[:2], *value_strides[:2],
         )  # fmt: skip
         return out
 
-    def _plan(self, group: int, heads_per_kv: int) -> _Plan:
-        plan = self._plans.get((group, heads_per_kv))
-        if plan is None:
-            plan = self._plans[group, heads_per_kv] = self._make_plan(group, max(1, CHUNK_ROWS // heads_per_kv))
+    def _fill(self, key: tuple[int, int]) -> _Plan:
+        """The plan's place for a layer group and heads for each KV head, filled for this batch."""
+        plan = self._backend.plans.setdefault(key, _Plan())
+        if key not in self._filled:
+            self._filled.add(key)
+            self._write(plan, key[0], max(1, CHUNK_ROWS // key[1]))
         return plan
 
-    def _make_plan(self, group: int, tile: int) -> _Plan:
+    def _write(self, plan: _Plan, group: int, tile: int) -> None:
         """Tasks in order of rows; a chunk is cut into tiles of so many new tokens."""
-        starts, counts, firsts = self._starts_counts[:3]
+        starts, counts, firsts = self._rows
         table, offsets = self._tables[group]
         if int(counts.max()) == 1:
             rows, task_firsts = np.arange(len(counts)), np.zeros(len(counts), dtype=np.int64)
@@ -172,7 +182,9 @@ class NativePlan:
         arrays = [starts, counts, firsts, table, offsets, rows, task_firsts]
         self._alive += arrays
         where = [array.ctypes.data for array in arrays]
-        return _Plan(len(counts), *where[:5], self._backend.pool.page_size, len(rows), *where[5:], tile)
+        plan.__init__(  # type: ignore[misc]
+            len(counts), *where[:5], self._backend.pool.page_size, len(rows), *where[5:], tile
+        )
 
 
 def _kinds(pool: KvPool) -> list[tuple[int, int, str]]:

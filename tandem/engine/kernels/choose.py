@@ -13,7 +13,8 @@ from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.attention.native import NativeAttention
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kernels.build import KernelsUnavailable, build_library, find_compiler
-from tandem.engine.kernels.native import NativeLibrary, NativeOps
+from tandem.engine.kernels.native import NativeLibrary
+from tandem.engine.kernels.native_ops import NativeOps
 from tandem.engine.kernels.ops import Ops, TorchOps
 from tandem.engine.kv_pool import KvPool
 from tandem.errors import ConfigError

@@ -13,6 +13,18 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 class Ops(Protocol):
     """Stateless; tensors lie on one device. Results are fresh tensors unless the method says otherwise."""
 
+    def embed(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """`[tokens]`, int64, `-> [tokens, size]`: rows of the table `[vocabulary, size]`."""
+
+    def angles(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines `[tokens, 1, 2 * half]` of `positions` `[tokens]`; float32 inside.
+
+        frequencies: radians per position, float32, `[half]` or `[tokens, half]`. The sines of the first half are
+        negative, as `rotate` needs them; both are multiplied by `scaling`.
+        """
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """`[..., size] -> [..., size]` in the dtype of `x`; float32 inside."""
 
@@ -47,6 +59,18 @@ class Ops(Protocol):
 
 class TorchOps:
     """The reference, on every device."""
+
+    def embed(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """See `Ops`."""
+        return functional.embedding(tokens, table)
+
+    def angles(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Ops`."""
+        phase = (positions[:, None].float() * frequencies)[:, None]
+        cos, sin = (phase.cos() * scaling).to(dtype), (phase.sin() * scaling).to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Ops`. Zhang and Sennrich 2019, arXiv:1910.07467."""

@@ -123,7 +123,7 @@ class Decoder:
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.blocks = [Block(config, layer, place, method) for layer in range(config.num_layers)]
         self.norm = make_norm(config.hidden_size, config.norm, place)
-        self.ropes = [RotaryEmbedding(rope, config.max_positions, place.device) for rope in config.ropes]
+        self.ropes = [RotaryEmbedding(rope, config.max_positions, place.device, place.ops) for rope in config.ropes]
         self.head = (
             self.embedding if config.tied_embeddings else Embedding(config.vocab_size, config.hidden_size, place)
         )

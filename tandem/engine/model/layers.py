@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from tandem.engine.kernels.ops import Ops, TorchOps
 from tandem.engine.model.config import NormConfig
@@ -147,7 +146,8 @@ class Embedding:
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self.weight = place.empty(vocab_size, hidden_size)
+        self._ops = place.ops
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[tokens] -> [tokens, hidden]`"""
-        return functional.embedding(tokens, self.weight)
+        return self._ops.embed(tokens, self.weight)

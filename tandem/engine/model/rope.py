@@ -16,20 +16,19 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 class RotaryEmbedding:
     """Angles for positions; the pairs that turn together are (i, i + rotary_dim / 2), as in HF checkpoints."""
 
-    def __init__(self, config: RopeConfig, max_positions: int, device: torch.device) -> None:
+    def __init__(self, config: RopeConfig, max_positions: int, device: torch.device, ops: Ops) -> None:
         self.config = config
         self.max_positions = max_positions
         frequencies, self.scaling = inverse_frequencies(config)
         self.frequencies = frequencies.to(device)
+        self._ops = ops
 
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> Angles:
         """Cosines and signed sines `[tokens, 1, rotary_dim]` in `dtype` for `positions` `[tokens]`; float32 inside.
 
         The sines of the first half are negative, as `Ops.rotate` needs them.
         """
-        phase = (positions[:, None].float() * self._frequencies_at(positions))[:, None]
-        cos, sin = (phase.cos() * self.scaling).to(dtype), (phase.sin() * self.scaling).to(dtype)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return self._ops.angles(positions, self._frequencies_at(positions), self.scaling, dtype)
 
     def _frequencies_at(self, positions: torch.Tensor) -> torch.Tensor:
         """`[rotary_dim / 2]`, or `[tokens, rotary_dim / 2]` where dynamic NTK has begun to stretch.

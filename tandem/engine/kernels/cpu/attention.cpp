@@ -64,6 +64,13 @@ INLINE void locate(const Plan &plan, const Layer &layer, int64_t row, int64_t he
     }
 }
 
+// Brings the keys or values at these offsets nearer. Pages lie anywhere, and no processor guesses the next one.
+template <class T> INLINE void fetch(const T *plane, const int64_t *offsets, int64_t count, int64_t dim) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t i = 0; i < dim; i += LINE) __builtin_prefetch(plane + offsets[k] + i);
+}
+
 template <class T>
 void write(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t row, int64_t first, int64_t count,
            int64_t head) {
@@ -124,44 +131,150 @@ template <class T> INLINE void score(const T *query, const T *const *keys, int64
     store_sums(total, out);
 }
 
-// out[query][dim] += weights[query][0..count) * values, for QUERIES queries; VECTORS vectors of dim at once.
-template <class T, int QUERIES, int VECTORS>
-INLINE void gather_values(const float *weights, const T *values, const int64_t *offsets, int64_t count, float *out,
-                          int64_t dim, int64_t n) {
-    vf total[QUERIES][VECTORS];
-    for (int q = 0; q < QUERIES; q++)
-        for (int v = 0; v < VECTORS; v++) total[q][v] = load_some(out + q * dim + v * LANES, n);
-    for (int64_t k = 0; k < count; k++) {
-        vf value[VECTORS];
+// Values of keys that lie anywhere, and of keys that were laid side by side.
+template <class T> struct Scattered {
+    const T *values;
+    const int64_t *offsets;
+    int64_t count;
+};
+template <class T> struct Dense;
+template <> struct Dense<float> {
+    const float *values;
+    int64_t stride, count;
+};
+
+INLINE const float *value_of(const Scattered<float> &from, int64_t k) { return from.values + from.offsets[k]; }
+INLINE const bf16 *value_of(const Scattered<bf16> &from, int64_t k) { return from.values + from.offsets[k]; }
+INLINE const float *value_of(const Dense<float> &from, int64_t k) { return from.values + k * from.stride; }
+
+// out[query][dim] += weights[query][0..count) * values, for QUERIES queries and two vectors of the dimension at once.
+template <int QUERIES, class From>
+INLINE void multiply(const float *weights, const From &from, float *out, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 2 * LANES) {
+        int64_t low = dim - i < LANES ? dim - i : LANES, high = dim - i - low < LANES ? dim - i - low : LANES;
+        vf total[QUERIES][2];
+        for (int q = 0; q < QUERIES; q++) {
+            total[q][0] = load_some(out + q * dim + i, low);
+            total[q][1] = high ? load_some(out + q * dim + i + low, high) : (vf){};
+        }
+        for (int64_t k = 0; k < from.count; k++) {
+            auto value = value_of(from, k) + i;
+            vf first = load_some(value, low), second = high ? load_some(value + low, high) : (vf){};
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) value[v] = load_some(values + offsets[k] + v * LANES, n);
-#pragma GCC unroll 8
-        for (int q = 0; q < QUERIES; q++)
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) total[q][v] += weights[q * BLOCK + k] * value[v];
+            for (int q = 0; q < QUERIES; q++) {
+                total[q][0] += weights[q * BLOCK + k] * first;
+                total[q][1] += weights[q * BLOCK + k] * second;
+            }
+        }
+        for (int q = 0; q < QUERIES; q++) {
+            store_some(out + q * dim + i, total[q][0], low);
+            if (high) store_some(out + q * dim + i + low, total[q][1], high);
+        }
     }
-    for (int q = 0; q < QUERIES; q++)
-        for (int v = 0; v < VECTORS; v++) store_some(out + q * dim + v * LANES, total[q][v], n);
 }
 
-template <class T, int QUERIES>
-INLINE void add_values_of(const float *weights, const T *values, const int64_t *offsets, int64_t count, float *out,
-                          int64_t dim) {
-    int64_t i = 0;
-    for (; i + 2 * LANES <= dim; i += 2 * LANES)
-        gather_values<T, QUERIES, 2>(weights, values + i, offsets, count, out + i, dim, LANES);
-    for (; i + LANES <= dim; i += LANES)
-        gather_values<T, QUERIES, 1>(weights, values + i, offsets, count, out + i, dim, LANES);
-    if (i < dim) gather_values<T, QUERIES, 1>(weights, values + i, offsets, count, out + i, dim, dim - i);
+#ifdef TANDEM_BF16_DOT
+// Two keys' values interleaved, [key pair][dimension]: what the product of bfloat16 pairs takes.
+struct Pairs {
+    const uint32_t *units;
+    int64_t stride, count;
+};
+
+INLINE __m512i some_of(const bf16 *p, int64_t n) {
+    return _mm512_maskz_loadu_epi16(n >= 32 ? ~(__mmask32)0 : (__mmask32)((1u << n) - 1), p);
 }
 
-template <class T>
-INLINE void add_values(const float *weights, const T *values, const int64_t *offsets, int64_t count, float *out,
-                       int64_t dim, int64_t queries) {
+INLINE void pair_of(const Scattered<bf16> &from, int64_t k, int64_t i, int64_t n, __m512bh *out) {
+    const int16_t o = 32; // of the second source
+    const __m512i low = _mm512_set_epi16(o + 15, 15, o + 14, 14, o + 13, 13, o + 12, 12, o + 11, 11, o + 10, 10, o + 9, 9,
+                                         o + 8, 8, o + 7, 7, o + 6, 6, o + 5, 5, o + 4, 4, o + 3, 3, o + 2, 2, o + 1, 1,
+                                         o, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    __m512i a = some_of(from.values + from.offsets[k] + i, n), b = _mm512_setzero_si512();
+    if (k + 1 < from.count) b = some_of(from.values + from.offsets[k + 1] + i, n);
+    out[0] = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+    out[1] = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+}
+
+INLINE void pair_of(const Pairs &from, int64_t k, int64_t i, int64_t, __m512bh *out) {
+    const uint32_t *units = from.units + k / 2 * from.stride + i;
+    out[0] = (__m512bh)_mm512_loadu_si512(units);
+    out[1] = (__m512bh)_mm512_loadu_si512(units + 16);
+}
+
+// `multiply` with weights rounded to bfloat16, as the values are: two keys at once.
+template <int QUERIES, class From>
+INLINE void multiply_pairs(const float *weights, const From &from, float *out, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 32) {
+        int64_t n = dim - i < 32 ? dim - i : 32, low = n < 16 ? n : 16, high = n - low;
+        __m512 total[QUERIES][2];
+        for (int q = 0; q < QUERIES; q++) {
+            total[q][0] = (__m512)load_some(out + q * dim + i, low);
+            total[q][1] = high ? (__m512)load_some(out + q * dim + i + low, high) : _mm512_setzero_ps();
+        }
+        for (int64_t k = 0; k < from.count; k += 2) {
+            __m512bh value[2];
+            pair_of(from, k, i, n, value);
+#pragma GCC unroll 8
+            for (int q = 0; q < QUERIES; q++) {
+                int32_t pair;
+                memcpy(&pair, weights + q * BLOCK + k / 2, 4);
+                __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+                total[q][0] = _mm512_dpbf16_ps(total[q][0], value[0], weight);
+                total[q][1] = _mm512_dpbf16_ps(total[q][1], value[1], weight);
+            }
+        }
+        for (int q = 0; q < QUERIES; q++) {
+            store_some(out + q * dim + i, (vf)total[q][0], low);
+            if (high) store_some(out + q * dim + i + low, (vf)total[q][1], high);
+        }
+    }
+}
+
+// A row of weights to bfloat16, in its own first half.
+INLINE void round_weights(float *weights) {
+    for (int k = 0; k < BLOCK; k += 32) {
+        __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)load(weights + k + 16), (__m512)load(weights + k));
+        memcpy(weights + k / 2, &pairs, sizeof pairs);
+    }
+}
+
+template <int QUERIES> INLINE void add_some(const float *weights, const Scattered<bf16> &from, float *out, int64_t dim) {
+    multiply_pairs<QUERIES>(weights, from, out, dim);
+}
+template <int QUERIES> INLINE void add_some(const float *weights, const Pairs &from, float *out, int64_t dim) {
+    multiply_pairs<QUERIES>(weights, from, out, dim);
+}
+#else
+template <int QUERIES> INLINE void add_some(const float *weights, const Scattered<bf16> &from, float *out, int64_t dim) {
+    multiply<QUERIES>(weights, from, out, dim);
+}
+#endif
+template <int QUERIES, class From> INLINE void add_some(const float *weights, const From &from, float *out, int64_t dim) {
+    multiply<QUERIES>(weights, from, out, dim);
+}
+
+template <class T> INLINE void finish_weights(float *weights) {
+#ifdef TANDEM_BF16_DOT
+    if (sizeof(T) == 2) round_weights(weights);
+#endif
+    (void)weights;
+}
+
+template <class From>
+INLINE void add_values(const float *weights, const From &from, float *out, int64_t dim, int64_t queries) {
     int64_t q = 0;
-    for (; q + 4 <= queries; q += 4) add_values_of<T, 4>(weights + q * BLOCK, values, offsets, count, out + q * dim, dim);
-    for (; q + 2 <= queries; q += 2) add_values_of<T, 2>(weights + q * BLOCK, values, offsets, count, out + q * dim, dim);
-    for (; q < queries; q++) add_values_of<T, 1>(weights + q * BLOCK, values, offsets, count, out + q * dim, dim);
+    for (; q + 8 <= queries; q += 8) add_some<8>(weights + q * BLOCK, from, out + q * dim, dim);
+    weights += q * BLOCK, out += q * dim;
+    switch (queries - q) {
+    case 1: return add_some<1>(weights, from, out, dim);
+    case 2: return add_some<2>(weights, from, out, dim);
+    case 3: return add_some<3>(weights, from, out, dim);
+    case 4: return add_some<4>(weights, from, out, dim);
+    case 5: return add_some<5>(weights, from, out, dim);
+    case 6: return add_some<6>(weights, from, out, dim);
+    case 7: return add_some<7>(weights, from, out, dim);
+    }
 }
 
 INLINE void rescale(float *out, int64_t dim, float factor) {
@@ -182,10 +295,14 @@ template <class T> void decode(const Plan &plan, const Layer &layer, const Tenso
     float *total = best + group;
     for (int64_t i = 0; i < group * dim; i++) out[i] = 0;
     for (int64_t g = 0; g < group; g++) best[g] = -INF, total[g] = 0;
-    int64_t offsets[BLOCK];
-    for (int64_t first = begin; first < end; first += BLOCK) {
-        int64_t count = end - first < BLOCK ? end - first : BLOCK;
-        locate(plan, layer, row, head, first, count, offsets);
+    int64_t places[2][BLOCK], *offsets = places[0], *after = places[1];
+    int64_t count = end - begin < BLOCK ? end - begin : BLOCK;
+    locate(plan, layer, row, head, begin, count, offsets);
+    fetch(keys, offsets, count, dim);
+    for (int64_t first = begin, next; first < end; first += BLOCK, count = next) {
+        fetch(values, offsets, count, dim);
+        next = end - first - count < BLOCK ? end - first - count : BLOCK;
+        locate(plan, layer, row, head, first + BLOCK, next, after);
         for (int64_t k = 0; k < count; k += TILE) {
             const T *tile[TILE];
             for (int64_t i = 0; i < TILE; i++) tile[i] = keys + offsets[k + i < count ? k + i : count - 1];
@@ -193,13 +310,18 @@ template <class T> void decode(const Plan &plan, const Layer &layer, const Tenso
                 score(t.query + token * t.query_token + (head * group + g) * t.query_head, tile, dim,
                       scores + g * BLOCK + k);
         }
+        fetch(keys, after, next, dim);
         for (int64_t g = 0; g < group; g++) {
             float *mine = scores + g * BLOCK;
             for (int64_t k = 0; k < count; k += LANES) store(mine + k, scaled(load(mine + k), layer));
             for (int64_t k = count; k < BLOCK; k++) mine[k] = -INF;
             rescale(out + g * dim, dim, soften(mine, best[g], total[g]));
+            finish_weights<T>(mine);
         }
-        add_values(scores, values, offsets, count, out, dim, group);
+        add_values(scores, Scattered<T>{values, offsets, count}, out, dim, group);
+        int64_t *swap = offsets;
+        offsets = after;
+        after = swap;
     }
     for (int64_t g = 0; g < group; g++)
         put(out + g * dim, total[g], t.out + (token * layer.heads + head * group + g) * dim, dim);
@@ -299,6 +421,31 @@ INLINE void score_tile(const uint32_t *query, const uint32_t *keys, int64_t unit
     }
 }
 
+// The values of a block, laid out once where many queries use them.
+template <class T>
+INLINE void add_block(const float *weights, const Scattered<T> &from, float *out, int64_t dim, int64_t queries,
+                      float *block) {
+    if (queries <= 8) return add_values(weights, from, out, dim, queries);
+#ifdef TANDEM_BF16_DOT
+    if constexpr (sizeof(T) == 2) {
+        int64_t stride = (dim + 31) / 32 * 32;
+        uint32_t *units = (uint32_t *)block;
+        for (int64_t k = 0; k < from.count; k += 2)
+            for (int64_t i = 0; i < dim; i += 32) {
+                __m512bh pair[2];
+                pair_of(from, k, i, dim - i, pair);
+                memcpy(units + k / 2 * stride + i, pair, sizeof pair);
+            }
+        return add_values(weights, Pairs{units, stride, from.count}, out, dim, queries);
+    }
+#endif
+    for (int64_t k = 0; k < from.count; k++)
+        over(dim, [&](int64_t i, int64_t n) {
+            store_some(block + k * dim + i, load_some(from.values + from.offsets[k] + i, n), n);
+        });
+    add_values(weights, Dense<float>{block, dim, from.count}, out, dim, queries);
+}
+
 // A chunk's queries [first, first + count) of one row and the heads of one KV head, in rows ordered (token, head).
 template <class T>
 void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t row, int64_t first, int64_t count,
@@ -306,9 +453,9 @@ void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
     int64_t group = layer.heads / layer.kv_heads, dim = layer.dim, rows = count * group;
     int64_t units = (dim + Unit<T>::SIZE - 1) / Unit<T>::SIZE;
     const T *keys = (const T *)layer.keys, *values = (const T *)layer.values;
-    float *out = scratch(rows * (dim + BLOCK + 2 + units) + BLOCK * (units + dim)), *scores = out + rows * dim;
+    float *out = scratch(rows * (dim + BLOCK + 2 + units) + BLOCK * (units + dim + 32)), *scores = out + rows * dim;
     float *best = scores + rows * BLOCK, *total = best + rows, *block = total + rows;
-    uint32_t *query = (uint32_t *)(block + BLOCK * dim), *turned = query + rows * units;
+    uint32_t *query = (uint32_t *)(block + BLOCK * (dim + 32)), *turned = query + rows * units;
     for (int64_t r = 0; r < rows; r++) {
         const T *q = t.query + (plan.tokens[row] + first + r / group) * t.query_token +
                      (head * group + r % group) * t.query_head;
@@ -317,16 +464,16 @@ void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
         best[r] = -INF, total[r] = 0;
     }
     for (int64_t i = 0; i < rows * dim; i++) out[i] = 0;
-    int64_t position = plan.starts[row] + first, end = position + count, offsets[BLOCK], identity[BLOCK];
-    for (int64_t k = 0; k < BLOCK; k++) identity[k] = k * dim;
-    for (int64_t from = first_visible(layer, position); from < end; from += BLOCK) {
-        int64_t keys_here = end - from < BLOCK ? end - from : BLOCK;
-        locate(plan, layer, row, head, from, keys_here, offsets);
+    int64_t position = plan.starts[row] + first, end = position + count, from = first_visible(layer, position);
+    int64_t places[2][BLOCK], *offsets = places[0], *after = places[1];
+    int64_t keys_here = end - from < BLOCK ? end - from : BLOCK;
+    locate(plan, layer, row, head, from, keys_here, offsets);
+    for (int64_t next; from < end; from += BLOCK, keys_here = next) {
+        next = end - from - keys_here < BLOCK ? end - from - keys_here : BLOCK;
+        fetch(values, offsets, keys_here, dim);
+        locate(plan, layer, row, head, from + BLOCK, next, after);
         transpose(keys, offsets, keys_here, dim, turned);
-        for (int64_t k = 0; k < keys_here; k++)
-            over(dim, [&](int64_t i, int64_t n) {
-                store_some(block + k * dim + i, load_some(values + offsets[k] + i, n), n);
-            });
+        fetch(keys, after, next, dim);
         // Rows whose last key stands before this block have nothing to see in it.
         int64_t r = from > position ? (from - position) * group : 0, skipped = r;
         for (; r + 6 <= rows; r += 6)
@@ -342,8 +489,13 @@ void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
             for (int64_t k = 0; k < low && k < BLOCK; k++) mine[k] = -INF;
             for (int64_t k = high; k < BLOCK; k++) mine[k] = -INF;
             rescale(out + r * dim, dim, soften(mine, best[r], total[r]));
+            finish_weights<T>(mine);
         }
-        add_values(scores + skipped * BLOCK, block, identity, keys_here, out + skipped * dim, dim, rows - skipped);
+        add_block(scores + skipped * BLOCK, Scattered<T>{values, offsets, keys_here}, out + skipped * dim, dim,
+                  rows - skipped, block);
+        int64_t *swap = offsets;
+        offsets = after;
+        after = swap;
     }
     for (int64_t r = 0; r < rows; r++)
         put(out + r * dim, total[r],
@@ -371,13 +523,11 @@ template <class T> void attend(const Plan &plan, const Layer &layer, const Tenso
 
 } // namespace
 
+// [plan, layer, query, key, value, out, strides of token and head of query, key, value]
 #define ATTEND(SUFFIX, T)                                                                                               \
-    extern "C" void tandem_attend_##SUFFIX(const Plan *plan, const Layer *layer, const T *query, const T *key,          \
-                                           const T *value, T *out, int64_t query_token, int64_t query_head,             \
-                                           int64_t key_token, int64_t key_head, int64_t value_token,                    \
-                                           int64_t value_head) {                                                        \
-        attend<T>(*plan, *layer,                                                                                        \
-                  {query, key, value, out, query_token, query_head, key_token, key_head, value_token, value_head});     \
+    extern "C" void tandem_attend_##SUFFIX(const int64_t *a) {                                                          \
+        attend<T>(*at<Plan>(a[0]), *at<Layer>(a[1]),                                                                    \
+                  {at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), at<T>(a[5]), a[6], a[7], a[8], a[9], a[10], a[11]});          \
     }
 ATTEND(bf16, bf16)
 ATTEND(f32, float)

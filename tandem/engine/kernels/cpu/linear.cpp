@@ -111,13 +111,14 @@ template <class T> void linear(const Job<T> &job, int threads) {
 
 } // namespace
 
-// x [rows, inputs], rows x_stride elements apart; w [outputs, inputs], bias [outputs] or null, both dense;
-// residual [rows, outputs] or null; y [rows, outputs], dense, float32 when `wide`.
-#define LINEAR(NAME, T)                                                                                                 \
-    extern "C" void NAME(const T *x, const T *w, const T *bias, const T *residual, void *y, int64_t rows,               \
-                         int64_t inputs, int64_t outputs, int64_t x_stride, int64_t residual_stride, int wide,           \
-                         int threads) {                                                                                 \
-        linear<T>({x, w, bias, residual, y, rows, inputs, outputs, x_stride, residual_stride, wide != 0}, threads);      \
+// [x, w, bias, residual, y, rows, inputs, outputs, x_stride, residual_stride, wide, threads]: x [rows, inputs], rows
+// x_stride elements apart; w [outputs, inputs], bias [outputs] or null, both dense; residual [rows, outputs] or null;
+// y [rows, outputs], dense, float32 when `wide`.
+#define LINEAR(SUFFIX, T)                                                                                               \
+    extern "C" void tandem_linear_##SUFFIX(const int64_t *a) {                                                          \
+        linear<T>({at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<void>(a[4]), a[5], a[6], a[7], a[8], a[9],    \
+                   a[10] != 0},                                                                                         \
+                  (int)a[11]);                                                                                          \
     }
-LINEAR(tandem_linear_bf16, bf16)
-LINEAR(tandem_linear_f32, float)
+LINEAR(bf16, bf16)
+LINEAR(f32, float)

@@ -89,26 +89,61 @@ template <class T> void gated(int kind, const T *x, T *out, int64_t rows, int64_
     return gated_rows<T, GELU_TANH>(x, out, rows, inner, stride, threads);
 }
 
+// A token that the table has not gets NaN: its sequence then ends with an error, and no foreign memory is read.
+template <class T> void embed(const int64_t *tokens, const T *table, T *out, int64_t count, int64_t rows, int64_t size) {
+    for (int64_t i = 0; i < count; i++) {
+        if (tokens[i] >= 0 && tokens[i] < rows)
+            memcpy(out + i * size, table + tokens[i] * size, size * sizeof(T));
+        else
+            memset((void *)(out + i * size), 0xff, size * sizeof(T));
+    }
+}
+
+// Cosines and signed sines of each position, as `rotate` takes them.
+template <class T>
+void angles(const int64_t *positions, const float *frequencies, T *cos, T *sin, int64_t count, int64_t half,
+            float scaling) {
+    for (int64_t i = 0; i < count; i++, cos += 2 * half, sin += 2 * half)
+        for (int64_t j = 0; j < half; j++) {
+            float phase = (float)positions[i] * frequencies[j];
+            cos[j] = cos[half + j] = round_to<T>(std::cos(phase) * scaling);
+            sin[half + j] = round_to<T>(std::sin(phase) * scaling);
+            sin[j] = round_to<T>(-std::sin(phase) * scaling);
+        }
+}
+
 } // namespace
 
+// rms_norm: [x, weight, out, outer, inner, size, outer_stride, inner_stride, eps, threads]
+// add_rms_norm: [x, y, weight, total, out, rows, size, eps, threads]
+// rotate: [x, cos, sin, out, outer, inner, size, outer_stride, inner_stride, threads]
+// gated: [activation, x, out, rows, inner, stride, threads]
+// embed: [tokens, table, out, count, rows, size]
+// angles: [positions, frequencies, cos, sin, count, half, scaling]
 #define OPS(SUFFIX, T)                                                                                                  \
-    extern "C" void tandem_rms_norm_##SUFFIX(const T *x, const T *weight, T *out, int64_t outer, int64_t inner,         \
-                                             int64_t size, int64_t outer_stride, int64_t inner_stride, float eps,       \
-                                             int threads) {                                                             \
-        rms_norm(x, weight, out, {outer, inner, size, outer_stride, inner_stride}, eps, threads);                       \
+    extern "C" void tandem_rms_norm_##SUFFIX(const int64_t *a) {                                                        \
+        rms_norm(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), {a[3], a[4], a[5], a[6], a[7]}, real(a[8]), (int)a[9]);         \
     }                                                                                                                   \
-    extern "C" void tandem_add_rms_norm_##SUFFIX(const T *x, const T *y, const T *weight, T *total, T *out,             \
-                                                 int64_t rows, int64_t size, float eps, int threads) {                  \
-        add_rms_norm(x, y, weight, total, out, rows, size, eps, threads);                                               \
+    extern "C" void tandem_add_rms_norm_##SUFFIX(const int64_t *a) {                                                    \
+        add_rms_norm(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), a[5], a[6], real(a[7]),           \
+                     (int)a[8]);                                                                                        \
     }                                                                                                                   \
-    extern "C" void tandem_rotate_##SUFFIX(const T *x, const T *cos, const T *sin, T *out, int64_t outer,               \
-                                           int64_t inner, int64_t size, int64_t outer_stride, int64_t inner_stride,     \
-                                           int threads) {                                                               \
-        rotate(x, cos, sin, out, {outer, inner, size, outer_stride, inner_stride}, threads);                            \
+    extern "C" void tandem_rotate_##SUFFIX(const int64_t *a) {                                                          \
+        rotate(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), {a[4], a[5], a[6], a[7], a[8]}, (int)a[9]);          \
     }                                                                                                                   \
-    extern "C" void tandem_gated_##SUFFIX(int kind, const T *x, T *out, int64_t rows, int64_t inner, int64_t stride,    \
-                                          int threads) {                                                                \
-        gated(kind, x, out, rows, inner, stride, threads);                                                              \
+    extern "C" void tandem_gated_##SUFFIX(const int64_t *a) {                                                           \
+        gated((int)a[0], at<T>(a[1]), at<T>(a[2]), a[3], a[4], a[5], (int)a[6]);                                        \
+    }                                                                                                                   \
+    extern "C" void tandem_embed_##SUFFIX(const int64_t *a) {                                                           \
+        embed(at<int64_t>(a[0]), at<T>(a[1]), at<T>(a[2]), a[3], a[4], a[5]);                                           \
+    }                                                                                                                   \
+    extern "C" void tandem_angles_##SUFFIX(const int64_t *a) {                                                          \
+        angles(at<int64_t>(a[0]), at<float>(a[1]), at<T>(a[2]), at<T>(a[3]), a[4], a[5], real(a[6]));                   \
     }
 OPS(bf16, bf16)
 OPS(f32, float)
+
+// Runs recorded calls, [function, arguments] each, in order.
+extern "C" void tandem_replay(const int64_t *calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++) ((void (*)(const int64_t *))calls[2 * i])(at<const int64_t>(calls[2 * i + 1]));
+}

@@ -90,7 +90,22 @@ template <class T> INLINE void store_part(T *p, vf x, int64_t n) {
     memcpy(p, part, n * sizeof(T));
 }
 
-// Runs body(vector, index, elements) over n elements, the last of which may be fewer than a vector.
+// Arguments are 64-bit words: pointers, numbers, and the bits of doubles.
+template <class T> INLINE T *at(int64_t word) { return (T *)(uintptr_t)word; }
+
+INLINE float real(int64_t word) {
+    double x;
+    memcpy(&x, &word, 8);
+    return (float)x;
+}
+
+template <class T> INLINE T round_to(float x) {
+    T out;
+    store_part(&out, splat(x), 1);
+    return out;
+}
+
+// Runs body(index, elements) over n elements, the last of which may be fewer than a vector.
 template <class F> INLINE void over(int64_t n, F body) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) body(i, (int64_t)LANES);
