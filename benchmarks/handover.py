@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,7 @@ from kvtransfer.base import MIB, Identity, Landing
 from kvtransfer.inbound import InboundSettings, PairClient
 from kvtransfer.layout import SLAB_SPANS, cut, span_limit
 from kvtransfer.manifest import digest
-from kvtransfer.slab import SlabBudget
+from kvtransfer.slab import SlabBudget, allocate_memory
 from kvtransfer.transfer_thread import TransferThread
 from tandem.cluster import Ticket, new_id
 from tandem.config import DecodeConfig, PrefillConfig
@@ -145,7 +144,7 @@ def stages(case: Case, size: int, count: int) -> dict[str, float]:
     """GB/s of each step of the path alone, on one span after another: what limits the whole."""
     _, pool = make_engine(case, cached=False)
     pages = list(range(case.tokens // case.page_size + 1))
-    buffers = [np.zeros(size, dtype=np.uint8) for _ in range(SLAB_SPANS)]
+    buffers = [allocate_memory(size) for _ in range(SLAB_SPANS)]
 
     def rate(work: Callable[[int], object]) -> float:
         work(0)
