@@ -20,7 +20,10 @@ _TOOL = {
     "function": {
         "name": _NAME,
         "description": "A probe.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A probe."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"tandemparameter": {"type": "string", "description": "A probe."}},
+        },
     },
 }
 _CALL_ID = "probe1234"

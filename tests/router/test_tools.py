@@ -56,7 +56,7 @@ FUNCTION = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 TOOLS = [{"type": "function", "function": FUNCTION}, {"type": "function", "function": {"name": "now"}}]
-ASK = {"messages": [{"role": "user", "content": "Weather in Paris?"}], "tools": TOOLS, "temperature": 0}
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Weather in Paris?"}], "tools": TOOLS, "temperature": 0}
 ARGUMENTS = '{"city": "Paris \\"é\\" {}"}'
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": ' + ARGUMENTS + "}\n</tool_call>"
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -209,7 +209,8 @@ async def test_what_is_no_call_is_text(serve: Any) -> None:
 
 async def test_without_tools_calls_are_text_too(serve: Any) -> None:
     async with serve() as served:
-        for fields in ({"tools": None}, {"tools": []}, {"tool_choice": "none"}):
+        cases: list[dict[str, Any]] = [{"tools": None}, {"tools": []}, {"tool_choice": "none"}]
+        for fields in cases:
             choice = (await served.ask(CALL, **fields))["choices"][0]
             assert choice["message"]["content"] == CALL
             assert "get_weather" not in served.prompt
@@ -375,8 +376,8 @@ async def test_what_was_chosen_is_logged(serve: Any, caplog: pytest.LogCaptureFi
     assert "reasoning parser: think (asked for: auto)" in said
 
 
-RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
-CALLED = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "a", "content": "x"}
+CALLED: dict[str, Any] = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 
 
 def declared(**function: Any) -> dict[str, Any]:

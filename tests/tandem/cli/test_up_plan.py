@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from tandem.cli.up import plan
 from tandem.config import UpConfig
 
 
-def flags(**settings: str) -> dict[str, str]:
+def flags(**settings: Any) -> dict[str, str]:
     """The router's flags and their values."""
     router, _ = plan(UpConfig(model="m", port=1, **settings), "m")
     return dict(itertools.pairwise(router.arguments))
