@@ -30,7 +30,7 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     model = load_model(Path(config.model), config.dtype, device, choose_kernels(config.kernels, device))
     pages = count_pages(config, model.layout)
     pool = KvPool(model.layout, pages, config.page_size, device)
-    runner = Runner(model.module, pool, model.config.vocab_size, device, model.kernels.attention(pool))
+    runner = Runner(model.module, pool, model.config.vocab_size, device, kernels=model.kernels)
     size = pages * _page_bytes(config, model.layout) / MIB
     log.info("KV memory: %d pages of %d tokens, %.1f MiB", pages, config.page_size, size)
     return Engine(runner, pool, engine_config(config)), model

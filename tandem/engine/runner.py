@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tandem.engine.attention.base import AttentionBackend, AttentionBatch
+from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan, IntArray
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.grammar.masks import MaskFiller
-from tandem.engine.kv_pool import KvPool
+from tandem.engine.kernels.choose import Kernels
+from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
 from tandem.engine.sampler import sample, top_logprobs
 from tandem.engine.sequence import Batch, Row, Sampled
@@ -28,31 +29,42 @@ class Runner:
         vocab_size: int,
         device: torch.device,
         attention: AttentionBackend | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        """attention: over the pool; by default that of `kernels`, and without these, torch's."""
         self.model = model
         self.pool = pool
         self.vocab_size = vocab_size
         self.device = device
         self._masks = MaskFiller(vocab_size)
-        self.attention: AttentionBackend = attention or TorchPagedAttention(pool)
+        if attention is None:
+            attention = kernels.attention(pool) if kernels else TorchPagedAttention(pool)
+        self.attention: AttentionBackend = attention
+        dtype = TORCH_DTYPES[pool.layout.planes[0].dtype]
+        self._replay = kernels.replay(self._step, dtype) if kernels else None
+
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        return self.model.logits(self.model.forward(tokens, positions, plan))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """Computes every position of every row, writes its KV, samples where asked; one result per row."""
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         masks = self._masks.start([batch.rows[index].seq for index in sampling])
-        hidden = self.forward(batch)
+        inputs = self._inputs(batch)
         ends = np.cumsum([row.count for row in batch.rows])
         results = [Sampled(None)] * len(batch.rows)
-        if sampling:
-            last = torch.from_numpy(ends[sampling] - 1).to(self.device)
-            logits = self.model.logits(hidden.index_select(0, last))[:, : self.vocab_size]
+        hidden, logits = None, self._replayed(batch, *inputs)
+        if logits is None:
+            hidden = self._hidden(*inputs)
+            logits = self._logits_of(hidden, ends[sampling] - 1) if sampling else None
+        if logits is not None:
             allowed = masks.result() if masks is not None else None
-            picked = sample(logits, [batch.rows[index].seq for index in sampling], allowed)
+            picked = sample(logits[:, : self.vocab_size], [batch.rows[index].seq for index in sampling], allowed)
             for index, (token, logprob) in zip(sampling, picked, strict=True):
                 results[index] = Sampled(token, logprob)
         for index, row in enumerate(batch.rows):
-            if row.seq.sampling.prompt_logprobs is not None:
+            if hidden is not None and row.seq.sampling.prompt_logprobs is not None:
                 first = int(ends[index]) - row.count
                 found = self._prompt_logprobs(row, hidden[first : first + row.count])
                 results[index] = Sampled(results[index].token, results[index].logprob, found)
@@ -60,6 +72,10 @@ class Runner:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The forward pass alone: `[tokens, hidden]` of all rows, one after another."""
+        return self._hidden(*self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> tuple[list[int], IntArray, AttentionPlan]:
+        """Tokens, their positions, and where their KV is."""
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
@@ -69,9 +85,25 @@ class Runner:
         before = np.cumsum(counts) - counts
         positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
         plan = self.attention.plan(AttentionBatch(starts, counts, [pages]))
-        return self.model.forward(
-            torch.tensor(tokens, device=self.device), torch.from_numpy(positions).to(self.device), plan
-        )
+        return tokens, positions, plan
+
+    def _hidden(self, tokens: list[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor:
+        ids = torch.tensor(tokens, device=self.device)
+        return self.model.forward(ids, torch.from_numpy(positions).to(self.device), plan)
+
+    def _logits_of(self, hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
+        return self.model.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))
+
+    def _replayed(
+        self, batch: Batch, tokens: list[int], positions: IntArray, plan: AttentionPlan
+    ) -> torch.Tensor | None:
+        """The logits of a step that can be replayed: each row has one new token, and a token is sampled from each."""
+        rows = batch.rows
+        if self._replay is None or len(tokens) != len(rows):
+            return None
+        if not all(row.samples and row.seq.sampling.prompt_logprobs is None for row in rows):
+            return None
+        return self._replay.logits(tokens, positions, plan)
 
     def _prompt_logprobs(self, row: Row, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
         """Of prompt tokens `start + 1 .. start + count`: the logits at a position are those of the token behind it."""

@@ -34,7 +34,9 @@ class RunnerLoop:
     def __init__(self, loaded: LoadedModel, page_size: int = 16, num_pages: int = 256, seed: int = 0) -> None:
         self.pool = KvPool(loaded.layout, num_pages, page_size, loaded.device)
         attention = SamePages(loaded.kernels.attention(self.pool), len(loaded.layout.groups))
-        self.runner = Runner(loaded.module, self.pool, loaded.config.vocab_size, loaded.device, attention)
+        self.runner = Runner(
+            loaded.module, self.pool, loaded.config.vocab_size, loaded.device, attention, loaded.kernels
+        )
         self._free = random.Random(seed).sample(range(num_pages), num_pages)
         self._made = 0
 

@@ -14,8 +14,9 @@ from tandem.engine.attention.native import NativeAttention
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kernels.build import KernelsUnavailable, build_library, find_compiler
 from tandem.engine.kernels.native import NativeLibrary
-from tandem.engine.kernels.native_ops import NativeOps
+from tandem.engine.kernels.native_ops import FEW_ROWS, NativeOps
 from tandem.engine.kernels.ops import Ops, TorchOps
+from tandem.engine.kernels.replay import Forward, Replay
 from tandem.engine.kv_pool import KvPool
 from tandem.errors import ConfigError
 
@@ -35,6 +36,10 @@ class Kernels:
     def attention(self, pool: KvPool) -> AttentionBackend:
         """The backend over a pool. Raises ValueError when it cannot serve the pool's layout."""
         return TorchPagedAttention(pool) if self.library is None else NativeAttention(pool, self.library)
+
+    def replay(self, forward: Forward, dtype: torch.dtype) -> Replay | None:
+        """What records and replays decode steps of a model in `dtype`, where that can be done."""
+        return None if self.library is None else Replay(forward, self.library, FEW_ROWS[dtype])
 
 
 def choose_kernels(wanted: Literal["auto", "native", "torch"], device: torch.device) -> Kernels:

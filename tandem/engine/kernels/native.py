@@ -1,7 +1,7 @@
 """The compiled kernels: loading them, calling them, and recording their calls.
 
-Quick kernels are called with Python's lock held, since giving it up and getting it back can cost more than they do; slow
-ones without. Arguments travel as one block of 64-bit words, so that a recorded call can be made again as it was.
+Quick kernels are called with Python's lock held, since giving it up and getting it back can cost more than they do;
+slow ones without. Arguments travel as one block of 64-bit words, so that a recorded call can be made again as it was.
 """
 
 from __future__ import annotations

@@ -1,0 +1,135 @@
+"""Decode steps as recordings: every native call of a forward pass, made again by one call.
+
+What CUDA graphs are to a GPU (Gray 2019, "Getting started with CUDA graphs"), against the same cost: a step of a small
+model is some forty kernels of ten microseconds, and each costs Python as much again. A recording is made for a batch
+size when that has been seen a few times, by running the model as it is. Memory is fixed then; what changes from step to
+step, the tokens, positions and pages, lies where the recorded calls read it. The model knows nothing of this: if it
+computes anything that is not a recorded kernel, which is watched for, or if the replay does not give the very same
+logits, there is no recording, and steps go on as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tandem.engine.attention.base import AttentionPlan, IntArray
+from tandem.engine.kernels.native import NativeLibrary, Tape
+
+log = logging.getLogger(__name__)
+
+ARENA_BYTES = 64 << 20
+"""Results of one recorded step at most; memory is only taken as it is written."""
+SEEN_BEFORE = 3
+"""Steps of a batch size before it is recorded."""
+VIEWS = frozenset(
+    {
+        "aten.view", "aten._unsafe_view", "aten.slice", "aten.select", "aten.alias", "aten.detach", "aten.unsqueeze",
+        "aten.transpose", "aten.t", "aten.permute", "aten.expand", "aten.as_strided", "aten.split",
+        "aten.split_with_sizes",
+    }
+)  # fmt: skip
+"""Operations that compute nothing, only other views of memory."""
+PERHAPS_VIEWS = frozenset({"aten.reshape", "aten.contiguous", "aten.to", "aten.flatten"})
+"""These give a view where they can, and else a copy."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
+"""Tokens and positions `[rows]`, and the plan, to logits `[rows, vocabulary]`."""
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the torch operations that a recording would miss."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.missed: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        name = str(func).rpartition(".")[0]
+        out = func(*args, **(kwargs or {}))
+        if name not in VIEWS and not (name in PERHAPS_VIEWS and out.data_ptr() == args[0].data_ptr()):
+            self.missed.add(str(func))
+        return out
+
+
+class _Recording:
+    """One batch size's step."""
+
+    def __init__(self, rows: int, arena: torch.Tensor) -> None:
+        self.tokens = torch.zeros(rows, dtype=torch.int64)
+        self.positions = torch.zeros(rows, dtype=torch.int64)
+        self.inputs: tuple[IntArray, IntArray] = (self.tokens.numpy(), self.positions.numpy())
+        self.tape = Tape(arena)
+        self.logits = torch.empty(0)
+        self.calls = (ctypes.c_int64 * 0)()
+
+    def close(self, logits: torch.Tensor) -> None:
+        """Ends the recording whose result is `logits`."""
+        words = [word for address, block in self.tape.calls for word in (address, ctypes.addressof(block))]
+        self.logits, self.calls = logits, (ctypes.c_int64 * len(words))(*words)
+
+
+class Replay:
+    """Steps in which every row has one new token. Used by the engine thread only."""
+
+    def __init__(self, forward: Forward, library: NativeLibrary, most_rows: int) -> None:
+        self._forward = forward
+        self._library = library
+        self._most_rows = most_rows
+        self._seen: Counter[int] = Counter()
+        self._recordings: dict[int, _Recording] = {}
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def logits(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+        """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
+
+        None when the step has to be computed in the usual way.
+        """
+        rows = len(tokens)
+        if rows > self._most_rows:
+            return None
+        recording = self._recordings.get(rows)
+        if recording is None:
+            self._seen[rows] += 1
+            return self._record(tokens, positions, plan) if self._seen[rows] > SEEN_BEFORE else None
+        recording.inputs[0][:], recording.inputs[1][:] = tokens, positions
+        self._library.replay(recording.calls)
+        return recording.logits
+
+    def _record(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+        if not self._arena.numel():
+            self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
+        recording = _Recording(len(tokens), self._arena)
+        recording.inputs[0][:], recording.inputs[1][:] = tokens, positions
+        watch = _Watch()
+        try:
+            with self._library.recording(recording.tape), watch:
+                logits = self._forward(recording.tokens, recording.positions, plan)
+        except MemoryError as error:
+            self._give_up(len(tokens) - 1, str(error))
+            return None
+        if watch.missed:
+            self._give_up(0, f"the model uses {', '.join(sorted(watch.missed))}")
+            return None
+        recording.close(logits)
+        expected = logits.clone()
+        self._library.replay(recording.calls)
+        if not torch.equal(logits.view(torch.int32), expected.view(torch.int32)):
+            log.warning("a recorded step of %d rows differs from the step itself; steps are not recorded", len(tokens))
+            self._most_rows = 0
+            return expected
+        self._recordings[len(tokens)] = recording
+        return recording.logits
+
+    def _give_up(self, most_rows: int, reason: str) -> None:
+        log.info("decode steps of more than %d rows are not recorded: %s", most_rows, reason)
+        self._most_rows = most_rows
