@@ -30,7 +30,7 @@ def store(
     key, value, keys, values, slots, key_token, key_head, value_token, value_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes one token's keys and values, all heads, to its slot. A slot below 0 is written nowhere.
+    """Writes one token's keys and values, all heads, to its slot.
 
     key, value: `[tokens, HEADS, DIM]`, last dimension dense. keys, values: `[slots, HEADS, DIM]`, dense. Grid: tokens.
     """
@@ -38,7 +38,7 @@ def store(
     slot = tl.load(slots + token).to(tl.int64)
     element = tl.arange(0, BLOCK)
     head, at = element // DIM, element % DIM
-    inside = (element < HEADS * DIM) & (slot >= 0)
+    inside = element < HEADS * DIM
     target = slot * HEADS * DIM + element
     new = tl.load(key + token * key_token + head * key_head + at, mask=inside)
     tl.store(keys + target, new, mask=inside)
