@@ -34,7 +34,8 @@ class _Choice:
 class OpenRequest(AsyncIterator[Delta]):
     """Iterated by its one reader: deltas of all choices, until each choice has had one with `finish` set.
 
-    max_buffered: tokens that may wait for the reader.
+    max_buffered: tokens of each choice that may wait for the reader. One message may bring many of every choice: a worker
+    merges what it made while this process had no time to read.
     """
 
     def __init__(self, request: GenerateRequest, max_buffered: int, chain: Chain) -> None:
@@ -47,7 +48,7 @@ class OpenRequest(AsyncIterator[Delta]):
         """Whether that worker has taken it."""
         self.decode_booking: Booking | None = None
         self.prefill_booking: Booking | None = None
-        self._max_buffered = max_buffered
+        self._max_buffered = max_buffered * request.choices
         self._choices = [_Choice() for _ in range(request.choices)]
         self._buffer: deque[Delta] = deque()
         self._buffered = 0

@@ -73,6 +73,13 @@ def test_the_queue_is_bounded_by_tokens_and_one_large_delta_passes() -> None:
     assert "more than 4 tokens wait" in record.push(delta(0, 9, 10))
 
 
+def test_a_message_with_many_tokens_of_each_choice_cuts_nobody() -> None:
+    """A worker merges what it made while the router stood still."""
+    record = make(choices=2, max_buffered=4)
+    assert [record.push(delta(choice, 0, 4)) for choice in (0, 1)] == ["", ""]
+    assert "more than 8 tokens wait" in record.push(delta(0, 4, 5))
+
+
 def test_a_new_attempt_starts_from_nothing() -> None:
     record = make(choices=1)
     record.push(delta(0, 0, 5))
