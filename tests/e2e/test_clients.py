@@ -11,16 +11,18 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
-from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, LengthFinishReasonError, OpenAI
 
 from tandem import obs
 from tandem.testing.checkpoints import SPECIAL_TOKENS, CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, cluster
+from tandem.testing.reference import TOLERANCE, Reference
 
 CONTEXT = 4096
 STREAMS = 64
@@ -38,10 +40,15 @@ GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"ign
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One router that cuts slow readers early, one prefill and one decode worker; checked for leaks at its end."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that is served."""
     spec = CheckpointSpec(layers=2, vocab=600, max_positions=CONTEXT, seed=3)
-    model = make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", spec)
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", spec)
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One router that cuts slow readers early, one prefill and one decode worker; checked for leaks at its end."""
     folder = tmp_path_factory.mktemp("logs")
     (template := folder / "tools.jinja").write_text(TEMPLATE)
     router_args = ["--stream-queue", "64", "--chat-template", str(template)]
@@ -200,6 +207,85 @@ async def test_log_probabilities_on_both_endpoints(client: AsyncOpenAI) -> None:
     assert [entry.token for entry in streamed] == [entry.token for entry in entries]
 
 
+@pytest.mark.parametrize("output", [0, 1])
+async def test_echoed_prompts_have_the_log_probabilities_that_transformers_gives(
+    output: int, client: AsyncOpenAI, model: Path
+) -> None:
+    """What evaluation harnesses ask for, as ids and as text, in batches, also of prompts that are cached."""
+    reference = Reference.load(model)
+    prompts = [[(seed * 37 + at * 11) % 590 + 5 for at in range(length)] for seed, length in enumerate((1, 2, 70, 300))]
+    await client.completions.create(prompt=prompts[3], max_tokens=4, **GREEDY)
+    asked: dict[str, Any] = {"prompt": prompts, "max_tokens": output, "echo": True, "logprobs": 3, **GREEDY}
+    answer = await client.completions.create(**asked)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (373, 4 * output)
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        assert choice.finish_reason == "length"
+        found = choice.logprobs
+        assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+        assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(prompt) + output
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        expected = reference.logits(prompt).log_softmax(-1)
+        for position, token in enumerate(prompt[1:], 1):
+            row, tops = expected[position - 1], found.top_logprobs[position]
+            assert found.token_logprobs[position] == pytest.approx(float(row[token]), abs=TOLERANCE)
+            assert max(tops.values()) == pytest.approx(float(row.max()), abs=TOLERANCE)
+            assert tops[found.tokens[position]] >= found.token_logprobs[position]
+        assert found.text_offset == sorted(found.text_offset)
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            assert choice.text.startswith(token, offset) or "\ufffd" in token or token in SPECIAL_TOKENS
+    streamed: dict[int, list[float | None]] = {}
+    async for chunk in await client.completions.create(stream=True, **asked):
+        for part in chunk.choices:
+            streamed.setdefault(part.index, []).extend((part.logprobs and part.logprobs.token_logprobs) or [])
+    assert [streamed[choice.index] for choice in answer.choices] == [
+        pytest.approx(choice.logprobs and choice.logprobs.token_logprobs, abs=TOLERANCE) for choice in answer.choices
+    ]
+
+
+async def test_only_scoring_fills_the_context_and_goes_with_choices(client: AsyncOpenAI, running: Cluster) -> None:
+    whole = [7] * CONTEXT
+    answer = await client.completions.create(prompt=whole, max_tokens=0, n=2, echo=True, logprobs=0, **GREEDY)
+    scores = [choice.logprobs and choice.logprobs.token_logprobs for choice in answer.choices]
+    assert scores[0] == scores[1] and len(scores[0] or ()) == CONTEXT
+    with pytest.raises(BadRequestError, match="prompt is too long") as refused:
+        await client.completions.create(prompt=[*whole, 7], max_tokens=0, **GREEDY)
+    assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(BadRequestError, match="greater than or equal to 1"):
+        await client.chat.completions.create(messages=MESSAGES, max_tokens=0, **GREEDY)
+    running.check_leaks()
+
+
+async def test_the_best_of_several_is_the_likeliest(client: AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "once upon", "max_tokens": 8, "seed": 4, "logprobs": 0}
+
+    def mean(choice: Any) -> float:
+        return float(sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs))
+
+    every = sorted((await client.completions.create(n=6, **asked)).choices, key=mean, reverse=True)
+    best = await client.completions.create(n=2, best_of=6, **asked)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in every[:2]]
+    assert best.usage is not None and best.usage.completion_tokens > 16
+
+
+async def test_the_clients_own_streaming_helper_and_raw_answers(client: AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, **GREEDY}
+    whole = await client.chat.completions.create(**asked)
+    async with client.chat.completions.stream(**asked, logprobs=True, stream_options={"include_usage": True}) as stream:
+        kinds = {event.type async for event in stream}
+        with pytest.raises(LengthFinishReasonError) as cut:
+            await stream.get_final_completion()
+    final = cut.value.completion
+    assert {"chunk", "content.delta", "content.done", "logprobs.content.done"} <= kinds
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.usage is not None and final.usage.completion_tokens == 12
+    raw = await client.chat.completions.with_raw_response.create(**asked)
+    assert raw.parse().id == f"chatcmpl-{raw.headers['x-request-id']}"
+    async with client.chat.completions.with_streaming_response.create(stream=True, **asked) as response:
+        lines = [line async for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+
+
 async def test_many_streams_at_once_get_each_its_own(client: AsyncOpenAI) -> None:
     def asked(seed: int) -> dict[str, Any]:
         prompt = [(seed * 31 + position * 17) % 590 for position in range(20 + seed)]
@@ -231,6 +317,23 @@ def test_a_connection_is_kept_also_after_a_refusal(running: Cluster) -> None:
             answer = connection.getresponse()
             assert (answer.status, bool(answer.read())) == (status, True)
             assert connection.sock is first
+
+
+def test_pipelined_requests_are_answered_in_their_order(running: Cluster) -> None:
+    """The second is sent before the first is answered, its body in pieces."""
+    wanted = (3, 1, 2)
+    bodies = [json.dumps({"prompt": "a", "max_tokens": count, "ignore_eos": True}).encode() for count in wanted]
+    head = "POST /v1/completions HTTP/1.1\r\nhost: tandem\r\ncontent-length: "
+    sent = b"".join(f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies)
+    with socket.create_connection(("127.0.0.1", running.router.port), timeout=PATIENCE_S) as connection:
+        for start in range(0, len(sent), 100):
+            connection.sendall(sent[start : start + 100])
+        reader = connection.makefile("rb")
+        for count in wanted:
+            assert reader.readline().startswith(b"HTTP/1.1 200")
+            headers = dict(line.rstrip().lower().split(b": ") for line in iter(reader.readline, b"\r\n"))
+            answer = json.loads(reader.read(int(headers[b"content-length"])))
+            assert answer["usage"]["completion_tokens"] == count
 
 
 async def test_plain_http_reads_events(running: Cluster) -> None:
