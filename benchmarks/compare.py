@@ -9,6 +9,7 @@ Only ratios from one run count: machines differ, and the same machine does from 
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -72,7 +73,8 @@ def alternate(
                     report = reports.summarize(measure(Endpoint(url), workload, shape, seeded, warmup))
                 found[each.name].append({name: of(report) for name, (_, of) in FIGURES.items()})
                 line = ", ".join(f"{FIGURES[name][0]} {value:.4g}" for name, value in found[each.name][-1].items())
-                progress.print(f"  {line}", highlight=False, soft_wrap=True)
+                failed = "".join(f"; {count} x {kind}" for kind, count in report.errors.items())
+                progress.print(f"  {line}{failed}", highlight=False, soft_wrap=True)
     return found
 
 
@@ -115,6 +117,7 @@ def main(
 ) -> None:
     """Measures every system once a round, in turn."""
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this, the servers end too
     try:
         setting = Setting(checkpoint(model, cache))
         folder = logs or Path(tempfile.mkdtemp(prefix="tandem-compare-"))
