@@ -30,6 +30,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def accelerators() -> list[str]:
+    """The names of this machine's GPUs, in order of their numbers."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def set_compute_threads(threads: int) -> int:
     """Sets the threads that one torch operation may use (0 keeps torch's own choice, all cores) and returns them.
 

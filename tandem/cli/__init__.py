@@ -1,4 +1,4 @@
-"""The command line: `tandem up | router | prefill | decode`."""
+"""The command line: `tandem up | router | prefill | decode | doctor`."""
 
 from tandem.cli.app import main
 

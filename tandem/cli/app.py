@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -55,6 +55,14 @@ def _decode(config: DecodeConfig) -> None:
     raise typer.Exit(run_decode(config))
 
 
+def _doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON array in place of a table")] = False,
+) -> None:
+    from tandem.cli.doctor import doctor
+
+    doctor(as_json)
+
+
 def _with_folder(config: W) -> W:
     """The settings with the model's folder in place of its name, and the name that was lost by that."""
     name = config.served_model_name or served_name(config.model)
@@ -74,6 +82,7 @@ def make_app() -> typer.Typer:
     app.command("router", help="Start one router.")(command(RouterConfig, _router))
     app.command("prefill", help="Start one prefill worker.")(command(PrefillConfig, _prefill))
     app.command("decode", help="Start one decode worker.")(command(DecodeConfig, _decode))
+    app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
     return app
 
 
