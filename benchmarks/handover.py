@@ -143,7 +143,7 @@ async def _receiver(case: Case, stack: AsyncExitStack) -> Receiver:
 def stages(case: Case, size: int, count: int) -> dict[str, float]:
     """GB/s of each step of the path alone, on one span after another: what limits the whole."""
     _, pool = make_engine(case, cached=False)
-    pages = list(range(case.tokens // case.page_size + 1))
+    pages, total = [list(range(case.tokens // case.page_size + 1))] * len(pool.layout.groups), case.tokens
     buffers = [allocate_memory(size) for _ in range(SLAB_SPANS)]
 
     def rate(work: Callable[[int], object]) -> float:
@@ -155,10 +155,10 @@ def stages(case: Case, size: int, count: int) -> dict[str, float]:
 
     spans = [Span(start, count) for start in range(0, case.tokens - count + 1, count)]
     return {
-        "gather": rate(lambda n: pool.gather(pages, spans[n % len(spans)], buffers[n % SLAB_SPANS])),
+        "gather": rate(lambda n: pool.gather(pages, spans[n % len(spans)], total, buffers[n % SLAB_SPANS])),
         "digest": rate(lambda n: digest(buffers[n % SLAB_SPANS])),
         "copy": rate(lambda n: buffers[n % SLAB_SPANS].copy()),
-        "scatter": rate(lambda n: pool.scatter(pages, spans[n % len(spans)], buffers[n % SLAB_SPANS])),
+        "scatter": rate(lambda n: pool.scatter(pages, spans[n % len(spans)], total, buffers[n % SLAB_SPANS])),
     }
 
 
@@ -166,7 +166,7 @@ async def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Alternates both for `rounds`; seconds of each, and the ratio of the medians."""
     layout = layout_of(case.layout)
     count = span_limit(layout, case.span_tokens, int(case.slab_mib * MIB), int(case.staging_mib * MIB))
-    sizes = [layout.span_bytes(span.count) for span in cut(0, case.tokens, count)]
+    sizes = [layout.span_bytes(span, case.tokens) for span in cut(0, case.tokens, count)]
     async with AsyncExitStack() as stack:
         receiver = await _receiver(case, stack)
         for _ in range(3):
@@ -182,7 +182,7 @@ async def measure(case: Case, rounds: int) -> dict[str, Any]:
         "token_bytes": layout.token_bytes, "bytes": sum(sizes), "spans": len(sizes), "span_bytes": sizes[0],
         "hand_over_s": moved, "raw_s": raw, "ratio": median(raw) / median(moved),
         "cpu_s": {"sender": median(each[0] for each in used), "receiver": median(each[1] for each in used)},
-        "stages_gb_per_s": stages(case, layout.span_bytes(count), count),
+        "stages_gb_per_s": stages(case, layout.token_bytes * count, count),
     }  # fmt: skip
 
 

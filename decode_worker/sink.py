@@ -44,7 +44,7 @@ class PageSink:
         self.cached = 0
         """Prompt tokens that were in this worker's own cache."""
         self.landed = 0
-        """Tokens from 0 on whose KV is in pages, without a gap."""
+        """Tokens from 0 on whose KV is in pages, or is not needed, without a gap."""
         self.moved_tokens = 0
         self.reserved = False
         self._seq = seq
@@ -56,7 +56,8 @@ class PageSink:
     async def reserve(self) -> int:
         """Waits for pages; returns the first token whose KV is needed."""
         if not self.reserved:
-            self.cached = self.landed = await self._reservations.reserve(self._seq)
+            self.cached = await self._reservations.reserve(self._seq)
+            self.landed = max(self.cached, self._engine.layout.moved_from(len(self._seq.tokens) - 1))
             self.reserved = True
         self._islands.clear()
         return self.landed

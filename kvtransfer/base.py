@@ -99,7 +99,7 @@ class KvSource(Protocol):
         """
 
     async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
-        """Gathers the span's KV in the canonical order into `out`; returns when `out` is complete."""
+        """Gathers what moves of a span in the canonical order into `out`; returns when `out` is complete."""
 
     async def close(self, ticket_id: str) -> None:
         """Ends a ticket. Called exactly once after each `open`, also when that raised or was cancelled."""
@@ -109,7 +109,10 @@ class SpanSink(Protocol):
     """Where a receiver's spans go: an engine's pages. All methods are called on the event loop."""
 
     async def reserve(self) -> int | None:
-        """Waits for room for the whole prompt; returns the first token still wanted, or None to give up."""
+        """Waits for room for the whole prompt; returns the first token still wanted, or None to give up.
+
+        Tokens before `KvLayout.moved_from` are not moved, wanted or not.
+        """
 
     async def land(self, span: Span, data: Buffer) -> None:
         """Takes a verified span. Spans come one at a time, not always in order; `data` is used again afterwards."""
@@ -131,7 +134,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """How a fetch ended. Tokens from the first one wanted to `landed_until` have landed, whatever the error says."""
+    """How a fetch ended. Whatever `error` says, what moves from the first token wanted to `landed_until` has landed."""
 
     landed_until: int
     sender_cached: int = 0

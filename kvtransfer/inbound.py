@@ -138,7 +138,7 @@ class PairClient:
             await self._drive(fetch, sink)
         finally:
             self._end(fetch)
-        size = self._me.layout.span_bytes(state.landed_tokens)
+        size = sum(self._bytes(state, span) for span in state.landed_spans)
         seconds = self._clock() - state.granted_at if state.granted_at is not None else 0.0
         if size:
             self._hooks.moved(self.peer, self._backend.name, size, seconds)
@@ -254,7 +254,7 @@ class PairClient:
                 if not isinstance(event, Arrival):
                     if (first := event.result()) is None:
                         return
-                    state.plan(first, self._span_tokens)
+                    state.plan(max(first, self._me.layout.moved_from(state.end)), self._span_tokens)
                 elif not isinstance(event.outcome, Fault) and state.spans is not None:
                     await sink.land(state.spans[event.sequence], event.outcome)
                     arrivals.recycle(event.outcome)
@@ -272,21 +272,24 @@ class PairClient:
         if self.reason:
             return
         tickets = [fetch.state for fetch in self._fetches.values() if not fetch.state.ended]
-        limit = ahead(self._slab.size // self._me.layout.span_bytes(self._span_tokens), len(tickets))
+        limit = ahead(self._slab.size // (self._me.layout.token_bytes * self._span_tokens), len(tickets))
         grants: list[pb.Grant] = []
         for state in tickets:
             while (span := state.next_span(limit)) is not None:
-                if (taken := self._slab.allocate(self._me.layout.span_bytes(span.count))) is None:
+                if (taken := self._slab.allocate(self._bytes(state, span))) is None:
                     break
                 grants.append(self._grant(state, span, taken))
         if grants:
             self._send(grants=pb.Grants(grants=grants))
             self._thread.wake()
 
+    def _bytes(self, state: InboundTicket, span: Span) -> int:
+        return self._me.layout.span_bytes(span, state.end)
+
     def _grant(self, state: InboundTicket, span: Span, taken: Range) -> pb.Grant:
         assert self._arrivals is not None
         name, sequence = state.ticket_id, state.grant(taken, self._clock())
-        length = self._me.layout.span_bytes(span.count)
+        length = self._bytes(state, span)
         self._arrivals.expect(
             Expected(name, state.attempt, sequence, span.start, span.count, taken.offset, length)
         )  # fmt: skip

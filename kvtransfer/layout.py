@@ -1,7 +1,8 @@
 """How a prompt's tokens are cut into spans, and how many spans may be on their way. Pure.
 
-Who writes what: a sender writes every plane and layer of a span's tokens in one piece, in the order of `KvLayout`; page
-sizes do not exist here, so the two ends may differ in theirs.
+Who writes what: a sender writes every plane and layer of a span's tokens in one piece, in the order of `KvLayout`, but
+of layers with a window only what `KvLayout.shares` says; page sizes do not exist here, so the two ends may differ in
+theirs.
 """
 
 from __future__ import annotations

@@ -126,9 +126,9 @@ class InboundTicket:
         return gap if gap is not None else self.end if self.spans else self.first
 
     @property
-    def landed_tokens(self) -> int:
-        """Tokens of the spans that have landed."""
-        return sum(span.count for number, span in enumerate(self.spans or ()) if number in self.landed)
+    def landed_spans(self) -> list[Span]:
+        """The spans that have landed."""
+        return [span for number, span in enumerate(self.spans or ()) if number in self.landed]
 
     def expired(self, now: float) -> tuple[str, str] | None:
         """The deadline that passed, as (kind, error). Queueing and moving have one each; waiting for space has none."""

@@ -48,10 +48,10 @@ class OutboundTicket:
             raise ValueError(f"grant has sequence {credit.sequence}; {seen} is expected")
         if span.start < 0 or span.count < 1 or span.end > self.end:
             raise ValueError(f"grant covers tokens {span.start}..{span.end}; the prompt has {self.end}")
-        if credit.length != layout.span_bytes(span.count):
-            raise ValueError(
-                f"grant has {credit.length} bytes; its {span.count} tokens have {layout.span_bytes(span.count)}"
-            )
+        if credit.length != (expected := layout.span_bytes(span, self.end)):
+            raise ValueError(f"grant has {credit.length} bytes; its {span.count} tokens have {expected}")
+        if expected == 0:
+            raise ValueError(f"grant covers tokens {span.start}..{span.end}; nothing of them is moved")
         if credit.length > max_bytes:
             raise ValueError(f"grant has {credit.length} bytes; at most {max_bytes} can be staged")
         if credit.offset + credit.length > slab_bytes:

@@ -22,7 +22,7 @@ class PrefillServices:
 
     def __init__(self, config: PrefillConfig, transports: Chosen, parts: Parts) -> None:
         self._engine_source = EngineKvSource(
-            parts.engine, parts.thread, parts.root, parts.info.capacity_tokens, computes=True
+            parts.engine, parts.thread, parts.root, parts.engine.capacity_tokens, computes=True
         )
         source = PromisingSource(self._engine_source, parts, config.max_waiting)
         self._transfers = TransferThread()

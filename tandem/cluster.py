@@ -40,6 +40,7 @@ class WorkerInfo:
     page_size: int
     """Tokens in a page."""
     total_pages: int
+    """Of the layer group that remembers most."""
     max_batch_tokens: int
     """The token budget of one step."""
     transport: str
@@ -52,7 +53,7 @@ class WorkerInfo:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that fit into its pages."""
+        """Tokens that fit into its pages. One sequence may have more, where all layers have windows."""
         return self.page_size * self.total_pages
 
 

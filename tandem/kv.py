@@ -40,11 +40,31 @@ class LayerGroup:
 
     layers: tuple[int, ...]
     window: int | None = None
+    """Position p sees tokens `(p - window, p]`."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1")
+
+    def seen_from(self, position: int) -> int:
+        """The first token that `position`, or a later one, sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def moved_from(self, total: int) -> int:
+        """The first token that a hand-over of `[0, total)` moves: whole blocks of what the last block's end sees.
+
+        The next position alone would see from `seen_from(total)`. Beginning at a block's border fills whole pages of
+        any size; and a receiver that cached whole pages only, so fewer than `total` tokens, can go on from these.
+        """
+        return self.seen_from(total // BLOCK_TOKENS * BLOCK_TOKENS) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The canonical order of KV on the wire: `[plane][layer][token][head][dim]`, the same for every page size."""
+    """The canonical order of KV on the wire: `[plane][layer][token][head][dim]`, the same for every page size.
+
+    Layers with a window move fewer tokens than others; see `shares`.
+    """
 
     planes: tuple[Plane, ...]
     groups: tuple[LayerGroup, ...]
@@ -64,9 +84,29 @@ class KvLayout:
         """Bytes of one token over all planes and layers."""
         return self.num_layers * sum(plane.token_bytes for plane in self.planes)
 
-    def span_bytes(self, tokens: int) -> int:
-        """Bytes of a span of `tokens` tokens."""
-        return tokens * self.token_bytes
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """Each layer's group, as a number."""
+        found = {layer: number for number, group in enumerate(self.groups) for layer in group.layers}
+        return tuple(found[layer] for layer in range(len(found)))
+
+    def moved_from(self, total: int) -> int:
+        """The first token of which a hand-over of `[0, total)` moves anything."""
+        return min(group.moved_from(total) for group in self.groups)
+
+    def shares(self, span: Span, total: int) -> tuple[Span, ...]:
+        """Per group, the tokens of a span that are moved in a hand-over of `[0, total)`: all, its end, or none.
+
+        On the wire a layer has as many tokens as its group's share.
+        """
+        starts = (min(max(span.start, group.moved_from(total)), span.end) for group in self.groups)
+        return tuple(Span(start, span.end - start) for start in starts)
+
+    def span_bytes(self, span: Span, total: int) -> int:
+        """Bytes of a span in a hand-over of `[0, total)`."""
+        shares = self.shares(span, total)
+        tokens = sum(len(group.layers) * share.count for group, share in zip(self.groups, shares, strict=True))
+        return tokens * sum(plane.token_bytes for plane in self.planes)
 
     def digest(self) -> str:
         """Hex digest by which two workers check that they mean the same bytes."""

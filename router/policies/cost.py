@@ -18,6 +18,7 @@ from statistics import median
 from router.policies.base import KEPT, Matches, Policy, RequestInfo, eligible, eligible_decode, tie_break
 from router.snapshot import FleetSnapshot, WorkerView
 from tandem.cluster import Candidate, Incarnation, Plan, StepTiming
+from tandem.kv import Span
 
 DEFAULT_TIMING = StepTiming(base_ms=5.0, per_token_ms=0.1)
 """Until any worker has measured its steps: a small model on a few CPU cores."""
@@ -121,12 +122,13 @@ class _Coefficients:
         timing = self.timing(view)
         return math.ceil(tokens / view.info.max_batch_tokens) * timing.base_ms + tokens * timing.per_token_ms
 
-    def move_ms(self, view: WorkerView, tokens: int) -> float:
+    def move_ms(self, view: WorkerView, tokens: int, total: int) -> float:
+        """Time to hand over the last `tokens` of `total` tokens."""
         if tokens <= 0:
             return 0.0
         own = view.status.move_bytes_per_ms
         rate = own if own > 0 and not _alike(own, self._rate) else self._rate
-        return HAND_OVER_MS + view.info.layout.span_bytes(tokens) / rate
+        return HAND_OVER_MS + view.info.layout.span_bytes(Span(total - tokens, tokens), total) / rate
 
 
 def _typical_step_ms(timing: StepTiming) -> float:
@@ -156,7 +158,7 @@ def _costs(
     return {
         "queue": model.prefill_ms(view, view.queued_tokens) if helper is None else helper.queue_ms,
         "prefill": prefill_here if helper is None else helper.prefill_ms,
-        "move": 0.0 if helper is None else model.move_ms(view, missing),
+        "move": 0.0 if helper is None else model.move_ms(view, missing, request.computable),
         "admission": _admission_ms(request, view, model),
         # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a
         # decode worker idle now takes the next request in a moment; a prefill worker has nothing else to do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from pathlib import Path
 
 from tandem.config import WorkerConfig
@@ -13,8 +14,9 @@ from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.policy import EngineConfig
 from tandem.engine.runner import Runner
+from tandem.engine.windows import most_pages, running_pages
 from tandem.errors import ConfigError
-from tandem.kv import KvLayout
+from tandem.kv import KvLayout, LayerGroup
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,10 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     pages = count_pages(config, model.layout)
     pool = KvPool(model.layout, pages, config.page_size, device)
     runner = Runner(model.module, pool, model.config.vocab_size, device, kernels=model.kernels)
-    size = pages * _page_bytes(config, model.layout) / MIB
-    log.info("KV memory: %d pages of %d tokens, %.1f MiB", pages, config.page_size, size)
+    for group, count in zip(model.layout.groups, pages, strict=True):
+        size, span = count * _page_bytes(config, group, model.layout) / MIB, group.window or "all"
+        text = "KV memory of %d layers that see %s tokens: %d pages of %d tokens, %.1f MiB"
+        log.info(text, len(group.layers), span, count, config.page_size, size)
     return Engine(runner, pool, engine_config(config)), model
 
 
@@ -46,16 +50,48 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
     )
 
 
-def count_pages(config: WorkerConfig, layout: KvLayout) -> int:
-    """`pages`, or as many as `kv_mib` holds. Raises ConfigError when that is not one."""
+def count_pages(config: WorkerConfig, layout: KvLayout) -> tuple[int, ...]:
+    """Pages of each layer group: `pages` for those that remember most, or as many as `kv_mib` holds of all.
+
+    Those that remember most are the groups of full attention or, where there are none, that with the widest window.
+    Any other group gets as many, too, but no more than all running sequences can hold at once (see
+    `group_pages`). Raises ConfigError when memory is for less than a page.
+    """
     if config.pages:
-        return config.pages
-    pages = int(config.kv_mib * MIB) // _page_bytes(config, layout)
+        return group_pages(config, layout, config.pages)
+    budget = int(config.kv_mib * MIB)
+    most = range(budget // _page_bytes(config, layout.groups[0], layout) + 1)
+    pages = bisect_right(most, budget, key=lambda count: _total_bytes(config, layout, count)) - 1
     if pages < 1:
-        needed = _page_bytes(config, layout) / MIB
+        needed = _total_bytes(config, layout, 1) / MIB
         raise ConfigError(f"kv_mib is {config.kv_mib:g}; one page of this model needs {needed:.3g}", "kv_mib")
-    return pages
+    return group_pages(config, layout, pages)
 
 
-def _page_bytes(config: WorkerConfig, layout: KvLayout) -> int:
-    return config.page_size * layout.token_bytes
+def group_pages(config: WorkerConfig, layout: KvLayout, pages: int) -> tuple[int, ...]:
+    """Pages of each layer group when those that remember most have `pages`.
+
+    A group with a window never is what keeps a sequence out: it has as many pages as the others, or enough for the
+    windows of all that can run. What it saves goes to the others.
+    """
+    widest = max(group.window or 0 for group in layout.groups)
+    full = any(group.window is None for group in layout.groups)
+    running = engine_config(config).running_limit
+    counts = []
+    for group in layout.groups:
+        each = running_pages(group, config.max_batch_tokens, config.page_size)
+        one = most_pages(group, config.max_batch_tokens, config.page_size)
+        if each is None or one is None or (not full and group.window == widest):
+            counts.append(pages)
+        else:
+            counts.append(min(pages, max(each * running, one)))
+    return tuple(counts)
+
+
+def _total_bytes(config: WorkerConfig, layout: KvLayout, pages: int) -> int:
+    counts = group_pages(config, layout, pages)
+    return sum(count * _page_bytes(config, group, layout) for count, group in zip(counts, layout.groups, strict=True))
+
+
+def _page_bytes(config: WorkerConfig, group: LayerGroup, layout: KvLayout) -> int:
+    return config.page_size * len(group.layers) * sum(plane.token_bytes for plane in layout.planes)

@@ -16,6 +16,7 @@ from tandem.engine.memory import KvMemory, match_limit
 from tandem.engine.output import EngineStatus, Progress, SeqOutput, StepOutput
 from tandem.engine.policy import EngineConfig
 from tandem.engine.protocols import PoolLike, RunnerLike
+from tandem.engine.radix import pack
 from tandem.engine.scheduler import Plan, Scheduler
 from tandem.engine.sequence import Sampled, Seq, SeqState
 from tandem.errors import ContextTooLong
@@ -30,7 +31,7 @@ class Engine:
         self, runner: RunnerLike, pool: PoolLike, config: EngineConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
-        self.memory = KvMemory(pool, config.prefix_cache)
+        self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens)
         self.scheduler = Scheduler(self.memory, config)
         self.seqs: dict[str, Seq] = {}
         """Every sequence that is not finished."""
@@ -48,7 +49,7 @@ class Engine:
     @property
     def capacity_tokens(self) -> int:
         """Tokens, prompt and output, that one sequence can have."""
-        return self._pool.num_pages * self._pool.page_size
+        return self.memory.capacity_tokens
 
     def add(self, seq: Seq) -> None:
         """Takes a sequence: into the queue, or, in state WAITING_KV, aside until `reserve` and `landed`.
@@ -135,6 +136,10 @@ class Engine:
         """How many of the tokens are cached now. Changes nothing."""
         return self.memory.match_len(root, tokens, len(tokens))
 
+    def is_exportable(self, seq: Seq) -> bool:
+        """Whether all that a hand-over of a prefill-only sequence's tokens moves is cached now. Changes nothing."""
+        return self.memory.match(seq, pack(seq.tokens)).tokens == len(seq.tokens)
+
     def reserve(self, seq: Seq) -> int | None:
         """Pages for all tokens of a WAITING_KV sequence. Locks its cached prefix, whose length in tokens it returns.
 
@@ -154,26 +159,31 @@ class Engine:
     def import_span(self, seq: Seq, span: Span, data: Any) -> None:
         """Writes received KV into a reserved sequence's own pages. Raises ValueError on a span not wholly in these.
 
-        data: canonical bytes of the span, a buffer of uint8.
+        data: what moves of the span in a hand-over of all tokens but the last; canonical bytes, a buffer of uint8.
         """
         if seq.state is not SeqState.WAITING_KV or seq.node is None:
             raise ValueError(f"sequence {seq.seq_id} has no pages reserved: {seq.state.name}")
         if span.start < seq.computed or span.end > len(seq.tokens) or span.count < 1:
             raise ValueError(f"span [{span.start}, {span.end}) must lie in [{seq.computed}, {len(seq.tokens)})")
-        self._pool.scatter(seq.pages, span, data)
+        self._pool.scatter(seq.pages, span, len(seq.tokens) - 1, data)
 
     def landed(self, seq: Seq, computed: int) -> None:
         """Ends a hand-over: KV of the first `computed` tokens is in place, the rest is computed here.
 
-        computed: prompt_len - 1 on success, less on a fallback; what was cached at `reserve` counts anyway.
+        computed: prompt_len - 1 on success, less on a fallback; what was cached at `reserve` counts anyway. Where a
+        layer's window at `computed` begins before what was to land, the pages are given back: the cache is asked anew.
         """
         if seq.state is not SeqState.WAITING_KV:
             raise ValueError(f"sequence {seq.seq_id} waits for no KV: {seq.state.name}")
         if computed > match_limit(seq) or (computed > 0 and seq.node is None):
             raise ValueError(f"computed is {computed}; {match_limit(seq)} is the limit, and 0 without reserved pages")
         if seq.node is not None:
-            seq.computed = max(seq.computed, computed)
-            self.memory.share(seq)
+            computed = max(seq.computed, computed)
+            if self.memory.sees(seq, computed):
+                seq.computed = computed
+                self.memory.share(seq)
+            else:
+                self.memory.close(seq)
         self.scheduler.enqueue(seq)
 
     # Hand-over, sending side.
@@ -188,7 +198,9 @@ class Engine:
         return seq.computed
 
     def export_span(self, seq: Seq, span: Span, out: Any) -> None:
-        """Copies computed KV into `out`, a writable buffer of uint8, in canonical order.
+        """Copies what moves of computed KV into `out`, a writable buffer of uint8, in canonical order.
+
+        It moves to where all the sequence's tokens are wanted: of layers with a window only what is seen from there.
 
         Raises ValueError beyond `computed`, which falls back to 0 when the sequence is retracted: a held one from which
         nothing was exported yet gives way to older ones when the pages are short.
@@ -196,7 +208,7 @@ class Engine:
         if span.start < 0 or span.end > seq.computed or span.count < 1:
             raise ValueError(f"span [{span.start}, {span.end}) of {seq.seq_id} must lie in [0, {seq.computed})")
         self.scheduler.pin(seq)
-        self._pool.gather(seq.pages, span, out)
+        self._pool.gather(seq.pages, span, len(seq.tokens), out)
 
     def release(self, seq: Seq) -> None:
         """HELD to FINISHED: its pages are the cache's alone."""
@@ -222,9 +234,9 @@ class Engine:
             waiting=states.count(SeqState.WAITING) + states.count(SeqState.WAITING_KV),
             held=states.count(SeqState.HELD),
             queued_tokens=self.scheduler.queued_tokens(),
-            free_pages=self.memory.available,
-            total_pages=self.memory.pages.num_pages,
-            cached_pages=self.memory.cache.num_pages,
+            free_pages=self.memory.free_pages,
+            total_pages=self.memory.total_pages,
+            cached_pages=self.memory.cached_pages,
             matched_tokens=self.memory.matched_tokens,
             prompt_tokens=self.memory.prompt_tokens,
             retractions=self._retractions,

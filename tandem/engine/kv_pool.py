@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tandem.engine.radix import Pages
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,19 +19,25 @@ Buffer = memoryview | bytearray | np.ndarray[tuple[int, ...], np.dtype[np.uint8]
 class KvPool:
     """KV of all pages: one tensor `[layers of group, slots, heads, head_dim]` per plane and layer group.
 
-    Who may use which page is not known here (see `pages.py`). Used by the engine thread only. The memory is never
-    registered for remote writes: peers write into landing slabs, and `scatter` copies from there.
+    Each group has pages of its own, with its own numbers. Who may use which page is not known here (see `pages.py`).
+    Used by the engine thread only. The memory is never registered for remote writes: peers write into landing slabs,
+    and `scatter` copies from there.
     """
 
-    def __init__(self, layout: KvLayout, num_pages: int, page_size: int, device: torch.device) -> None:
-        if num_pages < 1 or page_size < 1:
-            raise ValueError(f"a pool of {num_pages} pages of {page_size} tokens; at least 1 of 1 is needed")
+    def __init__(self, layout: KvLayout, num_pages: int | Sequence[int], page_size: int, device: torch.device) -> None:
+        """num_pages: of each group, or one number for all."""
+        counts = [num_pages] * len(layout.groups) if isinstance(num_pages, int) else num_pages
+        if min(counts) < 1 or page_size < 1:
+            raise ValueError(f"a pool of {min(counts)} pages of {page_size} tokens; at least 1 of 1 is needed")
         self.layout = layout
-        self.num_pages = num_pages
+        self.group_pages = tuple(counts)
+        self.num_pages = min(counts)
+        """Pages that every group has: a smaller number is a page in each."""
         self.page_size = page_size
         self.device = device
         self._tensors = [
-            [self._new(plane, group, num_pages * page_size) for group in layout.groups] for plane in layout.planes
+            [self._new(plane, group, count * page_size) for group, count in zip(layout.groups, counts, strict=True)]
+            for plane in layout.planes
         ]
         self._layers = {
             (plane.name, layer): tensor[row]
@@ -48,23 +55,21 @@ class KvPool:
         """One layer of one plane, `[slots, heads, head_dim]`: the pool's own memory, not a copy."""
         return self._layers[name, layer]
 
-    def gather(self, pages: Sequence[int], span: Span, out: Buffer) -> None:
-        """Copies tokens `[span.start, span.end)` of the sequence that owns `pages` into `out`.
+    def gather(self, pages: Pages, span: Span, total: int, out: Buffer) -> None:
+        """Copies what moves of a span, in a hand-over of tokens `[0, total)` of the owner of `pages`, into `out`.
 
-        `out` receives `layout.span_bytes(span.count)` bytes in the order `[plane][layer][token][head][dim]`.
+        `out` receives `layout.span_bytes(span, total)` bytes in the order `[plane][layer][token][head][dim]`.
         Raises ValueError on another length, or when `pages` do not cover the span.
         """
-        flat, slots = self._flat(out, span), self._slots(pages, span)
-        for target, memory, layers in self._parts(flat, span.count):
+        for target, layers, memory, slots in self._parts(out, pages, span, total):
             if self.device.type == "cpu" and isinstance(layers, slice):
                 torch.index_select(memory, 1, slots, out=target)  # straight into the staging: one pass over memory
             else:
                 target[layers] = memory.index_select(1, slots).cpu()
 
-    def scatter(self, pages: Sequence[int], span: Span, data: Buffer) -> None:
+    def scatter(self, pages: Pages, span: Span, total: int, data: Buffer) -> None:
         """The inverse of `gather`: copies canonical bytes into the sequence's own pages. Raises the same errors."""
-        flat, slots = self._flat(data, span), self._slots(pages, span)
-        for source, memory, layers in self._parts(flat, span.count):
+        for source, layers, memory, slots in self._parts(data, pages, span, total):
             if self.device.type == "cpu":
                 rows, data = memory.numpy(), source.numpy()  # torch's own copies of short runs are slower
                 for first, slot, count in _runs(slots.numpy()):
@@ -72,29 +77,44 @@ class KvPool:
             else:
                 memory.index_copy_(1, slots, source[layers].to(self.device))
 
-    def copy_tokens(self, source_page: int, target_page: int, count: int) -> None:
-        """Copies the first `count` tokens of a page to the start of another, in all planes and layers."""
+    def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
+        """Copies the first `count` tokens of a group's page to the start of another, in all its planes and layers."""
         if not 0 <= count <= self.page_size:
             raise ValueError(f"cannot copy {count} tokens of a page of {self.page_size}")
         source, target = source_page * self.page_size, target_page * self.page_size
         for groups in self._tensors:
-            for tensor in groups:
-                tensor[:, target : target + count] = tensor[:, source : source + count]
+            tensor = groups[group]
+            tensor[:, target : target + count] = tensor[:, source : source + count]
 
-    def _parts(self, flat: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice | list[int]]]:
-        """Per plane and group: a span's and the pool's bytes `[layer, token or slot, byte]`, and the group's layers."""
-        layers, offset = self.layout.num_layers, 0
-        for plane, groups in zip(self.layout.planes, self._tensors, strict=True):
-            size = layers * count * plane.token_bytes
-            block = flat[offset : offset + size].view(layers, count, plane.token_bytes)
-            offset += size
-            for group, tensor in zip(self.layout.groups, groups, strict=True):
-                whole = group.layers == tuple(range(layers))
-                yield block, tensor.view(torch.uint8).flatten(2), slice(None) if whole else list(group.layers)
+    def _parts(
+        self, buffer: Buffer, pages: Pages, span: Span, total: int
+    ) -> Iterator[tuple[torch.Tensor, slice | list[int], torch.Tensor, torch.Tensor]]:
+        """The buffer in parts `[layer, token, byte]` of layers with equally many tokens, for one group each.
 
-    def _flat(self, buffer: Buffer, span: Span) -> torch.Tensor:
+        With each: which of its layers are the group's, their bytes in the pool `[layer, slot, byte]`, the tokens' slots.
+        """
+        flat, shares, owners = self._flat(buffer, span, total), self.layout.shares(span, total), self.layout.layer_groups
+        slots = [self._slots(run, share) for run, share in zip(pages, shares, strict=True)]
+        moved, offset = [layer for layer, group in enumerate(owners) if shares[group].count], 0
+        # Layers whose tokens differ in number lie one by one; else all form one block, and a group takes its rows.
+        even = len({shares[owners[layer]].count for layer in moved}) == 1
+        for plane, tensors in zip(self.layout.planes, self._tensors, strict=True):
+            for layers in [moved] if even else [[layer] for layer in moved]:
+                count = shares[owners[layers[0]]].count
+                size = len(layers) * count * plane.token_bytes
+                block = flat[offset : offset + size].view(len(layers), count, plane.token_bytes)
+                offset += size
+                for number in sorted({owners[layer] for layer in layers}):
+                    rows = [place for place, layer in enumerate(layers) if owners[layer] == number]
+                    memory = tensors[number].view(torch.uint8).flatten(2)
+                    if len(rows) < len(memory):
+                        row = self.layout.groups[number].layers.index(layers[0])
+                        memory = memory[row : row + 1]
+                    yield block, slice(None) if len(rows) == len(layers) else rows, memory, slots[number]
+
+    def _flat(self, buffer: Buffer, span: Span, total: int) -> torch.Tensor:
         array = np.frombuffer(buffer, dtype=np.uint8)
-        expected = self.layout.span_bytes(span.count)
+        expected = self.layout.span_bytes(span, total)
         if array.size != expected:
             raise ValueError(f"a span of {span.count} tokens has {expected} bytes, but the buffer has {array.size}")
         # Torch has no read-only tensors and warns about such buffers; a received one is copied instead.
@@ -107,6 +127,8 @@ class KvPool:
         positions = np.arange(span.start, span.end)
         numbers = np.asarray(pages, dtype=np.int64)
         slots = numbers[positions // self.page_size] * self.page_size + positions % self.page_size
+        if (slots < 0).any():
+            raise ValueError(f"tokens {span.start}..{span.end} lie in part before the pages that a window has left")
         return torch.from_numpy(slots).to(self.device)
 
 

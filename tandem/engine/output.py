@@ -64,9 +64,11 @@ class EngineStatus:
     queued_tokens: int
     """Prompt tokens still to be computed here."""
     free_pages: int
-    """Free or evictable."""
+    """Free or evictable; where layer groups have pools of their own, of the scarcest, as a part of `total_pages`."""
     total_pages: int
+    """Of the group that remembers most."""
     cached_pages: int
+    """Of the same group."""
     matched_tokens: int
     """Prompt tokens found in the cache at first admission, since the start."""
     prompt_tokens: int

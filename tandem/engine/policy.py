@@ -81,6 +81,10 @@ def pick_giver(holders: Iterable[Seq], stuck: Seq) -> Seq | None:
     return max(waiting or younger, key=lambda seq: seq.order, default=None)
 
 
-def spare_pages(running: Iterable[Seq], page_size: int) -> int:
-    """Pages an admission has to leave, so that those who generate are not retracted at once."""
-    return sum(not seq.prefill_only for seq in running) * -(-SPARE_TOKENS // page_size)
+def spare_pages(running: Iterable[Seq], page_size: int, window: int | None = None) -> int:
+    """Pages of a layer group an admission has to leave, so that those who generate are not retracted at once.
+
+    window: of the group; who has more tokens than that gives up a page for each that it takes.
+    """
+    growing = (seq for seq in running if not seq.prefill_only and (window is None or len(seq.tokens) < window))
+    return sum(1 for _ in growing) * -(-SPARE_TOKENS // page_size)

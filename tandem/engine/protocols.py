@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.engine.radix import Pages
 from tandem.engine.sequence import Batch, Sampled
 from tandem.kv import KvLayout, Span
 
 SpanBytes = memoryview | NDArray[np.uint8]
-"""KV of one span in canonical order `[plane][layer][token][head][dim]`."""
+"""KV of one span in canonical order `[plane][layer][token][head][dim]`, of each layer its group's share."""
 
 
 class PoolLike(Protocol):
-    """KV memory in pages; token p of a sequence lies at slot `pages[p // page_size] * page_size + p % page_size`."""
+    """KV memory in pages, numbered in each layer group apart.
+
+    Token p of a sequence lies, in group g, at slot `pages[g][p // page_size] * page_size + p % page_size`.
+    """
 
     @property
     def layout(self) -> KvLayout:
         """What one token's KV consists of."""
 
     @property
-    def num_pages(self) -> int:
-        """Pages in all."""
+    def group_pages(self) -> tuple[int, ...]:
+        """Pages of each group."""
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
 
-    def gather(self, pages: Sequence[int], span: Span, out: Any) -> None:
-        """Copies the KV of a span into `out`; raises ValueError on a wrong length."""
+    def gather(self, pages: Pages, span: Span, total: int, out: Any) -> None:
+        """Copies what moves of a span in a hand-over of `[0, total)`; raises ValueError on a wrong length."""
 
-    def scatter(self, pages: Sequence[int], span: Span, data: Any) -> None:
+    def scatter(self, pages: Pages, span: Span, total: int, data: Any) -> None:
         """The inverse of `gather`."""
 
-    def copy_tokens(self, source_page: int, target_page: int, count: int) -> None:
-        """Copies the first `count` tokens of one page to another."""
+    def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
+        """Copies the first `count` tokens of one page of a group to another."""
 
 
 class RunnerLike(Protocol):

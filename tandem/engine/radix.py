@@ -10,11 +10,18 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tandem.kv import BlockHash
 
 TOKEN_BYTES = 4
 """Bytes of a packed token."""
+
+NO_PAGE = -1
+"""Stands for a page that a layer group with a window does not have."""
+
+Pages: TypeAlias = Sequence[Sequence[int]]
+"""Page numbers per layer group, in token order; `NO_PAGE` where a group with a window has none."""
 
 _CODE = next(code for code in "IL" if array(code).itemsize == TOKEN_BYTES)
 
@@ -55,7 +62,8 @@ class Node:
     """Tokens before `key`."""
     key: bytes = b""
     """Packed tokens of `pages`."""
-    pages: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
+    """Per layer group, equally many; a group with a window may have none in places."""
     refs: int = 0
     """Handles on this node or below it."""
     last_used: int = 0
@@ -66,6 +74,11 @@ class Node:
     """By their first page's packed tokens."""
     _firsts: list[bytes] = field(default_factory=list)
     """Sorted keys of `children`: the longest common prefix with any page is found beside its place."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of each group, missing ones included."""
+        return len(self.pages[0])
 
     @property
     def num_tokens(self) -> int:

@@ -81,10 +81,13 @@ class Runner:
         counts = np.array([row.count for row in rows], dtype=np.int64)
         tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.count]]
         needed = (-(-(starts + counts) // page)).tolist()
-        pages = [np.array(row.seq.pages[:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
+        pages = [
+            [np.array(row.seq.pages[group][:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
+            for group in range(len(self.pool.layout.groups))
+        ]
         before = np.cumsum(counts) - counts
         positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
-        plan = self.attention.plan(AttentionBatch(starts, counts, [pages]))
+        plan = self.attention.plan(AttentionBatch(starts, counts, pages))
         return tokens, positions, plan
 
     def _hidden(self, tokens: list[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor:

@@ -7,7 +7,7 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tandem.engine.memory import KvMemory, match_limit
+from tandem.engine.memory import KvMemory
 from tandem.engine.policy import EngineConfig, QueueKey, is_aged, pick_giver, pick_victim, queue_key, spare_pages
 from tandem.engine.radix import pack
 from tandem.engine.sequence import Batch, Row, Seq, SeqState
@@ -36,8 +36,8 @@ class Queued:
 class Standstill:
     """Why nobody could be admitted in the last step. While it holds, sorting the queue again would change nothing."""
 
-    changes: tuple[int, int]
-    """Versions of the queue and of the cache; while both are the same, no page was given back."""
+    changes: tuple[int, int, int]
+    """Versions of the queue, of the cache and of all windows; while they are the same, no page was given back."""
     until: float
     """When the next sequence becomes aged."""
 
@@ -63,6 +63,15 @@ class Plan:
         rows = self.decodes if count == 1 else self.prefills
         rows.append(Row(seq, seq.computed, count, samples))
         self.budget -= count
+
+    def drop(self, seq: Seq) -> None:
+        """Takes a sequence's row out again."""
+        for rows in (self.decodes, self.prefills):
+            for row in rows:
+                if row.seq is seq:
+                    rows.remove(row)
+                    self.budget += row.count
+                    return
 
     @property
     def batch(self) -> Batch:
@@ -116,6 +125,7 @@ class Scheduler:
     def hold(self, seq: Seq) -> None:
         """A prefill-only sequence is computed: it keeps its pages, but waits and runs no more."""
         self.remove(seq)
+        self._memory.slide(seq)
         seq.state = SeqState.HELD
         self._held[seq.seq_id] = seq
 
@@ -131,9 +141,8 @@ class Scheduler:
 
     def open_reserved(self, seq: Seq) -> bool:
         """Pages for all tokens of a sequence that waits for KV, unless an older one waits for pages."""
-        spare = spare_pages(self.running, self._memory.page_size)
         older = any(other is not None and other.order < seq.order for other in (self.blocked, self._claim))
-        if not older and self._memory.open(seq, pack(seq.tokens), len(seq.tokens), spare):
+        if not older and self._memory.open(seq, pack(seq.tokens), len(seq.tokens), self._spare(), landing=True):
             self._claim = None if self._claim is seq else self._claim
             return True
         if self._claim is None or seq.order < self._claim.order:
@@ -152,16 +161,24 @@ class Scheduler:
         for seq in decoding:
             if seq.state is SeqState.RUNNING and self._make_room(seq, plan):
                 plan.add(seq)
-        for seq in self.running:
-            if seq.pending > 1:
+        for seq in [seq for seq in self.running if seq.pending > 1]:
+            if plan.budget and seq.state is SeqState.RUNNING and self._make_room(seq, plan):
                 plan.add(seq)
         self._admit(plan, now)
         return plan
 
+    def _spare(self) -> list[int]:
+        return [spare_pages(self.running, self._memory.page_size, group.window) for group in self._memory.groups]
+
     def _make_room(self, seq: Seq, plan: Plan) -> bool:
-        """A slot for a running sequence's pending token: from the cache, else from whoever is youngest."""
+        """Pages for a running sequence's next step: from the cache, else from whoever is youngest.
+
+        Only a token that was sampled, or a window that has moved on, asks for more than the sequence was admitted with.
+        """
         while not self._memory.grow(seq, len(seq.tokens)):
             victim = pick_victim(self._holders(), seq)
+            if victim is None and self._memory.windowed:
+                victim = pick_giver(self._held.values(), seq)
             if victim is None:
                 return False
             self.retract(victim, plan)
@@ -171,10 +188,11 @@ class Scheduler:
 
     def _holders(self) -> Iterator[Seq]:
         yield from self.running
-        yield from (seq for seq in self.waiting if seq.pages)
+        yield from (seq for seq in self.waiting if any(seq.pages))
 
     def retract(self, victim: Seq, plan: Plan) -> None:
         """Takes a sequence's pages; it waits with its tokens, and later computes what the cache then lacks."""
+        plan.drop(victim)
         self._memory.close(victim)
         victim.retractions += 1
         if len(victim.prompt_logprobs) < victim.prompt_len:
@@ -220,8 +238,8 @@ class Scheduler:
         until = min(young, default=math.inf) + ageing_s
         self._standstill = Standstill(self._versions(), until)
 
-    def _versions(self) -> tuple[int, int]:
-        return self._changes, self._memory.cache.version
+    def _versions(self) -> tuple[int, int, int]:
+        return self._changes, self._memory.cache.version, self._memory.slides
 
     def _in_order(self, plan: Plan, now: float) -> list[Queued]:
         if not self._queue or plan.budget == 0 or len(self.running) >= self._config.running_limit:
@@ -241,14 +259,14 @@ class Scheduler:
         return is_aged(claim, now, self._config.ageing_s)
 
     def _covered(self, seq: Seq) -> bool:
-        return len(seq.pages) * self._memory.page_size >= len(seq.tokens)
+        return seq.node is not None and self._memory.covers(seq, len(seq.tokens))
 
     def _open(self, item: Queued) -> bool:
         """Pages for all tokens of a sequence, with its cached prefix."""
         seq, tokens = item.seq, len(item.seq.tokens)
         if seq.node is not None:
             return self._memory.grow(seq, tokens)
-        return self._memory.open(seq, item.packed, tokens, spare_pages(self.running, self._memory.page_size))
+        return self._memory.open(seq, item.packed, tokens, self._spare())
 
     def _start(self, seq: Seq, plan: Plan) -> None:
         """Moves a sequence that has its pages from the queue into the batch."""
@@ -264,7 +282,7 @@ class Scheduler:
     def _force(self, stuck: Queued, plan: Plan) -> None:
         """When nothing runs, those who hold pages without using them give way to the queue's first."""
         while not self.running:
-            holders = [*(seq for seq in self.waiting if seq.pages), *self._held.values()]
+            holders = [*(seq for seq in self.waiting if any(seq.pages)), *self._held.values()]
             giver = pick_giver(holders, stuck.seq)
             if giver is None:
                 return
@@ -284,4 +302,4 @@ class Scheduler:
     def _look_up(self, item: Queued) -> None:
         item.version = self._memory.cache.version
         if item.seq.node is None:
-            item.cached = self._memory.match_len(item.seq.root, item.packed, match_limit(item.seq))
+            item.cached = self._memory.match(item.seq, item.packed).tokens

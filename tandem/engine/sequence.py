@@ -76,8 +76,14 @@ class Seq:
     state: SeqState = SeqState.WAITING
     computed: int = 0
     """Tokens whose KV is in `pages`."""
-    pages: list[int] = field(default_factory=list)
-    """Page numbers, in token order; token p lies at slot `pages[p // page_size] * page_size + p % page_size`."""
+    pages: list[list[int]] = field(default_factory=list)
+    """Page numbers per layer group, in token order; empty while it has no memory.
+
+    Of group g, token p lies at slot `pages[g][p // page_size] * page_size + p % page_size`. Groups with a window have
+    `NO_PAGE` where no position that is still to be computed sees.
+    """
+    slid: list[int] = field(default_factory=list)
+    """Per group, pages at the start that it gave up, or never had, since its window has passed them."""
     shared_pages: int = 0
     """The first so many pages belong to the prefix cache (held through `node`), the rest to the sequence alone."""
     node: object | None = None
@@ -110,8 +116,10 @@ class Seq:
     def check(self, page_size: int) -> None:
         """Raises AssertionError when an invariant does not hold."""
         assert 0 <= self.computed <= len(self.tokens), (self.seq_id, self.computed, len(self.tokens))
-        assert len(self.pages) * page_size >= self.computed, (self.seq_id, len(self.pages), self.computed)
-        assert self.shared_pages <= len(self.pages)
+        assert self.pages or self.computed == self.shared_pages == 0, (self.seq_id, self.computed)
+        for pages in self.pages:
+            assert len(pages) * page_size >= self.computed, (self.seq_id, len(pages), self.computed)
+            assert self.shared_pages <= len(pages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.engine.radix import Pages
 from tandem.engine.sequence import Batch, Sampled, Seq
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 from tandem.types import SamplingParams, TokenLogprob
@@ -24,47 +25,69 @@ LAYOUT = KvLayout(planes=(Plane("fake", heads=1, head_dim=6, dtype="float32"),),
 """24 bytes a token: token, position and chain as three 64-bit numbers."""
 
 
-class FakePool:
-    """Pages of (token, position, chain), with the interface of KvPool."""
+def windowed_layout(*windows: int | None) -> KvLayout:
+    """A layer group of one layer for each window."""
+    return KvLayout(LAYOUT.planes, tuple(LayerGroup((layer,), window) for layer, window in enumerate(windows)))
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.layout = LAYOUT
-        self.num_pages = num_pages
+
+class FakePool:
+    """Pages of (token, position, chain) for each layer group, with the interface of KvPool."""
+
+    def __init__(self, num_pages: int | Sequence[int], page_size: int, layout: KvLayout = LAYOUT) -> None:
+        """num_pages: of each group, or one number for all. A group is one layer."""
+        self.layout = layout
+        self.group_pages = tuple([num_pages] * len(layout.groups) if isinstance(num_pages, int) else num_pages)
         self.page_size = page_size
-        self.slots: NDArray[np.int64] = np.full((num_pages * page_size, 3), _EMPTY, dtype=np.int64)
+        self.slots: list[NDArray[np.int64]] = [
+            np.full((count * page_size, 3), _EMPTY, dtype=np.int64) for count in self.group_pages
+        ]
         self.copies: list[tuple[int, int, int]] = []
-        """(source page, target page, tokens) of every copy."""
+        """(source page, target page, tokens) of every copy in the first group."""
 
     def slots_of(self, pages: Sequence[int], start: int, end: int) -> NDArray[np.int64]:
-        """Slot numbers of tokens [start, end) of the sequence that owns `pages`."""
+        """Slot numbers of tokens [start, end) of the sequence that owns `pages`, a group's."""
         positions = np.arange(start, end)
-        numbers: NDArray[np.int64] = np.asarray(pages, dtype=np.int64)
-        return numbers[positions // self.page_size] * self.page_size + positions % self.page_size
+        numbers: NDArray[np.int64] = np.asarray(pages, dtype=np.int64)[positions // self.page_size]
+        assert (numbers >= 0).all(), f"tokens {start}..{end} are read or written where there is no page"
+        return numbers * self.page_size + positions % self.page_size
 
-    def gather(self, pages: Sequence[int], span: Span, out: Any) -> None:
-        """Copies the KV of a span into `out`."""
-        data = self.slots[self.slots_of(pages, span.start, span.end)].tobytes()
+    def gather(self, pages: Pages, span: Span, total: int, out: Any) -> None:
+        """Copies what moves of a span into `out`."""
+        shares = self.layout.shares(span, total)
+        parts = [
+            slots[self.slots_of(run, share.start, share.end)]
+            for slots, run, share in zip(self.slots, pages, shares, strict=True)
+        ]
+        data = np.concatenate(parts).tobytes()
         target = memoryview(out).cast("B")
         if len(target) != len(data):
             raise ValueError(f"out has {len(target)} bytes; the span has {len(data)}")
         target[:] = data
 
-    def scatter(self, pages: Sequence[int], span: Span, data: Any) -> None:
+    def scatter(self, pages: Pages, span: Span, total: int, data: Any) -> None:
         """The inverse of `gather`."""
-        values = np.frombuffer(bytes(memoryview(data).cast("B")), dtype=np.int64)
-        if values.nbytes != self.layout.span_bytes(span.count):
-            raise ValueError(f"data has {values.nbytes} bytes; the span has {self.layout.span_bytes(span.count)}")
-        self.slots[self.slots_of(pages, span.start, span.end)] = values.reshape(-1, 3)
+        values = np.frombuffer(bytes(memoryview(data).cast("B")), dtype=np.int64).reshape(-1, 3)
+        expected = self.layout.span_bytes(span, total)
+        if values.nbytes != expected:
+            raise ValueError(f"data has {values.nbytes} bytes; the span has {expected}")
+        at = 0
+        for slots, run, share in zip(self.slots, pages, self.layout.shares(span, total), strict=True):
+            slots[self.slots_of(run, share.start, share.end)] = values[at : at + share.count]
+            at += share.count
 
-    def copy_tokens(self, source_page: int, target_page: int, count: int) -> None:
-        """Copies the first `count` tokens of one page to another."""
-        source, target = source_page * self.page_size, target_page * self.page_size
-        self.slots[target : target + count] = self.slots[source : source + count]
-        self.copies.append((source_page, target_page, count))
+    def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
+        """Copies the first `count` tokens of one page of a group to another."""
+        source, target, slots = source_page * self.page_size, target_page * self.page_size, self.slots[group]
+        slots[target : target + count] = slots[source : source + count]
+        if group == 0:
+            self.copies.append((source_page, target_page, count))
 
 
 class FakeRunner:
-    """Writes the KV of a batch and samples from nothing but the KV."""
+    """Writes the KV of a batch and samples from nothing but the KV.
+
+    Every group's pages are read as far as the group's window reaches, and must hold the sequence's own tokens there.
+    """
 
     def __init__(self, pool: FakePool) -> None:
         self._pool = pool
@@ -77,32 +100,49 @@ class FakeRunner:
         return [self._row(row.seq, row.start, row.start + row.count, row.samples) for row in batch.rows]
 
     def _row(self, seq: Seq, start: int, end: int, samples: bool) -> Sampled:
-        slots = self._pool.slots_of(seq.pages, 0, end)
-        chain = int(self._pool.slots[slots[start - 1], 2]) if start else 1
-        for position in range(start, end):
-            chain = _chain(chain, seq.tokens[position])
-            self._pool.slots[slots[position]] = (seq.tokens[position], position, chain)
+        seen = [self._compute(seq, group, start, end) for group in range(len(self._pool.slots))]
         prompt = tuple(TokenLogprob(token, -1.0) for token in seq.tokens[start + 1 : end + 1])
         asked = seq.sampling.prompt_logprobs is not None
-        token = _next(self._pool.slots[slots]) if samples else None
+        token = _next(seen) if samples else None
         wants = samples and seq.sampling.logprobs is not None and token is not None
         logprob = TokenLogprob(token, -0.5) if wants and token is not None else None
         return Sampled(token, logprob, prompt if asked else ())
+
+    def _compute(self, seq: Seq, number: int, start: int, end: int) -> NDArray[np.int64]:
+        """Writes a group's KV of positions [start, end); what the last of them sees."""
+        group, values = self._pool.layout.groups[number], self._pool.slots[number]
+        first = group.seen_from(start)
+        slots = self._pool.slots_of(seq.pages[number], first, end)
+        known, expected = values[slots[: start - first]], np.arange(first, start)
+        assert (known[:, 1] == expected).all(), f"{seq.seq_id}: group {number} has other positions than {first}.."
+        assert known[:, 0].tolist() == seq.tokens[first:start], f"{seq.seq_id}: group {number} has others' tokens"
+        # A window of one token leaves no chain to go on with.
+        chain = int(known[-1, 2]) if len(known) else 1
+        for position in range(start, end):
+            chain = _chain(chain, seq.tokens[position]) if group.window != 1 else seq.tokens[position]
+            values[slots[position - first]] = (seq.tokens[position], position, chain)
+        return values[slots[group.seen_from(end - 1) - first :]]
 
 
 def _chain(chain: int, token: int) -> int:
     return (chain * 1_000_003 + token + 1) % _PRIME
 
 
-def _next(slots: NDArray[np.int64]) -> int:
-    """A number below VOCAB from every entry of all slots, weighed by place."""
-    weights = np.arange(1, len(slots) + 1)
-    mixed = (slots[:, 0] * 31 + slots[:, 1] * 17 + slots[:, 2]) % _PRIME
-    return int((mixed * weights % _PRIME).sum() % _PRIME % VOCAB)
+def _next(seen: Sequence[NDArray[np.int64]]) -> int:
+    """A number below VOCAB from every entry of all slots that are seen, weighed by place."""
+    total = 0
+    for slots in seen:
+        weights = np.arange(1, len(slots) + 1)
+        mixed = (slots[:, 0] * 31 + slots[:, 1] * 17 + slots[:, 2]) % _PRIME
+        total = total * 7 + int((mixed * weights % _PRIME).sum())
+    return total % _PRIME % VOCAB
 
 
 def naive_continuation(
-    prompt: Sequence[int], sampling: SamplingParams, eos_ids: frozenset[int] = frozenset()
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    eos_ids: frozenset[int] = frozenset(),
+    layout: KvLayout = LAYOUT,
 ) -> list[int]:
     """The output tokens without any cache, paging or batching: all KV is made anew for each token."""
     tokens = list(prompt)
@@ -113,7 +153,11 @@ def naive_continuation(
         for position, token in enumerate(tokens):
             chain = _chain(chain, token)
             rows.append((token, position, chain))
-        tokens.append(_next(np.asarray(rows, dtype=np.int64)))
+        entries = np.asarray(rows, dtype=np.int64)
+        alone = np.stack([entries[:, 0], entries[:, 1], entries[:, 0]], axis=1)
+        last = len(tokens) - 1
+        groups = layout.groups
+        tokens.append(_next([(alone if g.window == 1 else entries)[g.seen_from(last) :] for g in groups]))
         output = len(tokens) - len(prompt)
         if output >= sampling.max_tokens or (tokens[-1] in eos_ids and output > sampling.min_tokens):
             return tokens[len(prompt) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,19 +16,23 @@ from tandem.types import TokenIds
 Buffer = npt.NDArray[np.uint8]
 
 
-def small_layout(layers: int = 2, heads: int = 2, head_dim: int = 8) -> KvLayout:
-    """K and V in bfloat16; 128 bytes a token by default."""
+def small_layout(layers: int = 2, heads: int = 2, head_dim: int = 8, windows: Sequence[int | None] = ()) -> KvLayout:
+    """K and V in bfloat16; 128 bytes a token by default. windows: of layer groups that share the layers in turn."""
     planes = (Plane("k", heads, head_dim, "bfloat16"), Plane("v", heads, head_dim, "bfloat16"))
-    return KvLayout(planes, (LayerGroup(tuple(range(layers))),))
+    count = max(len(windows), 1)
+    spans = windows or (None,)
+    return KvLayout(planes, tuple(LayerGroup(tuple(range(n, layers, count)), span) for n, span in enumerate(spans)))
 
 
 def span_kv(layout: KvLayout, tokens: TokenIds, span: Span) -> Buffer:
-    """The span's KV in canonical order: bytes that depend on plane, layer, position and token id."""
-    ids = np.array(tokens[span.start : span.end], dtype=np.uint32)
-    positions = np.arange(span.start, span.end, dtype=np.uint32)
+    """What moves of a span of `tokens`, in canonical order: bytes of plane, layer, position and token id."""
+    shares = layout.shares(span, len(tokens))
     parts = []
     for number, plane in enumerate(layout.planes):
-        for layer in range(layout.num_layers):
+        for layer, group in enumerate(layout.layer_groups):
+            share = shares[group]
+            ids = np.array(tokens[share.start : share.end], dtype=np.uint32)
+            positions = np.arange(share.start, share.end, dtype=np.uint32)
             row = ids * 2654435761 + positions * 40503 + np.uint32(number * 7919 + layer * 104729)
             inner = np.arange(plane.token_bytes, dtype=np.uint32) * 193
             parts.append((((row[:, None] + inner[None, :]) >> 7) & 255).astype(np.uint8).reshape(-1))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel
 from tandem.engine.runner import Runner
@@ -16,27 +14,12 @@ from tandem.engine.sequence import Batch, Row, Sampled, Seq
 from tandem.types import SamplingParams
 
 
-class SamePages:
-    """An attention backend for sequences whose layer groups all use the same page numbers."""
-
-    def __init__(self, backend: AttentionBackend, groups: int) -> None:
-        self._backend = backend
-        self._groups = groups
-
-    def plan(self, batch: AttentionBatch) -> AttentionPlan:
-        """See `AttentionBackend.plan`."""
-        return self._backend.plan(replace(batch, pages=[batch.pages[0]] * self._groups))
-
-
 class RunnerLoop:
     """Sequences that are computed in chunks and decoded together until each has its `max_tokens`."""
 
     def __init__(self, loaded: LoadedModel, page_size: int = 16, num_pages: int = 256, seed: int = 0) -> None:
         self.pool = KvPool(loaded.layout, num_pages, page_size, loaded.device)
-        attention = SamePages(loaded.kernels.attention(self.pool), len(loaded.layout.groups))
-        self.runner = Runner(
-            loaded.module, self.pool, loaded.config.vocab_size, loaded.device, attention, loaded.kernels
-        )
+        self.runner = Runner(loaded.module, self.pool, loaded.config.vocab_size, loaded.device, kernels=loaded.kernels)
         self._free = random.Random(seed).sample(range(num_pages), num_pages)
         self._made = 0
 
@@ -44,7 +27,8 @@ class RunnerLoop:
         """A sequence with pages for all it will hold; it never ends before `max_tokens`."""
         total = len(prompt) + sampling.max_tokens
         self._made += 1
-        pages = [self._free.pop() for _ in range(-(-total // self.pool.page_size))]
+        run = [self._free.pop() for _ in range(-(-total // self.pool.page_size))]
+        pages = [list(run) for _ in self.pool.layout.groups]
         name = f"seq-{self._made}"
         return Seq(name, list(prompt), len(prompt), sampling, b"", frozenset(), choice=choice, pages=pages)
 

@@ -88,8 +88,10 @@ class EngineKvSource:
         return cached
 
     def _begin(self, seq: Seq) -> int:
-        if not self._computes and (cached := self._engine.match_len(seq.root, seq.tokens)) < len(seq.tokens):
-            raise Unavailable(f"only {cached} of {len(seq.tokens)} tokens are cached here")
+        if not self._computes and not self._engine.is_exportable(seq):
+            cached = self._engine.match_len(seq.root, seq.tokens)
+            missing = f"only {cached} of {len(seq.tokens)} tokens are" if cached < len(seq.tokens) else "the end is not"
+            raise Unavailable(f"{missing} cached here")
         self._engine.add(seq)
         # What is cached can be sent before the rest had its turn.
         return self._engine.open_cached(seq)
@@ -114,7 +116,7 @@ class EngineKvSource:
             held.on_progress(computed)
 
     async def export(self, ticket_id: str, span: Span, out: np.ndarray | memoryview) -> None:
-        """Copies a computed span in canonical order into `out`, `layout.span_bytes(span.count)` bytes."""
+        """Copies what moves of a computed span into `out`, `layout.span_bytes(span, len(tokens))` bytes."""
         while (held := self._held.get(ticket_id)) is not None:
             held.advanced.clear()
             if held.computed >= span.end and await self._thread.call(self._export, held.seq, span, out):

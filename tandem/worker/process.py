@@ -148,7 +148,7 @@ class WorkerProcess:
         return int(port)
 
     def _describe(self, model: ModelInfo, layout: KvLayout, port: int, threads: int) -> WorkerInfo:
-        config, capacity = self.config, self.engine.capacity_tokens
+        config, engine = self.config, self.engine
         try:
             metrics_port = self.metrics.serve(config.host, config.metrics_port)
         except OSError as error:
@@ -157,11 +157,11 @@ class WorkerProcess:
             incarnation=new_id(),
             role=self._role_kind,
             address=authority(config.host, port),
-            model=replace(model, max_context=min(model.max_context, capacity)),
+            model=replace(model, max_context=min(model.max_context, engine.capacity_tokens)),
             layout=layout,
             kv_dtype=layout.planes[0].dtype,
             page_size=config.page_size,
-            total_pages=capacity // config.page_size,
+            total_pages=engine.memory.total_pages,
             max_batch_tokens=config.max_batch_tokens,
             transport=self._transport,
             metrics_port=metrics_port,

@@ -82,7 +82,7 @@ async def test_all_but_the_last_token_is_handed_over(small_model: Path, monkeypa
         assert usage_of(answer, await expected(workers)).moved_tokens == 199
         covered = sorted(token for span in exports.spans for token in range(span.start, span.end))
         assert covered == list(range(199))
-        size = workers.decode.info.layout.span_bytes(199)
+        size = workers.decode.info.layout.token_bytes * 199
         (move,) = workers.decode.services.report().moves
         assert (move.sender, move.bytes, move.tickets) == (workers.prefill[0].info.incarnation, size, 1)
 

@@ -45,17 +45,17 @@ async def foreign_page(workers: Pair, patch: Patch) -> None:
     """The page table's first entry is a page of another sequence."""
     await workers.generate(DONOR, GREEDY, salt="donor")
     engine = workers.decode.engine
-    root, node = next((root, node) for root, node in engine.memory.cache.nodes() if node.pages)
-    donor, run = node.pages[0], engine._runner.run
+    root, node = next((root, node) for root, node in engine.memory.cache.nodes() if node.num_tokens)
+    donor, run = node.pages[0][0], engine._runner.run
     assert engine.memory.cache.match(root, node.key, PAGE).tokens == PAGE
 
     def mistaken(batch: Batch) -> list[Sampled]:
-        own = [row.seq.pages[0] for row in batch.rows]
+        own = [row.seq.pages[0][0] for row in batch.rows]
         for row in batch.rows:
-            row.seq.pages[0] = donor
+            row.seq.pages[0][0] = donor
         results = run(batch)
         for row, page in zip(batch.rows, own, strict=True):
-            row.seq.pages[0] = page
+            row.seq.pages[0][0] = page
         return results
 
     patch.setattr(engine._runner, "run", mistaken)
@@ -67,9 +67,9 @@ async def swapped_head(workers: Pair, patch: Patch) -> None:
     layout, scatter = workers.decode.info.layout, pool.scatter
     assert [plane.heads for plane in layout.planes] == [2, 2]
 
-    def swapping(pages: Sequence[int], span: Span, data: Any) -> None:
+    def swapping(pages: Sequence[Sequence[int]], span: Span, total: int, data: Any) -> None:
         heads = np.asarray(data).reshape(len(layout.planes), layout.num_layers, span.count, 2, -1)
-        scatter(pages, span, np.ascontiguousarray(heads[:, :, :, ::-1]).reshape(-1))
+        scatter(pages, span, total, np.ascontiguousarray(heads[:, :, :, ::-1]).reshape(-1))
 
     patch.setattr(pool, "scatter", swapping)
 

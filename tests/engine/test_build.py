@@ -68,7 +68,7 @@ def test_a_real_model_goes_on_from_imported_kv(checkpoint: Path, whole: list[int
     assert receiver.reserve(seq) == 0
     for start in range(0, len(PROMPT) - 1, 30):
         span = Span(start, min(30, len(PROMPT) - 1 - start))
-        data = np.zeros(sender.layout.span_bytes(span.count), dtype=np.uint8)
+        data = np.zeros(sender.layout.span_bytes(span, len(PROMPT) - 1), dtype=np.uint8)
         sender.export_span(source, span, data)
         receiver.import_span(seq, span, data)
     sender.release(source)
@@ -88,8 +88,8 @@ def test_a_real_model_says_the_same_after_retraction(checkpoint: Path) -> None:
 
 def test_memory_is_divided_into_pages() -> None:
     assert LAYOUT.token_bytes == 24
-    assert count_pages(settings(kv_mib=1, page_size=16), LAYOUT) == (1 << 20) // (24 * 16)
-    assert count_pages(settings(kv_mib=1, page_size=16, pages=7), LAYOUT) == 7
+    assert count_pages(settings(kv_mib=1, page_size=16), LAYOUT) == ((1 << 20) // (24 * 16),)
+    assert count_pages(settings(kv_mib=1, page_size=16, pages=7), LAYOUT) == (7,)
 
 
 def test_memory_for_less_than_a_page_is_refused() -> None:

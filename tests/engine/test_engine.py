@@ -295,4 +295,8 @@ def test_leaks_are_named() -> None:
     engine, _, _ = make()
     engine.add(make_seq("a", PROMPT))
     engine.step()
-    assert engine.idle_leaks() == ["sequence a is RUNNING", "3 pages are used and 2 cached", "1 cache handles are held"]
+    assert engine.idle_leaks() == [
+        "sequence a is RUNNING",
+        "3 pages are used and 2 cached in layer group 0",
+        "1 cache handles are held",
+    ]

@@ -99,7 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
         at = self.landed[name]
         count = min(count, twin.computed - at)
         if count > 0:
-            data = bytearray(LAYOUT.span_bytes(count))
+            data = bytearray(LAYOUT.span_bytes(Span(at, count), len(twin.tokens)))
             self.prefill.export_span(twin, Span(at, count), data)
             self.decode.import_span(seq, Span(at, count), data)
             self.landed[name] = at + count

@@ -39,7 +39,7 @@ def prefill(engine: Engine, name: str, tokens: list[int]) -> tuple[Seq, list[int
 def move(sender: Engine, source: Seq, receiver: Engine, target: Seq, start: int, end: int, step: int = 7) -> None:
     for at in range(start, end, step):
         span = Span(at, min(step, end - at))
-        data = bytearray(LAYOUT.span_bytes(span.count))
+        data = bytearray(LAYOUT.span_bytes(span, len(source.tokens)))
         sender.export_span(source, span, data)
         receiver.import_span(target, span, memoryview(data))
 
@@ -137,13 +137,13 @@ def test_prefill_reports_each_chunk_and_all_of_it_at_once_when_cached() -> None:
 def test_held_pages_survive_pressure_until_released() -> None:
     engine, _ = make(page_size=1, tokens=64)
     held, _ = prefill(engine, "p", PROMPT[:-1])
-    before = bytearray(LAYOUT.span_bytes(40))
+    before = bytearray(LAYOUT.span_bytes(Span(0, 40), 40))
     engine.export_span(held, Span(0, 40), before)
     small = [make_seq(f"s{index}", [index] * 6, max_tokens=6) for index in range(8)]
     for seq in small:
         engine.add(seq)
     drain(engine)
-    after = bytearray(LAYOUT.span_bytes(40))
+    after = bytearray(LAYOUT.span_bytes(Span(0, 40), 40))
     engine.export_span(held, Span(0, 40), after)
     assert before == after
     engine.release(held)
@@ -158,7 +158,7 @@ def test_cached_tokens_can_be_exported_before_their_turn() -> None:
     engine.add(seq)
     assert engine.open_cached(seq) == 20
     engine.check_integrity()
-    data = bytearray(LAYOUT.span_bytes(20))
+    data = bytearray(LAYOUT.span_bytes(Span(0, 20), 23))
     engine.export_span(seq, Span(0, 20), data)
     assert seq.state is SeqState.WAITING
     drain(engine)
@@ -207,7 +207,7 @@ def test_spans_outside_the_missing_part_are_refused(span: Span) -> None:
     seq = make_seq("d", PROMPT)
     assert engine.reserve(seq) == 8
     with pytest.raises(ValueError, match=r"must lie in \[8, 41\)"):
-        engine.import_span(seq, span, bytes(LAYOUT.span_bytes(span.count)))
+        engine.import_span(seq, span, bytes(LAYOUT.span_bytes(span, 40)))
 
 
 def test_a_span_of_the_wrong_length_is_refused() -> None:
@@ -245,7 +245,7 @@ def test_a_second_reserve_changes_nothing() -> None:
     drain(engine)
     seq = make_seq("d", PROMPT)
     assert engine.reserve(seq) == 8
-    pages = list(seq.pages)
+    pages = [list(run) for run in seq.pages]
     assert engine.reserve(seq) == 8
     assert seq.pages == pages
     engine.check_integrity()

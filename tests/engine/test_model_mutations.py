@@ -47,7 +47,7 @@ def wrong_offset(loop: RunnerLoop, seqs: list[Seq]) -> None:
 
 def foreign_page(loop: RunnerLoop, seqs: list[Seq]) -> None:
     for seq, other in zip(seqs, [*seqs[1:], seqs[0]], strict=True):
-        loop.pool.copy_tokens(other.pages[1], seq.pages[2], PAGE)
+        loop.pool.copy_tokens(0, other.pages[0][1], seq.pages[0][2], PAGE)
 
 
 def swapped_heads(loop: RunnerLoop, seqs: list[Seq]) -> None:

@@ -88,9 +88,9 @@ def test_a_sequence_goes_on_elsewhere_from_its_exported_kv(sizes: tuple[int, int
     source.step([first], len(PROMPT) - 1)
     for start in range(0, len(PROMPT) - 1, 40):
         span = Span(start, min(40, len(PROMPT) - 1 - start))
-        data = bytearray(loaded.layout.span_bytes(span.count))
-        source.pool.gather(first.pages, span, memoryview(data))
-        target.pool.scatter(second.pages, span, memoryview(data))
+        data = bytearray(loaded.layout.span_bytes(span, len(PROMPT) - 1))
+        source.pool.gather(first.pages, span, len(PROMPT) - 1, memoryview(data))
+        target.pool.scatter(second.pages, span, len(PROMPT) - 1, memoryview(data))
     second.computed = len(PROMPT) - 1
     assert target.finish([second]) == source.finish([first])
 
@@ -98,7 +98,7 @@ def test_a_sequence_goes_on_elsewhere_from_its_exported_kv(sizes: tuple[int, int
 def test_ids_behind_the_vocabulary_are_never_sampled(loaded: LoadedModel) -> None:
     pool = KvPool(loaded.layout, 8, 16, CPU)
     seq = RunnerLoop(loaded).add(PROMPT[:20], replace(GREEDY, logprobs=20))
-    seq.pages = [0, 1]
+    seq.pages = [[0, 1]]
     (whole,) = Runner(loaded.module, pool, 280, CPU).run(Batch((Row(seq, 0, 20, samples=True),)))
     assert whole.token is not None
     (cut,) = Runner(loaded.module, pool, whole.token, CPU).run(Batch((Row(seq, 0, 20, samples=True),)))

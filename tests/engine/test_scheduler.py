@@ -240,7 +240,7 @@ def test_a_landed_sequence_that_waits_gives_way_to_the_last_that_runs(older: boo
     if not older:
         assert bench.engine.reserve(moved) == 0
     bench.engine.landed(moved, 0)
-    assert (moved.order < runs.order, len(moved.pages)) == (older, 8)
+    assert (moved.order < runs.order, len(moved.pages[0])) == (older, 8)
     bench.drain(runs, moved)
     assert (moved.retractions, runs.retractions) == (1, 0)
 
@@ -282,7 +282,7 @@ def test_a_held_sequence_gives_way_to_an_older_one_unless_it_is_being_pushed(pus
     assert bench.step() == [("younger", 0, 8)]
     assert bench.states(older, younger) == [SeqState.WAITING, SeqState.HELD]
     if pushed:
-        bench.engine.export_span(younger, Span(0, 4), bytearray(LAYOUT.span_bytes(4)))
+        bench.engine.export_span(younger, Span(0, 4), bytearray(LAYOUT.span_bytes(Span(0, 4), 8)))
         assert bench.step() == []
         bench.engine.release(younger)
     assert bench.step() == [("older", 0, 8)]

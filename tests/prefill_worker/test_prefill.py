@@ -145,14 +145,14 @@ async def test_progress_rises_chunk_by_chunk_and_each_part_can_be_exported(small
     async with engine_source(small_model, True, max_batch_tokens=64) as (source, thread):
         assert await reach(source, "a", PROMPT, len(PROMPT)) == (0, [64, 128, 192, 200])
         layout = thread._engine._pool.layout
-        whole = np.zeros(layout.span_bytes(200), dtype=np.uint8)
+        whole = np.zeros(200 * layout.token_bytes, dtype=np.uint8)
         await source.export("a", Span(0, 200), whole)
         assert whole.any()
         await source.close("a")
         cached, progress = await reach(source, "b", (*PROMPT, 5), 201)
         assert cached == 192
         assert progress in ([192, 201], [201]), "a step may be faster than the answer"
-        again = np.zeros(layout.span_bytes(192), dtype=np.uint8)
+        again = np.zeros(192 * layout.token_bytes, dtype=np.uint8)
         await source.export("b", Span(0, 192), again)
         planes = layout.num_layers * 2
         shape = (planes, -1, layout.token_bytes // planes)

@@ -109,7 +109,7 @@ async def test_exports_are_the_engine_s_and_hits_are_counted() -> None:
     await rig.open("a")
 
     span = Span(0, 10)
-    out = np.zeros(rig.inner.layout.span_bytes(10), dtype=np.uint8)
+    out = np.zeros(10 * rig.inner.layout.token_bytes, dtype=np.uint8)
     await rig.source.export("a", span, out)
     assert rig.inner.exported == [("a", span)]
     assert value(rig.metrics.prompt_tokens) == 150

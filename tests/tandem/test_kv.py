@@ -138,7 +138,7 @@ def test_bytes_are_counted_over_planes_and_layers() -> None:
     assert K.token_bytes == 2 * 64 * 2
     assert LAYOUT.num_layers == 4
     assert LAYOUT.token_bytes == 4 * 2 * 256
-    assert LAYOUT.span_bytes(10) == 10 * LAYOUT.token_bytes
+    assert LAYOUT.span_bytes(Span(5, 10), 40) == 10 * LAYOUT.token_bytes
     assert {name: Plane("k", 1, 1, name).token_bytes for name in DTYPE_BYTES} == DTYPE_BYTES
 
 
