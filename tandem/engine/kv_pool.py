@@ -91,9 +91,13 @@ class KvPool:
     ) -> Iterator[tuple[torch.Tensor, slice | list[int], torch.Tensor, torch.Tensor]]:
         """The buffer in parts `[layer, token, byte]` of layers with equally many tokens, for one group each.
 
-        With each: which of its layers are the group's, their bytes in the pool `[layer, slot, byte]`, the tokens' slots.
+        With each: which of its layers are the group's, their bytes in the pool `[layer, slot, byte]`, and the slots.
         """
-        flat, shares, owners = self._flat(buffer, span, total), self.layout.shares(span, total), self.layout.layer_groups
+        flat, shares, owners = (
+            self._flat(buffer, span, total),
+            self.layout.shares(span, total),
+            self.layout.layer_groups,
+        )
         slots = [self._slots(run, share) for run, share in zip(pages, shares, strict=True)]
         moved, offset = [layer for layer, group in enumerate(owners) if shares[group].count], 0
         # Layers whose tokens differ in number lie one by one; else all form one block, and a group takes its rows.
