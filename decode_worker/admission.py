@@ -9,6 +9,9 @@ from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable
 from tandem.kv import BLOCK_TOKENS
 from tandem.types import GenerateRequest, ModelInfo, OutputKind
 
+MAX_SCORE_VALUES = 1 << 22
+"""Log-probabilities of one prompt; they come in one message, of at most 64 MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -35,6 +38,13 @@ def check(request: GenerateRequest, limits: Limits, open_requests: int, draining
             f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.sampling.max_tokens}, "
             f"{needed} together; at most {most} fit",
             param="messages",
+        )
+    scores = request.sampling.prompt_logprobs
+    if scores is not None and (values := len(request.prompt) * (scores + 1)) > MAX_SCORE_VALUES:
+        raise BadRequest(
+            f"log-probabilities of {len(request.prompt)} prompt tokens and {scores} alternatives each are {values}; "
+            f"at most {MAX_SCORE_VALUES} are allowed",
+            param="logprobs",
         )
     largest = max(request.prompt)
     if largest >= limits.model.vocab_size:

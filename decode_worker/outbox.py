@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from decode_worker.requests import Choice
 from tandem.types import Delta, FinishReason
 
+MESSAGE_SCORES = 1 << 16
+"""Prompt tokens' log-probabilities after which a message is full: prompts scored together would exceed its size."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResumeAt:
@@ -91,9 +94,14 @@ class Outbox:
 
     def _take(self) -> list[Delta]:
         deltas, self._lost = self._lost, []
-        for choice in self._dirty:
+        scores = 0
+        for choice in list(self._dirty):
+            if scores >= MESSAGE_SCORES:
+                self._wake.set()
+                break
+            del self._dirty[choice]
             if not choice.closed:
                 deltas.append(choice.delta())
+                scores += len(deltas[-1].prompt_logprobs)
                 choice.mark_sent()
-        self._dirty.clear()
         return deltas

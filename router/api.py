@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -20,7 +21,7 @@ from router.messages import chat_turns
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
 from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
 from router.problems import envelope, public
-from router.responses import DONE, ChatFormat, Format, Json, event, to_json, with_usage
+from router.responses import DONE, ChatFormat, Format, Json, event, list_json, to_json, with_usage
 from router.sse import EventBuffer, EventStream, SlowClient
 from router.stream import Piece
 from router.tools import declarations, template_values
@@ -30,6 +31,9 @@ from tandem.text.prompt import PromptTokenizer
 from tandem.types import ModelInfo
 
 log = logging.getLogger(__name__)
+
+MANY = 4096
+"""Tokens from which what is said of each is written in a thread."""
 
 
 class TextSource(Protocol):
@@ -98,10 +102,14 @@ class Api:
         else:
             text = plain_text(body.prompt or "", "prompt")
             ids = await tokenizer.encode_async(text, body.add_special_tokens is not False)
-        answer: Json = {"count": len(ids), "max_model_len": to.model.max_context, "tokens": ids}
-        if body.return_token_strs:
-            answer["token_strs"] = [tokenizer.token(token) for token in ids]
-        return _json(answer)
+        head = to_json({"count": len(ids), "max_model_len": to.model.max_context})[:-1]
+
+        def page() -> bytes:
+            spelled = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
+            strings = b"" if spelled is None else b',"token_strs":' + list_json(spelled)
+            return head + b',"tokens":' + list_json(ids) + strings + b"}"
+
+        return _body(await asyncio.to_thread(page) if len(ids) >= MANY else page())
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`: text of ids."""
@@ -146,7 +154,7 @@ class Api:
         usage = answer.usage()
         timer.prompt(usage.prompt_tokens, usage.cached_tokens)
         timer.end("ok")
-        return _json(whole)
+        return _body(whole)
 
     async def _start(
         self, raw: bytes, job_from: Callable[[bytes], Awaitable[Job]], form: Callable[..., Format], timer: RequestTimer
@@ -232,10 +240,13 @@ class Streaming:
         return with_usage(made, self._answer.usage()) if self._answer.job.options.continuous_usage else made
 
 
-async def _collect(answer: Answer, out: Format) -> Json:
+async def _collect(answer: Answer, out: Format) -> bytes:
     pieces: list[list[Piece]] = [[] for _ in answer.choices]
     await answer.run(lambda piece: pieces[piece.choice].append(piece))
-    return out.whole(pieces, answer.usage())
+    scores = sum(len(piece.logprobs) + len(piece.prompt_logprobs) for mine in pieces for piece in mine)
+    if scores >= MANY:
+        return await asyncio.to_thread(lambda: to_json(out.whole(pieces, answer.usage())))
+    return to_json(out.whole(pieces, answer.usage()))
 
 
 def _account(timer: RequestTimer, error: BaseException) -> None:
@@ -255,4 +266,8 @@ def _account(timer: RequestTimer, error: BaseException) -> None:
 
 
 def _json(value: Json, status: int = 200) -> Response:
-    return Response(to_json(value), status, media_type="application/json")
+    return _body(to_json(value), status)
+
+
+def _body(page: bytes, status: int = 200) -> Response:
+    return Response(page, status, media_type="application/json")

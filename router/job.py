@@ -183,8 +183,8 @@ async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
 
 
 def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, request_id: str) -> GenerateRequest:
-    check_ids(prompt.ids, to.model, asked.prompt_field)
     room = output_room(len(prompt.ids), asked.limit, to.model, asked.prompt_field, asked.limit_field)
+    check_ids(prompt.ids, to.model, asked.prompt_field)
     if asked.limit is None and asked.usual_limit is not None:
         room = min(room, asked.usual_limit)
     return GenerateRequest(

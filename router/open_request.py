@@ -34,8 +34,8 @@ class _Choice:
 class OpenRequest(AsyncIterator[Delta]):
     """Iterated by its one reader: deltas of all choices, until each choice has had one with `finish` set.
 
-    max_buffered: tokens of each choice that may wait for the reader. One message may bring many of every choice: a worker
-    merges what it made while this process had no time to read.
+    max_buffered: tokens of each choice that may wait for the reader. One message may bring many of every choice: a
+    worker merges what it made while this process had no time to read.
     """
 
     def __init__(self, request: GenerateRequest, max_buffered: int, chain: Chain) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from router.answer import TotalUsage
@@ -22,6 +23,7 @@ from tandem.types import FinishReason, TokenLogprob
 Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+LIST_PART = 4096
 LEAST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON has not."""
 
@@ -31,6 +33,12 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 def to_json(value: Any) -> bytes:
     """Compact JSON in UTF-8."""
     return _encode(value).encode()
+
+
+def list_json(values: Sequence[Any]) -> bytes:
+    """A long list's JSON, a few thousand values at a time: the encoder holds the interpreter's lock."""
+    parts = (to_json(values[start : start + LIST_PART])[1:-1] for start in range(0, len(values), LIST_PART))
+    return b"[" + b",".join(parts) + b"]"
 
 
 def event(value: Json) -> bytes:

@@ -45,6 +45,19 @@ def test_what_cannot_be_served_is_refused_by_name(
         check(asked, LIMITS, open_requests, draining)
 
 
+def test_the_log_probabilities_of_a_prompt_are_bounded_because_they_come_in_one_message() -> None:
+    limits = Limits(replace(MODEL, max_context=1 << 20), capacity_tokens=1 << 20, max_requests=4)
+    for tokens, fits in (((1 << 22) // 21, True), ((1 << 22) // 21 + 1, False)):
+        sampling = SamplingParams(max_tokens=0, prompt_logprobs=20)
+        asked = replace(request(), prompt=(5,) * tokens, sampling=sampling)
+        if fits:
+            check(asked, limits, 0, draining=False)
+            continue
+        with pytest.raises(BadRequest, match=f"{tokens} prompt tokens and 20 alternatives") as refused:
+            check(asked, limits, 0, draining=False)
+        assert refused.value.param == "logprobs"
+
+
 @pytest.mark.parametrize(("asked", "open_requests"), [(request(40, 8), 0), (request(), 3), (request(choices=2), 2)])
 def test_what_just_fits_is_taken(asked: GenerateRequest, open_requests: int) -> None:
     check(asked, LIMITS, open_requests, draining=False)

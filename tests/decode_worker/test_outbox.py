@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,18 @@ async def test_a_step_s_tokens_go_out_as_one_message() -> None:
     outbox.mark(record.choices[0])
     outbox.flush()
     assert [delta.usage for delta in await read(messages)] == [None]
+
+
+async def test_prompts_that_are_scored_together_are_spread_over_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decode_worker.outbox.MESSAGE_SCORES", 5)
+    outbox, records = Outbox("router", 100.0), [make_record() for _ in range(5)]
+    messages = outbox.messages(outbox.attach())
+    for record in records:
+        record.choices[0].prompt_logprobs = (None, TokenLogprob(2, -1.0), TokenLogprob(3, -1.0))
+        record.choices[0].finish = FinishReason.LENGTH
+        outbox.mark(record.choices[0])
+    outbox.flush()
+    assert [len(await read(messages)) for _ in range(3)] == [2, 2, 1]
 
 
 async def test_what_a_slow_reader_missed_is_merged() -> None:

@@ -254,6 +254,16 @@ async def test_models(client: httpx.AsyncClient, world: Any) -> None:
     assert (await client.get("/v1/models")).json()["data"] == []
 
 
+async def test_many_tokens_are_written_as_few_are(client: httpx.AsyncClient, world: Any) -> None:
+    text = 'Hello 🙂 "quoted" ' * 3000
+    ids = world.tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert len(ids) > 2 * 4096
+    body = (await client.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
+    assert body["tokens"][-len(ids) :] == ids
+    assert body["token_strs"] == [world.tokenizer.token(token) for token in body["tokens"]]
+    assert (await client.post("/detokenize", json={"tokens": ids})).json() == {"prompt": text}
+
+
 async def test_tokenize_and_detokenize(client: httpx.AsyncClient, world: Any) -> None:
     body = (await client.post("/tokenize", json={"prompt": "Hello 🙂", "return_token_strs": True})).json()
     ids = world.tokenizer.encode("Hello 🙂")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.openai import ChatBody, CompletionBody, parse, prompts, stop_strings
+from router.openai import ChatBody, CompletionBody, DetokenizeBody, parse, prompts, stop_strings
 from tandem.errors import BadRequest
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -157,6 +157,14 @@ async def test_each_bad_field_is_named_with_its_limit(client: httpx.AsyncClient,
     assert world.dispatcher.requests == []
     ok = await client.post("/v1/chat/completions", json={"messages": HI})
     assert ok.status_code == 200
+
+
+def test_a_body_of_more_values_than_are_parsed_is_refused_at_once() -> None:
+    for kind, name in ((CompletionBody, "prompt"), (DetokenizeBody, "tokens")):
+        over = b'{"%s":[%s5]}' % (name.encode(), b"5," * ((1 << 20) + 1))
+        with pytest.raises(BadRequest, match="at most 1048576"):
+            parse(kind, over)
+    assert len(parse(CompletionBody, b'{"prompt":[%s5]}' % (b"5," * (1 << 18))).prompt) == (1 << 18) + 1
 
 
 RAW = [
