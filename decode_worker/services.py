@@ -140,6 +140,7 @@ def _compiler_settings(config: DecodeConfig, model: ModelInfo) -> CompilerSettin
         seconds=config.grammar_compile_s,
         memory_mib=config.grammar_memory_mib,
         cache_mib=config.grammar_cache_mib,
+        any_whitespace=config.json_any_whitespace,
     )
 
 

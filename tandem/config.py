@@ -207,6 +207,9 @@ class DecodeConfig(WorkerConfig):
         1024, description="memory that compiling a grammar may take, MiB"
     )
     grammar_cache_mib: Annotated[int, Field(ge=0)] = Field(256, description="memory for compiled grammars, MiB")
+    json_any_whitespace: bool = Field(
+        False, description="let models lay out the JSON that a request asks for; else it is written on one line"
+    )
 
     @model_validator(mode="after")
     def _room_for_a_slab(self) -> DecodeConfig:

@@ -43,6 +43,8 @@ class CompilerSettings:
     cache_mib: int = 256
     processes: int = 2
     """Grammars compiled at the same time."""
+    any_whitespace: bool = False
+    """Whether the model lays JSON out as it likes; else it is written on one line, and more of it is forced."""
 
 
 @dataclass(slots=True)
@@ -119,7 +121,8 @@ class GrammarCompiler:
         """Raises EOFError when the process ends."""
         assert process.stdin is not None
         kind, source = key
-        process.stdin.write(json.dumps({"kind": kind, "source": source}).encode() + b"\n")
+        request = {"kind": kind, "source": source, "any_whitespace": self._settings.any_whitespace}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
         try:
             await process.stdin.drain()
         except ConnectionError as error:

@@ -1,6 +1,6 @@
 """The process in which grammars are compiled: it may be killed at any time, and nothing but its request is lost.
 
-Reads one line of JSON for each grammar, `{"kind": ..., "source": ...}`, and answers with one line of JSON,
+Reads one line of JSON for each grammar, the arguments of `compile_one`, and answers with one line of JSON,
 `{"bytes": n}` followed by n bytes, or `{"error": why}`. The first line it writes, `{"bytes": n}`, precedes the
 vocabulary in serialised form.
 """
@@ -28,13 +28,15 @@ MAX_WHITESPACE = 8
 """Blanks and newlines that may stand between two parts of a JSON text: a model must not write them for ever."""
 
 
-def compile_one(compiler: xgrammar.GrammarCompiler, kind: str, source: str) -> xgrammar.CompiledGrammar:
-    """Raises ValueError or RuntimeError with the compiler's complaint."""
+def compile_one(
+    compiler: xgrammar.GrammarCompiler, kind: str, source: str, any_whitespace: bool = False
+) -> xgrammar.CompiledGrammar:
+    """any_whitespace: see `CompilerSettings`. Raises ValueError or RuntimeError with the compiler's complaint."""
     match kind:
-        case "json_object":
-            return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=MAX_WHITESPACE)
-        case "json_schema":
-            return compiler.compile_json_schema(source, max_whitespace_cnt=MAX_WHITESPACE)
+        case "json_object" | "json_schema":
+            schema = source or '{"type": "object"}'
+            most = MAX_WHITESPACE if any_whitespace else None
+            return compiler.compile_json_schema(schema, any_whitespace=any_whitespace, max_whitespace_cnt=most)
         case "regex":
             return compiler.compile_regex(source)
         case "ebnf":
@@ -55,7 +57,7 @@ def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: Binar
     for line in requests:
         request = json.loads(line)
         try:
-            compiled = compile_one(compiler, request["kind"], request["source"]).serialize_json().encode()
+            compiled = compile_one(compiler, **request).serialize_json().encode()
         except MemoryError:
             answer(answers, {"error": TOO_MUCH})
         except Exception as error:  # noqa: BLE001 - whatever a hostile text provokes is the text's fault
