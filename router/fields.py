@@ -23,6 +23,7 @@ IGNORED = frozenset(
         "reasoning_effort",
         "verbosity",
         "request_id",
+        "rid",
         "parallel_tool_calls",
     }
 )
@@ -33,6 +34,8 @@ INERT: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
     "documents": ([],),
+    "echo": (False,),
+    "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
