@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tandem.errors import BadRequest, CheckpointError
 from tandem.testing.tokenizer import byte_fallback_tokenizer, byte_level_tokenizer
-from tandem.text.tokenizer import LONG_TEXT, Tokenizer
+from tandem.text.tokenizer import LONG_TEXT, MANY_IDS, Tokenizer
 
 WITHOUT_TORCH = """
 import sys
@@ -92,3 +93,34 @@ def test_token_bytes_concatenate_to_the_text() -> None:
         data = b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text))
         assert data.decode().strip() == text
         assert tokenizer.token_bytes(tokenizer.size + 1) == b""
+
+
+class Recorded:
+    """A Rust tokeniser whose calls are written down."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return getattr(self.backend, name)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
+def test_long_work_is_done_in_batches_which_alone_release_the_interpreters_lock(make: Any) -> None:
+    tokenizer = Tokenizer(make())
+    plain = tokenizer.backend
+    tokenizer.backend = recorded = Recorded(plain)
+    for length, calls in ((LONG_TEXT - 1, ["encode"]), (LONG_TEXT, ["encode_batch_fast"])):
+        text = ("Hello wörld 🙂 " * LONG_TEXT)[:length]
+        for special in (False, True):
+            assert tokenizer.encode(text, special) == plain.encode(text, add_special_tokens=special).ids
+        assert recorded.calls == calls * 2
+        recorded.calls.clear()
+    ids = (plain.encode("Hello wörld<|end|> 🙂 ").ids * MANY_IDS)[:MANY_IDS]
+    for count, calls in ((MANY_IDS - 1, ["decode"]), (MANY_IDS, ["decode_batch"])):
+        for skip in (False, True):
+            assert tokenizer.decode(ids[:count], skip) == plain.decode(ids[:count], skip_special_tokens=skip)
+        assert recorded.calls == calls * 2
+        recorded.calls.clear()
