@@ -8,6 +8,7 @@ distribution, before all of this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,11 +60,11 @@ def sample(logits: torch.Tensor, seqs: Sequence[Seq], allowed: Allowed | None = 
         _bias(adjusted, seqs)
         if allowed is not None:
             allowed.apply(adjusted)
-    tokens = adjusted.argmax(dim=-1)
-    # argmax prefers a NaN to any number, so the chosen logit tells for its whole row.
-    broken = ~adjusted.gather(1, tokens[:, None]).isfinite()
-    lost = broken[:, 0].nonzero()[:, 0].tolist()
+    # A NaN is larger than any number here, so the largest logit tells for its whole row.
+    largest, tokens = adjusted.max(dim=-1)
+    lost = [row for row, value in enumerate(largest.tolist()) if not math.isfinite(value)]
     if lost:
+        broken = ~largest.isfinite()[:, None]
         adjusted, logits = adjusted.masked_fill(broken, 0.0), logits.masked_fill(broken, 0.0)
     drawing = [row for row, seq in enumerate(seqs) if not seq.sampling.greedy]
     if drawing:
