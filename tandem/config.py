@@ -156,8 +156,10 @@ class WorkerConfig(_Settings):
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="compute threads; 0 takes all cores")
-    kernels: Literal["auto", "native", "torch"] = Field(
-        "auto", description="CPU kernels: native ones are compiled at first use; auto takes torch where they cannot be"
+    kernels: Literal["auto", "native", "torch", "triton", "flashinfer"] = Field(
+        "auto",
+        description="auto takes native ones on CPUs, compiled at first use (torch where they cannot be), and torch on "
+        "GPUs; triton and flashinfer are for GPUs and unmeasured",
     )
     compute_slots: int | None = Field(
         None, description="System V semaphore that bounds how many workers of this machine compute at once"

@@ -18,6 +18,7 @@ from kvtransfer.backends import choose
 from tandem.device import accelerators
 from tandem.engine.kernels.build import cpu_features, find_compiler
 from tandem.engine.kernels.choose import choose_kernels
+from tandem.engine.kernels.choose_gpu import UNMEASURED, installed_gpu_kernels
 
 TELLING = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 """Instruction sets that decide how fast a model runs."""
@@ -40,6 +41,7 @@ def examine() -> list[Finding]:
     compiler = find_compiler()
     kernels = choose_kernels("auto", torch.device("cpu"))
     transports = choose("auto")
+    gpu_kernels = installed_gpu_kernels()
     packages = {name: _version(name) for name in PACKAGES}
     return [
         Finding("tandem", f"{tandem.__version__}, Python {platform.python_version()}, {platform.platform()}"),
@@ -48,6 +50,7 @@ def examine() -> list[Finding]:
         Finding("threads", f"{torch.get_num_threads()} for a worker that sets none"),
         Finding("compiler", f"{compiler.version} ({compiler.path})" if compiler else "none", compiler is not None),
         Finding("kernels", f"{kernels.name}: {kernels.detail}", kernels.name == "native"),
+        Finding("GPU kernels", f"{', '.join(gpu_kernels)} ({UNMEASURED})" if gpu_kernels else "none", not gpu_kernels),
         Finding("accelerators", ", ".join(accelerators()) or "none"),
         Finding("KV transport", f"{transports.preferred.name}: {transports.reason}", len(transports.all) > 1),
         Finding("packages", ", ".join(f"{name} {found}" for name, found in packages.items() if found)),

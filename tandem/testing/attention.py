@@ -15,8 +15,7 @@ from tandem.kv import KvLayout, LayerGroup, Plane
 
 NOWHERE = 1 << 40
 """The number of a page that is not there: whoever reads it fails."""
-MakeBackend = Callable[[KvPool, int], AttentionBackend]
-"""From a pool and the number of query heads."""
+MakeBackend = Callable[[KvPool], AttentionBackend]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def attend(case: AttentionCase, make: MakeBackend, *, others_finite: bool = Fals
     planes = tuple(Plane(name, case.kv_heads, case.dim, case.dtype) for name in ("k", "v"))
     total = sum(-(-length // size) for length in case.lengths) + 3
     layout = KvLayout(planes, (LayerGroup((1,), case.window), LayerGroup((0,))))
-    pool = KvPool(layout, total, size, torch.device("cpu"))
+    pool = KvPool(layout, (total, total + 1), size, torch.device("cpu"))
     free = random.Random(len(case.rows)).sample(range(total), total)
     pages = [np.array([free.pop() for _ in range(-(-length // size))]) for length in case.lengths]
     generator = torch.Generator().manual_seed(sum(case.lengths))
@@ -75,7 +74,7 @@ def attend(case: AttentionCase, make: MakeBackend, *, others_finite: bool = Fals
         stored[name] = _store_context(case, tensor, pages, new, generator)
     before = {name: pool.plane(name, 1).clone() for name in ("k", "v")}
     starts, counts = np.array([start for start, _ in case.rows]), np.array([count for _, count in case.rows])
-    plan = make(pool, heads).plan(AttentionBatch(starts, counts, [_shown(case, pages), pages]))
+    plan = make(pool).plan(AttentionBatch(starts, counts, [_shown(case, pages), pages]))
     found = plan.run(1, query, key, value, case.form)
     for name in ("k", "v"):
         for row, (start, count) in enumerate(case.rows):

@@ -24,7 +24,7 @@ TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
 
 def check(case: AttentionCase) -> FakeFlashInfer:
     library = FakeFlashInfer()
-    result = attend(case, lambda pool, heads: FlashInferAttention(pool, heads, library), others_finite=True)
+    result = attend(case, lambda pool: FlashInferAttention(pool, library), others_finite=True)
     tolerance = TOLERANCE[case.dtype]
     assert result.found.dtype == getattr(torch, case.dtype)
     torch.testing.assert_close(result.found.double(), result.expected, atol=tolerance, rtol=tolerance)
@@ -75,7 +75,7 @@ def make_pool(dim: int = 64, dtype: str = "bfloat16", window: int | None = 5) ->
 
 def test_layers_of_a_form_share_one_plan_and_batches_share_wrappers_and_the_pools_memory() -> None:
     library, pool = FakeFlashInfer(), make_pool()
-    backend = FlashInferAttention(pool, 4, library)
+    backend = FlashInferAttention(pool, library)
     full, windowed = AttentionForm(0.1), AttentionForm(0.1, 5)
     query, new = torch.randn(1, 4, 64).bfloat16(), torch.randn(1, 2, 64).bfloat16()
     for start in (3, 4):
@@ -104,7 +104,7 @@ def test_layers_of_a_form_share_one_plan_and_batches_share_wrappers_and_the_pool
 def test_pages_that_are_not_there_are_refused(
     pages: list[np.ndarray[tuple[int], np.dtype[np.int64]]], match: str
 ) -> None:
-    backend = FlashInferAttention(make_pool(), 4, FakeFlashInfer())
+    backend = FlashInferAttention(make_pool(), FakeFlashInfer())
     with pytest.raises(ValueError, match=match):
         backend.plan(AttentionBatch(np.array([4]), np.array([1]), [pages, pages]))
     with pytest.raises(ValueError, match="pages of 1 layer groups; the pool has 2"):
@@ -114,10 +114,10 @@ def test_pages_that_are_not_there_are_refused(
 def test_what_it_does_not_serve_is_refused() -> None:
     for pool in (make_pool(dim=80), make_pool(dtype="float32")):
         with pytest.raises(ConfigError, match="it serves heads of 64, 128 and 256"):
-            FlashInferAttention(pool, 4, FakeFlashInfer())
+            FlashInferAttention(pool, FakeFlashInfer())
     latent = KvPool(KvLayout((Plane("latent", 1, 64, "float16"),), (LayerGroup((0,)),)), 1, 1, CPU)
     with pytest.raises(ConfigError, match="planes k and v"):
-        FlashInferAttention(latent, 4, FakeFlashInfer())
+        FlashInferAttention(latent, FakeFlashInfer())
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

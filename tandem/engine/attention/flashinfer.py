@@ -36,6 +36,16 @@ def load_flashinfer() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class _Kind:
+    """Layers that one plan serves."""
+
+    group: int
+    form: AttentionForm
+    heads: int
+    """Query heads."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """Some rows of a batch as FlashInfer describes them; int32, on the host, where its planner reads them."""
 
@@ -55,8 +65,8 @@ class _Rows:
 class FlashInferAttention:
     """The backend: grouped queries, windows, soft caps; heads of 64, 128 or 256 in float16 or bfloat16."""
 
-    def __init__(self, pool: KvPool, heads: int, library: Any) -> None:
-        """heads: query heads of every layer. library: `load_flashinfer()`. Raises ConfigError on what it has not."""
+    def __init__(self, pool: KvPool, library: Any) -> None:
+        """library: `load_flashinfer()`. Raises ConfigError on what it does not serve."""
         planes = {plane.name: plane for plane in pool.layout.planes}
         if set(planes) != {"k", "v"} or len({(p.heads, p.head_dim, p.dtype) for p in planes.values()}) != 1:
             raise ConfigError("attention is flashinfer; it serves planes k and v of one shape and dtype", "attention")
@@ -68,12 +78,12 @@ class FlashInferAttention:
                 "attention",
             )
         self.pool = pool
-        self.heads, self.kv_heads, self.dim = heads, planes["k"].heads, planes["k"].head_dim
+        self.kv_heads, self.dim = planes["k"].heads, planes["k"].head_dim
         self._library = library
         self._groups = {layer: at for at, group in enumerate(pool.layout.groups) for layer in group.layers}
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
-        self._decoders: dict[tuple[int, AttentionForm], Any] = {}
-        self._prefillers: dict[tuple[int, AttentionForm], Any] = {}
+        self._decoders: dict[_Kind, Any] = {}
+        self._prefillers: dict[_Kind, Any] = {}
 
     def plan(self, batch: AttentionBatch) -> FlashInferPlan:
         """See `AttentionBackend.plan`. Raises ValueError when pages are missing or out of range."""
@@ -81,8 +91,8 @@ class FlashInferAttention:
         if len(batch.pages) != len(groups):
             raise ValueError(f"pages of {len(batch.pages)} layer groups; the pool has {len(groups)}")
         parts, slots = [], []
-        for group, pages in zip(groups, batch.pages, strict=True):
-            table, firsts = visible_pages(batch, pages, group.window, self.pool.page_size, self.pool.num_pages)
+        for group, pages, count in zip(groups, batch.pages, self.pool.group_pages, strict=True):
+            table, firsts = visible_pages(batch, pages, group.window, self.pool.page_size, count)
             parts.append(self._parts(batch, table, firsts))
             slots.append(torch.from_numpy(self._slots(batch, table, firsts)).to(self.pool.device))
         return FlashInferPlan(self, parts, slots)
@@ -124,30 +134,28 @@ class FlashInferAttention:
             raise ValueError(f"layer {layer} has a window of {form.window}; its group has another")
         return group
 
-    def planned_decode(self, group: int, form: AttentionForm, rows: _Rows) -> Any:
+    def planned_decode(self, kind: _Kind, rows: _Rows) -> Any:
         """The decode wrapper of these layers, planned for the rows."""
-        wrapper = self._decoders.get((group, form))
+        wrapper = self._decoders.get(kind)
         if wrapper is None:
             # On tensor cores: the other kernels know few ratios of query to KV heads, and are slower at large ones.
-            wrapper = self._decoders[group, form] = self._library.BatchDecodeWithPagedKVCacheWrapper(
+            wrapper = self._decoders[kind] = self._library.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace, "NHD", use_tensor_cores=True
             )
         wrapper.plan(
-            rows.indptr, rows.indices, rows.last_page_len, self.heads, self.kv_heads, self.dim, self.pool.page_size,
-            **self._options(form),
+            rows.indptr, rows.indices, rows.last_page_len, kind.heads, self.kv_heads, self.dim, self.pool.page_size,
+            **self._options(kind.form),
         )  # fmt: skip
         return wrapper
 
-    def planned_prefill(self, group: int, form: AttentionForm, rows: _Rows) -> Any:
+    def planned_prefill(self, kind: _Kind, rows: _Rows) -> Any:
         """The prefill wrapper of these layers, planned for the rows."""
-        wrapper = self._prefillers.get((group, form))
+        wrapper = self._prefillers.get(kind)
         if wrapper is None:
-            wrapper = self._prefillers[group, form] = self._library.BatchPrefillWithPagedKVCacheWrapper(
-                self._workspace, "NHD"
-            )
+            wrapper = self._prefillers[kind] = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
         wrapper.plan(
-            rows.query_indptr, rows.indptr, rows.indices, rows.last_page_len, self.heads, self.kv_heads, self.dim,
-            self.pool.page_size, causal=True, **self._options(form),
+            rows.query_indptr, rows.indptr, rows.indices, rows.last_page_len, kind.heads, self.kv_heads, self.dim,
+            self.pool.page_size, causal=True, **self._options(kind.form),
         )  # fmt: skip
         return wrapper
 
@@ -177,7 +185,7 @@ class FlashInferPlan:
         self._backend = backend
         self._parts = parts
         self._slots = slots
-        self._planned: dict[tuple[int, AttentionForm], tuple[Any, Any]] = {}
+        self._planned: dict[_Kind, tuple[Any, Any]] = {}
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
@@ -191,20 +199,20 @@ class FlashInferPlan:
         pool.plane("v", layer).index_copy_(0, self._slots[group], value)
         query, paged, out = query.contiguous(), backend.paged(layer), []
         with on_device(pool.device):
-            decoder, prefiller = self._wrappers(group, form)
+            decoder, prefiller = self._wrappers(_Kind(group, form, query.shape[1]))
             for wrapper, rows in ((decoder, decoding), (prefiller, chunks)):
                 if wrapper is not None:
                     out.append(wrapper.run(query[rows.first : rows.first + rows.tokens], paged))
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _wrappers(self, group: int, form: AttentionForm) -> tuple[Any, Any]:
+    def _wrappers(self, kind: _Kind) -> tuple[Any, Any]:
         """Those of the decoding rows and of the chunks, planned; None where there are no such rows."""
-        found = self._planned.get((group, form))
+        found = self._planned.get(kind)
         if found is None:
-            decoding, chunks = self._parts[group]
-            found = self._planned[group, form] = (
-                self._backend.planned_decode(group, form, decoding) if decoding.tokens else None,
-                self._backend.planned_prefill(group, form, chunks) if chunks.tokens else None,
+            decoding, chunks = self._parts[kind.group]
+            found = self._planned[kind] = (
+                self._backend.planned_decode(kind, decoding) if decoding.tokens else None,
+                self._backend.planned_prefill(kind, chunks) if chunks.tokens else None,
             )
         return found
 

@@ -48,77 +48,70 @@ class _GroupPlan:
 
     window: int | None
     decoding: int
+    """Rows that are."""
+    tiles: Tiles
     slots: torch.Tensor
     rows: torch.Tensor
     pages: torch.Tensor
     firsts: torch.Tensor
     parts: torch.Tensor
     """Items of decoding rows."""
-    tiles: torch.Tensor
-    """Items of chunks."""
+    chunks: torch.Tensor
+    """Items of the others."""
 
 
 class TritonPagedAttention:
     """The backend: grouped queries, windows, soft caps, every head size; float32, bfloat16, float16."""
 
-    def __init__(self, pool: KvPool, heads: int, part_tokens: int = PART_TOKENS) -> None:
-        """heads: query heads of every layer. Raises ValueError on layouts that it cannot serve."""
+    def __init__(self, pool: KvPool, part_tokens: int = PART_TOKENS) -> None:
+        """Raises ValueError on layouts that it cannot serve."""
         planes = {plane.name: plane for plane in pool.layout.planes}
         if set(planes) != {"k", "v"} or len({(p.heads, p.head_dim, p.dtype) for p in planes.values()}) != 1:
             raise ValueError("triton attention serves layouts of planes k and v of one shape and dtype")
-        self.kv_heads, self.dim = planes["k"].heads, planes["k"].head_dim
-        if heads % self.kv_heads:
-            raise ValueError(f"{heads} query heads cannot share {self.kv_heads} KV heads")
         self.pool = pool
-        self.heads = heads
-        self.group = heads // self.kv_heads
+        self.kv_heads, self.dim = planes["k"].heads, planes["k"].head_dim
         self.part_tokens = part_tokens
-        self.tiles = tiles_for(self.group, self.dim, pool.plane("k", 0).element_size())
+        self.groups = {layer: at for at, group in enumerate(pool.layout.groups) for layer in group.layers}
 
     def plan(self, batch: AttentionBatch) -> TritonPagedPlan:
         """See `AttentionBackend.plan`. Raises ValueError when pages are missing or out of range."""
         groups = self.pool.layout.groups
         if len(batch.pages) != len(groups):
             raise ValueError(f"pages of {len(batch.pages)} layer groups; the pool has {len(groups)}")
-        plans: dict[int, _GroupPlan] = {}
-        for group, pages in zip(groups, batch.pages, strict=True):
-            plans.update(dict.fromkeys(group.layers, self._plan_group(batch, pages, group.window)))
-        return TritonPagedPlan(self, plans)
+        tables = [
+            visible_pages(batch, pages, group.window, self.pool.page_size, count)
+            for group, pages, count in zip(groups, batch.pages, self.pool.group_pages, strict=True)
+        ]
+        return TritonPagedPlan(self, batch, tables)
 
-    def _plan_group(self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None) -> _GroupPlan:
-        offsets = np.cumsum(batch.counts) - batch.counts
-        page = self.pool.page_size
-        table, firsts = visible_pages(batch, pages, window, page, self.pool.num_pages)
-        rows = np.stack((batch.starts, batch.counts, offsets, firsts), axis=1)
-        row = np.repeat(np.arange(len(rows)), batch.counts)
-        positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
-        slots = table[firsts[row] + positions // page] * page + positions % page
-        order = np.argsort(batch.counts > 1, kind="stable")  # decoding rows first
-        decoding = int((batch.counts == 1).sum())
-        rows = rows[order]
-        parts, first_parts = decode_items(rows[:decoding], window, self.part_tokens)
-        tiles = chunk_items(rows, decoding, window, self.group, self.tiles.chunk)
-        on_device = pack((slots, rows, table, first_parts, parts, tiles), self.pool.device)
-        return _GroupPlan(window, decoding, *on_device)
+    def tiles(self, heads: int) -> Tiles:
+        """Block sizes for so many query heads. Raises ValueError when the KV heads cannot be shared among them."""
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {self.kv_heads} KV heads")
+        return tiles_for(heads // self.kv_heads, self.dim, self.pool.plane("k", 0).element_size())
 
 
 class TritonPagedPlan:
-    """See `AttentionPlan`."""
+    """See `AttentionPlan`. What a group's layers need is put on the device when the first of them runs."""
 
-    def __init__(self, backend: TritonPagedAttention, plans: dict[int, _GroupPlan]) -> None:
+    def __init__(
+        self, backend: TritonPagedAttention, batch: AttentionBatch, tables: Sequence[tuple[IntArray, IntArray]]
+    ) -> None:
         self._backend = backend
-        self._plans = plans
+        self._batch = batch
+        self._tables = tables
+        self._plans: dict[tuple[int, int], _GroupPlan] = {}
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
         """See `AttentionPlan.run`. Raises ValueError when the form's window is not that of the layer's group."""
-        backend, plan = self._backend, self._plans[layer]
+        backend, plan = self._backend, self._group_plan(layer, query.shape[1])
         if form.window != plan.window:
             raise ValueError(f"layer {layer} has a window of {form.window}; its group has {plan.window}")
         query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
         pool, shape = backend.pool, (len(plan.slots), backend.kv_heads, backend.dim)
-        if key.shape != shape or value.shape != shape or query.shape != (shape[0], backend.heads, shape[2]):
+        if key.shape != shape or value.shape != shape or query.shape != (shape[0], query.shape[1], shape[2]):
             raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)}; {shape} were planned")
         keys, values = pool.plane("k", layer), pool.plane("v", layer)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -130,9 +123,31 @@ class TritonPagedPlan:
             )  # fmt: skip
             if plan.decoding:
                 self._decode(plan, query, keys, values, out, form)
-            if len(plan.tiles):
-                self._attend(plan, plan.tiles, query, keys, values, (out, out, out), form, backend.tiles.chunk)
+            if len(plan.chunks):
+                self._attend(plan, plan.chunks, query, keys, values, (out, out, out), form)
         return out
+
+    def _group_plan(self, layer: int, heads: int) -> _GroupPlan:
+        group = self._backend.groups[layer]
+        plan = self._plans.get((group, heads))
+        if plan is None:
+            plan = self._plans[group, heads] = self._make_group_plan(group, heads)
+        return plan
+
+    def _make_group_plan(self, group: int, heads: int) -> _GroupPlan:
+        backend, batch, (table, firsts) = self._backend, self._batch, self._tables[group]
+        tiles, window, page = backend.tiles(heads), backend.pool.layout.groups[group].window, backend.pool.page_size
+        offsets = np.cumsum(batch.counts) - batch.counts
+        row = np.repeat(np.arange(len(batch.counts)), batch.counts)
+        positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
+        slots = table[firsts[row] + positions // page] * page + positions % page
+        rows = np.stack((batch.starts, batch.counts, offsets, firsts), axis=1)
+        rows = rows[np.argsort(batch.counts > 1, kind="stable")]  # decoding rows first
+        decoding = int((batch.counts == 1).sum())
+        parts, first_parts = decode_items(rows[:decoding], window, backend.part_tokens)
+        chunks = chunk_items(rows, decoding, window, heads // backend.kv_heads, tiles.chunk)
+        arrays = (slots, rows, table, first_parts, parts, chunks)
+        return _GroupPlan(window, decoding, tiles, *pack(arrays, backend.pool.device))
 
     def _decode(
         self,
@@ -143,13 +158,12 @@ class TritonPagedPlan:
         out: torch.Tensor,
         form: AttentionForm,
     ) -> None:
-        backend = self._backend
         partial = torch.empty((len(plan.parts), *out.shape[1:]), dtype=torch.float32, device=out.device)
         sums, peaks = torch.empty((2, *partial.shape[:2]), dtype=torch.float32, device=out.device)
         targets = (partial, sums, peaks)
-        self._attend(plan, plan.parts, query, keys, values, targets, form, backend.tiles.decode, partial=True)
-        combine[(plan.decoding, backend.heads)](
-            partial, sums, peaks, out, plan.firsts, plan.rows, DIM=backend.dim, BLOCK_D=backend.tiles.dim
+        self._attend(plan, plan.parts, query, keys, values, targets, form, partial=True)
+        combine[(plan.decoding, query.shape[1])](
+            partial, sums, peaks, out, plan.firsts, plan.rows, DIM=self._backend.dim, BLOCK_D=plan.tiles.dim
         )
 
     def _attend(
@@ -161,15 +175,15 @@ class TritonPagedPlan:
         values: torch.Tensor,
         targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         form: AttentionForm,
-        lanes: int,
         partial: bool = False,
     ) -> None:
-        backend = self._backend
+        backend, tiles = self._backend, plan.tiles
         attend[(len(items), backend.kv_heads)](
             query, keys, values, *targets, items, plan.rows, plan.pages, form.scale, form.softcap or 1.0,
-            query.stride(0), query.stride(1), GROUP=backend.group, DIM=backend.dim, PAGE=backend.pool.page_size,
-            WINDOW=plan.window or 0, CAPPED=form.softcap is not None, PARTIAL=partial,
-            BLOCK_M=lanes, BLOCK_N=backend.tiles.context, BLOCK_D=backend.tiles.dim, num_warps=4, num_stages=2,
+            query.stride(0), query.stride(1), GROUP=query.shape[1] // backend.kv_heads, DIM=backend.dim,
+            PAGE=backend.pool.page_size, WINDOW=plan.window or 0, CAPPED=form.softcap is not None, PARTIAL=partial,
+            BLOCK_M=tiles.decode if partial else tiles.chunk, BLOCK_N=tiles.context, BLOCK_D=tiles.dim,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +15,7 @@ from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.attention.native import NativeAttention
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kernels.build import KernelsUnavailable, build_library, find_compiler
+from tandem.engine.kernels.choose_gpu import GPU_KERNELS, UNMEASURED, load_gpu_kernels
 from tandem.engine.kernels.native import NativeLibrary
 from tandem.engine.kernels.native_ops import FEW_ROWS, NativeOps
 from tandem.engine.kernels.ops import Ops, TorchOps
@@ -27,28 +30,38 @@ log = logging.getLogger(__name__)
 class Kernels:
     """One set of kernels that belong together."""
 
-    name: Literal["native", "torch"]
+    name: Literal["native", "torch", "triton", "flashinfer"]
     detail: str
-    """What the native ones use of this processor, or why they are not used."""
+    """What the native ones use of this processor, or why no others are used."""
     ops: Ops
     library: NativeLibrary | None = None
+    backend: Callable[[KvPool], AttentionBackend] = TorchPagedAttention
 
     def attention(self, pool: KvPool) -> AttentionBackend:
-        """The backend over a pool. Raises ValueError when it cannot serve the pool's layout."""
-        return TorchPagedAttention(pool) if self.library is None else NativeAttention(pool, self.library)
+        """The backend over a pool. Raises ValueError or ConfigError when it cannot serve the pool's layout."""
+        return self.backend(pool)
 
     def replay(self, forward: Forward, dtype: torch.dtype) -> Replay | None:
         """What records and replays decode steps of a model in `dtype`, where that can be done."""
         return None if self.library is None else Replay(forward, self.library, FEW_ROWS[dtype])
 
 
-def choose_kernels(wanted: Literal["auto", "native", "torch"], device: torch.device) -> Kernels:
+def choose_kernels(wanted: Literal["auto", "native", "torch", "triton", "flashinfer"], device: torch.device) -> Kernels:
     """The native kernels on CPUs, unless they are unwanted or cannot be had; then torch, with a warning.
 
-    Raises ConfigError when `native` is wanted and cannot be had. Uses so many threads as torch does at this moment.
+    On a GPU torch, unless others are wanted: these have not been measured. Raises ConfigError when what is wanted
+    cannot be had. Uses so many threads as torch does at this moment.
     """
     if wanted == "torch":
         return Kernels("torch", "as configured", TorchOps())
+    if wanted in ("triton", "flashinfer"):
+        ops, backend = load_gpu_kernels(wanted, device)
+        log.warning("kernels %s: %s", wanted, UNMEASURED)
+        return Kernels(wanted, UNMEASURED, ops, backend=backend)
+    if wanted == "auto" and device.type == "cuda":
+        return Kernels(
+            "torch", f"those for GPUs must be asked for ({', '.join(GPU_KERNELS)}); {UNMEASURED}", TorchOps()
+        )
     try:
         library = _library(device)
     except KernelsUnavailable as reason:
@@ -58,7 +71,7 @@ def choose_kernels(wanted: Literal["auto", "native", "torch"], device: torch.dev
             log.warning("decoding will be slow: plain PyTorch is used in place of the native CPU kernels: %s", reason)
         return Kernels("torch", str(reason), TorchOps())
     log.info("native CPU kernels: %s, threads: %d", library.features, library.threads)
-    return Kernels("native", library.features, NativeOps(library), library)
+    return Kernels("native", library.features, NativeOps(library), library, partial(NativeAttention, library=library))
 
 
 def _library(device: torch.device) -> NativeLibrary:

@@ -1,4 +1,4 @@
-"""`Ops` by Triton kernels; matrix products stay torch's, which are the vendor's library on a GPU.
+"""`Ops` by Triton kernels: what is many small kernels in torch is one here.
 
 Not measured: these kernels ran in Triton's interpreter and were compiled, but no GPU has run them yet.
 """
@@ -15,11 +15,8 @@ GATED_BLOCK = 1024
 """Elements that one program of a gate computes."""
 
 
-class TritonOps:
-    """See `Ops`. For tensors of one GPU."""
-
-    def __init__(self) -> None:
-        self._torch = TorchOps()
+class TritonOps(TorchOps):
+    """See `Ops`. For tensors of one GPU. Products, embeddings and a step's angles, one kernel or few, are torch's."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Ops`."""
@@ -79,17 +76,6 @@ class TritonOps:
                 gate_up, out, gate_up.stride(0), SIZE=size, KIND=activation, BLOCK=block
             )
         return out
-
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        wide: bool = False,
-    ) -> torch.Tensor:
-        """See `Ops`."""
-        return self._torch.linear(x, weight, bias, residual, wide)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
