@@ -1,7 +1,7 @@
 """Greedy answers of every family are those of `transformers` in float32, with and without a hand-over.
 
 The ways an answer may be computed are crossed in `test_equality`, on two families; here each family takes those that
-windows and layer groups could break: hand-over, chunks, cached prefixes, company, small pages.
+windows and layer groups could break: hand-over, chunks, cached and evicted prefixes, company, small pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from tandem.testing.pair import Answer, Pair, pair
 from tandem.testing.reference import Reference
 from tandem.types import FinishReason, SamplingParams
 
-FAMILIES = ("qwen3", "mistral", "phi3-window", "olmo2", "granite", "smollm3")
+FAMILIES = (
+    "qwen2-window",
+    "qwen3",
+    "mistral",
+    "ministral",
+    "gemma2",
+    "gemma3",
+    "phi3-window",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "smollm3-window",
+)
 VOCAB = 300
 LENGTHS = (1, 17, WINDOW, WINDOW + 1, 64, 65, 100, 150)
 SHARED = 70
@@ -27,6 +39,7 @@ SHARED = 70
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2)
 WAYS: dict[str, dict[str, Any]] = {
     "aggregated": {"prefill": 0, "page_size": 16, "max_batch_tokens": 40, "kernels": "torch"},
+    "scarce": {"prefill": 0, "page_size": 4, "max_batch_tokens": 40, "pages": 100},
     "disaggregated": {"prefill": 1, "page_size": 4, "max_batch_tokens": 40, "decode_settings": {"span_tokens": 32}},
 }
 
@@ -64,4 +77,8 @@ async def test_greedy_answers_equal_the_reference(way: str, family: str, tmp_pat
     assert near_ties < 0.02 * GREEDY.max_tokens * len(cold + warm), "the reference must nearly always have an opinion"
     usages = [answer.usage for answer in cold + warm if answer.usage]
     assert sum(usage.moved_tokens for usage in usages) > (400 if way == "disaggregated" else -1)
-    assert sum(answer.usage.cached_tokens for answer in warm if answer.usage) > 400
+    cached = sum(answer.usage.cached_tokens for answer in warm if answer.usage)
+    if way == "scarce":
+        assert cached < sum(map(len, asked)), "some of the first turns must have been evicted"
+    else:
+        assert cached > 400
