@@ -145,7 +145,9 @@ class WorkerConfig(_Settings):
     dtype: Dtype = Field("auto", description="weights and KV; auto takes the checkpoint's")
     device: str = Field("cpu", description="torch device")
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = Field(16, description="tokens in a KV page")
-    kv_mib: Annotated[float, Field(gt=0)] = Field(256.0, description="memory for KV pages, MiB")
+    kv_mib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory for KV pages, MiB; default: 256 on CPUs, on GPUs what the weights and a step leave"
+    )
     pages: Annotated[int, Field(ge=0)] = Field(0, description="KV pages; 0 derives them from kv_mib")
     max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +29,20 @@ def resolve_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"device is {name!r}; expected cpu, cuda or cuda:N", "device")
     return device
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a GPU."""
+
+    free: int
+    total: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """What a GPU has now, what torch keeps for later counted as free."""
+    torch.cuda.empty_cache()
+    return DeviceMemory(*torch.cuda.mem_get_info(device))
 
 
 def accelerators() -> list[str]:

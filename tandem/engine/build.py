@@ -11,6 +11,7 @@ from tandem.device import resolve_device
 from tandem.engine.engine import Engine
 from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.kv_pool import KvPool
+from tandem.engine.kv_size import CPU_MIB, MIB, kv_mib
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.policy import EngineConfig
 from tandem.engine.runner import Runner
@@ -20,8 +21,6 @@ from tandem.kv import KvLayout, LayerGroup
 
 log = logging.getLogger(__name__)
 
-MIB = 1 << 20
-
 
 def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     """Loads `config.model`, a folder, and makes an engine for it.
@@ -30,6 +29,8 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     """
     device = resolve_device(config.device)
     model = load_model(Path(config.model), config.dtype, device, choose_kernels(config.kernels, device))
+    if not config.pages:
+        config = config.model_copy(update={"kv_mib": kv_mib(config, model.config, model.dtype, device)})
     pages = count_pages(config, model.layout)
     pool = KvPool(model.layout, pages, config.page_size, device)
     runner = Runner(model.module, pool, model.config.vocab_size, device, kernels=model.kernels)
@@ -47,6 +48,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         max_running=config.max_running,
         ageing_s=config.ageing_s,
         prefix_cache=config.prefix_cache,
+        inter_token_ms=config.inter_token_ms,
     )
 
 
@@ -59,12 +61,13 @@ def count_pages(config: WorkerConfig, layout: KvLayout) -> tuple[int, ...]:
     """
     if config.pages:
         return group_pages(config, layout, config.pages)
-    budget = int(config.kv_mib * MIB)
+    memory = CPU_MIB if config.kv_mib is None else config.kv_mib
+    budget = int(memory * MIB)
     most = range(budget // _page_bytes(config, layout.groups[0], layout) + 1)
     pages = bisect_right(most, budget, key=lambda count: _total_bytes(config, layout, count)) - 1
     if pages < 1:
         needed = _total_bytes(config, layout, 1) / MIB
-        raise ConfigError(f"kv_mib is {config.kv_mib:g}; one page of this model needs {needed:.3g}", "kv_mib")
+        raise ConfigError(f"kv_mib is {memory:g}; one page of this model needs {needed:.3g}", "kv_mib")
     return group_pages(config, layout, pages)
 
 
