@@ -151,6 +151,9 @@ class WorkerConfig(_Settings):
     pages: Annotated[int, Field(ge=0)] = Field(0, description="KV pages; 0 derives them from kv_mib")
     max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
+    inter_token_ms: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="bound on a step's time while sequences generate, kept by smaller prompt chunks; 0 is none"
+    )
     max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
     max_waiting: Annotated[int, Field(ge=1)] = Field(1024, description="requests queued before more get 429")
     ageing_s: Annotated[float, Field(gt=0)] = Field(

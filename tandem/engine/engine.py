@@ -19,6 +19,7 @@ from tandem.engine.protocols import PoolLike, RunnerLike
 from tandem.engine.radix import pack
 from tandem.engine.scheduler import Plan, Scheduler
 from tandem.engine.sequence import Sampled, Seq, SeqState
+from tandem.engine.timing import TimingFit
 from tandem.errors import ContextTooLong
 from tandem.kv import KvLayout, Span
 from tandem.types import FinishReason
@@ -38,6 +39,7 @@ class Engine:
         self._runner = runner
         self._pool = pool
         self._clock = clock
+        self._timing = TimingFit()
         self._admitted = 0
         self._retractions = 0
 
@@ -95,12 +97,15 @@ class Engine:
         If the runner raises, no sequence has advanced: they can be stepped again, or cancelled.
         """
         started = self._clock()
-        plan = self.scheduler.schedule(started)
+        plan = self.scheduler.schedule(started, self._timing.fit() if self.config.inter_token_ms else None)
         batch = plan.batch
         scheduled = self._clock()
         sampled = self._runner.run(batch) if batch.rows else []
         computed = self._clock()
         outputs, progress = self._commit(plan, sampled)
+        ended = self._clock()
+        if batch.rows:
+            self._timing.add(batch.num_tokens, ended - started)
         return StepOutput(
             outputs=outputs,
             progress=progress,
@@ -108,7 +113,7 @@ class Engine:
             batch_tokens=batch.num_tokens,
             schedule_s=scheduled - started,
             forward_s=computed - scheduled,
-            commit_s=self._clock() - computed,
+            commit_s=ended - computed,
         )
 
     def _commit(self, plan: Plan, sampled: list[Sampled]) -> tuple[tuple[SeqOutput, ...], tuple[Progress, ...]]:
@@ -240,6 +245,7 @@ class Engine:
             matched_tokens=self.memory.matched_tokens,
             prompt_tokens=self.memory.prompt_tokens,
             retractions=self._retractions,
+            timing=self._timing.fit(),
         )
 
     def idle_leaks(self) -> list[str]:

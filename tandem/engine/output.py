@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.cluster import StepTiming
 from tandem.engine.sequence import Seq
 from tandem.types import FinishReason, TokenIds, TokenLogprob
 
@@ -74,3 +75,5 @@ class EngineStatus:
     prompt_tokens: int
     """Prompt tokens admitted since the start."""
     retractions: int
+    timing: StepTiming | None = None
+    """Of steps, once enough were run."""

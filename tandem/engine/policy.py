@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tandem.cluster import StepTiming
 from tandem.engine.sequence import Seq, SeqState
 
 SPARE_TOKENS = 16
 """Tokens each generating sequence can go on before an admission may make it run out of pages."""
+
+LEAST_CHUNK = 16
+"""Prompt tokens that a step computes whatever the time between tokens."""
 
 QueueKey = tuple[int, bool, float, int]
 
@@ -25,12 +29,17 @@ class EngineConfig:
     """Seconds after which a waiting sequence goes before all younger ones, whatever they have cached."""
     prefix_cache: bool = True
     """Whether KV outlives its sequence."""
+    inter_token_ms: float = 0.0
+    """Milliseconds that a step may take while sequences generate: prompts are then computed in smaller chunks. 0: as
+    long as `max_batch_tokens` take."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the setting and the limit."""
         for name in ("max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.inter_token_ms >= 0:
+            raise ValueError(f"inter_token_ms is {self.inter_token_ms}; it must be at least 0")
         if not self.ageing_s >= 0:
             raise ValueError(f"ageing_s is {self.ageing_s}; it must be at least 0")
 
@@ -38,6 +47,17 @@ class EngineConfig:
     def running_limit(self) -> int:
         """Sequences that can run at once."""
         return min(self.max_running, self.max_batch_tokens)
+
+
+def prefill_budget(budget: int, generating: int, timing: StepTiming | None, inter_token_ms: float) -> int:
+    """Prompt tokens of a step in which `generating` sequences take a token each: what the bound leaves of `budget`.
+
+    Never fewer than `LEAST_CHUNK`: prompts must go on, however slow the machine is. timing: None bounds nothing.
+    """
+    if generating == 0 or timing is None or inter_token_ms == 0 or timing.per_token_ms <= 0:
+        return budget
+    fits = int((inter_token_ms - timing.base_ms) / timing.per_token_ms) - generating
+    return min(budget, max(fits, LEAST_CHUNK))
 
 
 def is_aged(seq: Seq, now: float, ageing_s: float) -> bool:

@@ -7,8 +7,18 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tandem.cluster import StepTiming
 from tandem.engine.memory import KvMemory
-from tandem.engine.policy import EngineConfig, QueueKey, is_aged, pick_giver, pick_victim, queue_key, spare_pages
+from tandem.engine.policy import (
+    EngineConfig,
+    QueueKey,
+    is_aged,
+    pick_giver,
+    pick_victim,
+    prefill_budget,
+    queue_key,
+    spare_pages,
+)
 from tandem.engine.radix import pack
 from tandem.engine.sequence import Batch, Row, Seq, SeqState
 
@@ -154,13 +164,17 @@ class Scheduler:
         waiting = sum(len(item.seq.tokens) - item.ready for item in self._queue.values())
         return waiting + sum(seq.pending for seq in self.running)
 
-    def schedule(self, now: float) -> Plan:
-        """The next step's plan. Its pages are allocated; `computed` changes only for those that are admitted."""
+    def schedule(self, now: float, timing: StepTiming | None = None) -> Plan:
+        """The next step's plan. Its pages are allocated; `computed` changes only for those that are admitted.
+
+        timing: of steps so far, where a bound on the time between tokens is to be kept.
+        """
         plan = Plan(self._config.max_batch_tokens)
         decoding = [seq for seq in self.running if seq.pending == 1]
         for seq in decoding:
             if seq.state is SeqState.RUNNING and self._make_room(seq, plan):
                 plan.add(seq)
+        plan.budget = prefill_budget(plan.budget, len(plan.decodes), timing, self._config.inter_token_ms)
         for seq in [seq for seq in self.running if seq.pending > 1]:
             if plan.budget and seq.state is SeqState.RUNNING and self._make_room(seq, plan):
                 plan.add(seq)

@@ -31,7 +31,6 @@ from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
 from tandem.worker.service import WorkerService, attach, server_options
-from tandem.worker.timing import TimingFit
 
 log = logging.getLogger(__name__)
 STOP_GRACE_S = 1.0
@@ -103,7 +102,6 @@ class WorkerProcess:
         self._role_kind = role
         self._transport = transport
         self._build = build
-        self._timing = TimingFit()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -172,7 +170,6 @@ class WorkerProcess:
     def _on_step(self, output: StepOutput) -> None:
         seconds = output.schedule_s + output.forward_s + output.commit_s
         if output.batch_tokens:
-            self._timing.add(output.batch_tokens, seconds)
             self.metrics.step.observe(seconds)
             self.metrics.step_tokens.inc(output.batch_tokens)
         if output.retracted:
@@ -211,7 +208,7 @@ class WorkerProcess:
             queued_tokens=engine.queued_tokens,
             free_pages=engine.free_pages,
             total_pages=engine.total_pages,
-            timing=self._timing.fit(),
+            timing=engine.timing,
             move_bytes_per_ms=report.move_bytes_per_ms,
             dispatches=report.dispatches,
             draining=report.draining,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tandem.cluster import StepTiming
 from tandem.engine.engine import Engine
 from tandem.engine.scheduler import Plan
 from tandem.testing.pair import Answer, Pair, pair
@@ -95,12 +96,12 @@ def retract_by_hand(engine: Engine, at: int) -> None:
     """Takes every sequence's pages once, at `at` output tokens: a batch of one never runs out of them by itself."""
     schedule = engine.scheduler.schedule
 
-    def retracting(now: float) -> Plan:
+    def retracting(now: float, timing: StepTiming | None = None) -> Plan:
         forced = Plan(0)
         for seq in list(engine.scheduler.running):
             if seq.output_len == at and not seq.retractions:
                 engine.scheduler.retract(seq, forced)
-        plan = schedule(now)
+        plan = schedule(now, timing)
         plan.retracted += forced.retracted
         return plan
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from tandem.cluster import StepTiming
 from tandem.engine.commit import commit_row
-from tandem.engine.policy import EngineConfig, pick_victim, queue_key, spare_pages
+from tandem.engine.policy import LEAST_CHUNK, EngineConfig, pick_victim, prefill_budget, queue_key, spare_pages
 from tandem.engine.sequence import Row, Sampled, Seq, SeqState
 from tandem.testing.engine import make_seq
 from tandem.types import FinishReason, SamplingParams, TokenLogprob
@@ -132,3 +133,13 @@ def test_prompt_logprobs_are_collected_once() -> None:
     assert seq.prompt_logprobs == [None, first, second]
     commit_row(Row(seq, 0, 4, samples=True), Sampled(5, None, (first, second, third)))
     assert seq.prompt_logprobs == [None, first, second]
+
+
+def test_prompts_take_what_the_bound_between_tokens_leaves() -> None:
+    timing = StepTiming(base_ms=2.0, per_token_ms=0.1)
+    assert prefill_budget(512, 4, timing, inter_token_ms=12.0) == 96
+    assert prefill_budget(50, 4, timing, inter_token_ms=12.0) == 50
+    assert prefill_budget(512, 4, timing, inter_token_ms=1.0) == LEAST_CHUNK
+    assert prefill_budget(8, 4, timing, inter_token_ms=1.0) == 8
+    for unbound in ((0, timing, 12.0), (4, None, 12.0), (4, timing, 0.0), (4, StepTiming(5.0, 0.0), 12.0)):
+        assert prefill_budget(512, *unbound) == 512

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.engine.engine import Engine
 from tandem.engine.policy import EngineConfig
-from tandem.engine.sequence import Seq, SeqState
+from tandem.engine.sequence import Batch, Sampled, Seq, SeqState
 from tandem.kv import Span
 from tandem.testing.engine import LAYOUT, FakePool, FakeRunner, make_seq, naive_continuation
 
@@ -77,6 +77,27 @@ def test_a_chunk_of_one_token_is_among_the_first_rows() -> None:
     assert bench.step() == [("a", 0, 4)]
     assert bench.step() == [("a", 4, 1), ("b", 0, 3)]
     bench.drain(*seqs)
+
+
+def test_chunks_shrink_to_keep_the_time_between_tokens() -> None:
+    bench = Bench(pages=400, max_batch_tokens=200, max_running=8, inter_token_ms=60.0)
+    run = bench.runner.run
+
+    def timed(batch: Batch) -> list[Sampled]:
+        bench.clock.now += 0.010 + 0.001 * batch.num_tokens
+        return run(batch)
+
+    bench.runner.run = timed  # type: ignore[method-assign]
+    talker = bench.add("talker", [1, 2, 3], max_tokens=60)
+    for length in range(10, 30):
+        bench.add(f"p{length}", list(range(100, 100 + length)), max_tokens=1)
+        bench.step()
+    reader = bench.add("reader", [7] * 300, max_tokens=1)
+    assert [(name, count) for name, _, count in bench.step()] == [("talker", 1), ("reader", 49)]
+    bench.engine.cancel("talker")
+    assert bench.step() == [("reader", 49, 200)], "without anyone who waits for a token, as much as fits"
+    assert talker.finish is not None
+    bench.drain(reader)
 
 
 def test_no_more_than_max_running() -> None:

@@ -145,13 +145,13 @@ async def test_a_step_that_only_retracts_is_followed_by_another(rig_maker: Rigs)
         rig.engine.add(seq)
         schedule, forced = rig.engine.scheduler.schedule, list[bool]()
 
-        def once(now: float) -> Any:
+        def once(now: float, timing: Any = None) -> Any:
             if seq.output_len == 3 and not forced:
                 forced.append(True)
-                plan = type(schedule(now))(0)
+                plan = type(schedule(now, timing))(0)
                 rig.engine.scheduler.retract(seq, plan)
                 return plan
-            return schedule(now)
+            return schedule(now, timing)
 
         rig.engine.scheduler.schedule = once
         rig.thread.start()

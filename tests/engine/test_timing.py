@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.worker.timing import ENOUGH, TimingFit
+from tandem.engine.timing import ENOUGH, TimingFit
 
 
 def fit_of(steps: list[tuple[int, float]]) -> TimingFit:
