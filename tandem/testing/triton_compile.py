@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tandem.engine.attention.triton_paged import tiles_for
+from tandem.engine.attention.triton_plan import tiles_for
 from tandem.engine.kernels.gpu import attend, elementwise
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -17,7 +17,7 @@ import torch
 
 from tandem.device import on_device
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
-from tandem.engine.attention.page_runs import visible_pages
+from tandem.engine.attention.page_runs import token_slots, visible_pages
 from tandem.engine.kv_pool import KvPool
 from tandem.errors import ConfigError
 
@@ -94,14 +94,8 @@ class FlashInferAttention:
         for group, pages, count in zip(groups, batch.pages, self.pool.group_pages, strict=True):
             table, firsts = visible_pages(batch, pages, group.window, self.pool.page_size, count)
             parts.append(self._parts(batch, table, firsts))
-            slots.append(torch.from_numpy(self._slots(batch, table, firsts)).to(self.pool.device))
+            slots.append(torch.from_numpy(token_slots(batch, table, firsts, self.pool.page_size)).to(self.pool.device))
         return FlashInferPlan(self, parts, slots)
-
-    def _slots(self, batch: AttentionBatch, table: IntArray, firsts: IntArray) -> IntArray:
-        row = np.repeat(np.arange(len(batch.counts)), batch.counts)
-        positions = np.arange(len(row)) - np.repeat(np.cumsum(batch.counts) - batch.counts - batch.starts, batch.counts)
-        page = self.pool.page_size
-        return np.asarray(table[firsts[row] + positions // page] * page + positions % page)
 
     def _parts(self, batch: AttentionBatch, table: IntArray, firsts: IntArray) -> tuple[_Rows, _Rows]:
         """The decoding rows in front, and the others.

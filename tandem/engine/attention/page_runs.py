@@ -31,3 +31,10 @@ def visible_pages(
     if int(table.min()) < 0 or int(table.max()) >= num_pages:
         raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{num_pages - 1}")
     return table, np.cumsum(sizes) - sizes - firsts
+
+
+def token_slots(batch: AttentionBatch, table: IntArray, firsts: IntArray, page_size: int) -> IntArray:
+    """`[tokens]`: where the new tokens' keys and values go. table, firsts: as `visible_pages` gives them."""
+    row = np.repeat(np.arange(len(batch.counts)), batch.counts)
+    positions = np.arange(len(row)) - np.repeat(np.cumsum(batch.counts) - batch.counts - batch.starts, batch.counts)
+    return np.asarray(table[firsts[row] + positions // page_size] * page_size + positions % page_size)

@@ -9,55 +9,26 @@ Not measured: these kernels ran in Triton's interpreter and were compiled, but n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tandem.device import on_device
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
-from tandem.engine.attention.page_runs import visible_pages
+from tandem.engine.attention.page_runs import token_slots, visible_pages
+from tandem.engine.attention.triton_plan import (
+    GroupPlan,
+    Tiles,
+    chunk_items,
+    decode_items,
+    pack,
+    tiles_for,
+)
 from tandem.engine.kernels.gpu.attend import attend, combine, store
 from tandem.engine.kv_pool import KvPool
 
 PART_TOKENS = 256
 """Context that one program of a decoding row reads."""
-LEAST_LANES = 16
-"""The smallest tile a tensor core takes."""
-ALIGNED = 4
-"""Integers in 16 bytes. Triton compiles a kernel anew for a pointer that is not aligned so."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Block sizes of the kernels, powers of two."""
-
-    decode: int
-    """Query heads of a group, padded."""
-    chunk: int
-    """Pairs of a new token and a query head of a group."""
-    context: int
-    """Positions whose keys and values are held at once."""
-    dim: int
-    """The size of a head, padded."""
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupPlan:
-    """The plan of the layers with one attention span; int32 on the device. See `attend` for rows, items and firsts."""
-
-    window: int | None
-    decoding: int
-    """Rows that are."""
-    tiles: Tiles
-    slots: torch.Tensor
-    rows: torch.Tensor
-    pages: torch.Tensor
-    firsts: torch.Tensor
-    parts: torch.Tensor
-    """Items of decoding rows."""
-    chunks: torch.Tensor
-    """Items of the others."""
 
 
 class TritonPagedAttention:
@@ -97,16 +68,17 @@ class TritonPagedPlan:
     def __init__(
         self, backend: TritonPagedAttention, batch: AttentionBatch, tables: Sequence[tuple[IntArray, IntArray]]
     ) -> None:
+        self.batch = batch
+        self.tables = tables
+        """Of each layer group, as `visible_pages` gives them."""
         self._backend = backend
-        self._batch = batch
-        self._tables = tables
-        self._plans: dict[tuple[int, int], _GroupPlan] = {}
+        self._plans: dict[tuple[int, int], GroupPlan] = {}
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> torch.Tensor:
         """See `AttentionPlan.run`. Raises ValueError when the form's window is not that of the layer's group."""
-        backend, plan = self._backend, self._group_plan(layer, query.shape[1])
+        backend, plan = self._backend, self.group_plan(layer, query.shape[1])
         if form.window != plan.window:
             raise ValueError(f"layer {layer} has a window of {form.window}; its group has {plan.window}")
         query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
@@ -127,31 +99,28 @@ class TritonPagedPlan:
                 self._attend(plan, plan.chunks, query, keys, values, (out, out, out), form)
         return out
 
-    def _group_plan(self, layer: int, heads: int) -> _GroupPlan:
+    def group_plan(self, layer: int, heads: int) -> GroupPlan:
+        """That of the layer's group, for so many query heads."""
         group = self._backend.groups[layer]
         plan = self._plans.get((group, heads))
         if plan is None:
             plan = self._plans[group, heads] = self._make_group_plan(group, heads)
         return plan
 
-    def _make_group_plan(self, group: int, heads: int) -> _GroupPlan:
-        backend, batch, (table, firsts) = self._backend, self._batch, self._tables[group]
+    def _make_group_plan(self, group: int, heads: int) -> GroupPlan:
+        backend, batch, (table, firsts) = self._backend, self.batch, self.tables[group]
         tiles, window, page = backend.tiles(heads), backend.pool.layout.groups[group].window, backend.pool.page_size
-        offsets = np.cumsum(batch.counts) - batch.counts
-        row = np.repeat(np.arange(len(batch.counts)), batch.counts)
-        positions = np.arange(len(row)) - np.repeat(offsets - batch.starts, batch.counts)
-        slots = table[firsts[row] + positions // page] * page + positions % page
-        rows = np.stack((batch.starts, batch.counts, offsets, firsts), axis=1)
+        rows = np.stack((batch.starts, batch.counts, np.cumsum(batch.counts) - batch.counts, firsts), axis=1)
         rows = rows[np.argsort(batch.counts > 1, kind="stable")]  # decoding rows first
         decoding = int((batch.counts == 1).sum())
         parts, first_parts = decode_items(rows[:decoding], window, backend.part_tokens)
         chunks = chunk_items(rows, decoding, window, heads // backend.kv_heads, tiles.chunk)
-        arrays = (slots, rows, table, first_parts, parts, chunks)
-        return _GroupPlan(window, decoding, tiles, *pack(arrays, backend.pool.device))
+        arrays = (token_slots(batch, table, firsts, page), rows, table, first_parts, parts, chunks)
+        return GroupPlan(window, decoding, tiles, *pack(arrays, backend.pool.device))
 
     def _decode(
         self,
-        plan: _GroupPlan,
+        plan: GroupPlan,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -168,7 +137,7 @@ class TritonPagedPlan:
 
     def _attend(
         self,
-        plan: _GroupPlan,
+        plan: GroupPlan,
         items: torch.Tensor,
         query: torch.Tensor,
         keys: torch.Tensor,
@@ -185,59 +154,3 @@ class TritonPagedPlan:
             BLOCK_M=tiles.decode if partial else tiles.chunk, BLOCK_N=tiles.context, BLOCK_D=tiles.dim,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-
-
-def tiles_for(group: int, dim: int, element_size: int) -> Tiles:
-    """Block sizes that keep a tile within the 99 KiB of shared memory that every supported GPU has.
-
-    group: query heads for each KV head. The choice has not been measured.
-    """
-    padded = max(LEAST_LANES, 1 << (dim - 1).bit_length())
-    size = padded * element_size
-    lanes = max(LEAST_LANES, 1 << (group - 1).bit_length())
-    chunk, context = (64, 64) if size <= 256 else (32, 32) if size <= 512 else (32, 16)
-    return Tiles(decode=lanes, chunk=chunk, context=context, dim=padded)
-
-
-def decode_items(rows: IntArray, window: int | None, part_tokens: int) -> tuple[IntArray, IntArray]:
-    """Parts of the decoding rows' contexts `[parts, 4]` as `attend` takes them, and `[rows + 1]` each row's first part.
-
-    rows: `[rows, 4]` as `attend` takes them. Parts begin at multiples of `part_tokens`, whatever the window.
-    """
-    ends = rows[:, 0] + 1
-    begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
-    first = begins // part_tokens
-    sizes = -(-ends // part_tokens) - first
-    firsts = np.concatenate(([0], np.cumsum(sizes)))
-    row = np.repeat(np.arange(len(rows)), sizes)
-    at = (np.arange(len(row)) - firsts[row] + first[row]) * part_tokens
-    begin, end = np.maximum(at, begins[row]), np.minimum(at + part_tokens, ends[row])
-    return np.stack((row, np.zeros_like(row), begin, end), axis=1), firsts
-
-
-def chunk_items(rows: IntArray, decoding: int, window: int | None, group: int, lanes: int) -> IntArray:
-    """Tiles of the chunks, `[tiles, 4]` as `attend` takes them.
-
-    rows: `[rows, 4]`, of which the first `decoding` are no chunks. lanes: those of a tile.
-    """
-    starts, totals = rows[decoding:, 0], rows[decoding:, 1] * group
-    sizes = -(-totals // lanes)
-    row = np.repeat(np.arange(len(totals)), sizes)
-    lane = (np.arange(len(row)) - (np.cumsum(sizes) - sizes)[row]) * lanes
-    first = starts[row] + lane // group
-    last = starts[row] + (np.minimum(lane + lanes, totals[row]) - 1) // group
-    begin = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0)
-    return np.stack((row + decoding, lane, begin, last + 1), axis=1)
-
-
-def pack(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as int32 tensors on the device, by one copy; each begins at a multiple of 16 bytes."""
-    sizes = [-(-array.size // ALIGNED) * ALIGNED for array in arrays]
-    flat = np.zeros(sum(sizes), dtype=np.int32)
-    views, at = [], 0
-    for array, size in zip(arrays, sizes, strict=True):
-        flat[at : at + array.size] = array.ravel()
-        views.append((at, array))
-        at += size
-    whole = torch.from_numpy(flat).to(device)
-    return [whole[at : at + array.size].view(array.shape) for at, array in views]

@@ -30,7 +30,7 @@ def store(
     key, value, keys, values, slots, key_token, key_head, value_token, value_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes one token's keys and values, all heads, to its slot.
+    """Writes one token's keys and values, all heads, to its slot. A slot below 0 is written nowhere.
 
     key, value: `[tokens, HEADS, DIM]`, last dimension dense. keys, values: `[slots, HEADS, DIM]`, dense. Grid: tokens.
     """
@@ -38,8 +38,8 @@ def store(
     slot = tl.load(slots + token).to(tl.int64)
     element = tl.arange(0, BLOCK)
     head, at = element // DIM, element % DIM
-    inside = element < HEADS * DIM
     target = slot * HEADS * DIM + element
+    inside = (element < HEADS * DIM) & (target >= 0)
     new = tl.load(key + token * key_token + head * key_head + at, mask=inside)
     tl.store(keys + target, new, mask=inside)
     new = tl.load(value + token * value_token + head * value_head + at, mask=inside)
@@ -128,7 +128,8 @@ def combine(partial, sums, peaks, out, firsts, rows, DIM: tl.constexpr, BLOCK_D:
     """Joins what `attend` left for the parts of one decoding row's context. Grid: (decoding rows, heads).
 
     partial: `[items, heads, DIM]`, sums and peaks `[items, heads]`, float32. firsts: `[decoding rows + 1]` first item
-    of each. The decoding rows are the first of `rows`. out: `[tokens, heads, DIM]`.
+    of each. The decoding rows are the first of `rows`; one without
+    a part yields zeros. out: `[tokens, heads, DIM]`.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(1)
@@ -147,5 +148,5 @@ def combine(partial, sums, peaks, out, firsts, rows, DIM: tl.constexpr, BLOCK_D:
         acc = acc * shrink + tl.load(partial + which * DIM + at, mask=inside, other=0.0) * grow
         peak = higher
     token = tl.load(rows + row * 4 + 2).to(tl.int64)
-    # A part holds at least one position that the row sees, so that no sum is 0.
-    tl.store(out + (token * heads + head) * DIM + at, (acc / total).to(out.dtype.element_ty), mask=inside)
+    result = acc / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + (token * heads + head) * DIM + at, result.to(out.dtype.element_ty), mask=inside)
