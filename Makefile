@@ -3,7 +3,7 @@
 #   make demo     a cluster with the shipped model on this machine, on http://127.0.0.1:$(PORT)
 #   make test     the whole test suite
 #   make check    formatting, lint, types, import rules, structure rules
-#   make bench    a short run of every benchmark
+#   make bench    two forms side by side, and the hand-over beside plain writes
 #   make docs     regenerate the tables of docs/models.md
 #   make proto    regenerate tandem/wire/v1 from proto/
 #   make clean    remove .venv and everything built

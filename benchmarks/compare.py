@@ -130,7 +130,7 @@ def main(
         shape = shape_of(workload, given)
         found = alternate(servers, workload, shape, Load(concurrency, seed=seed), warmup, rounds, console)
     except (ValueError, ConnectionError, StartError, ConfigError) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     lengths = f"{input_tokens} in, {output_tokens} out, concurrency {concurrency}"
     show(found, f"{model}, {workload}: {lengths}; medians of {rounds} rounds of {requests} requests")

@@ -98,21 +98,30 @@ def main(
         load = Load(width, rate, trace_speed, seed, timeout)
         measured = measure(Endpoint(url, model, api_key, fields(extra or [])), workload, shape, load, warmup)
         report = reports.summarize(measured, reports.Objective(slo_ttft_ms, slo_tpot_ms))
-        pace = f"{rate:g} a second" if rate else f"concurrency {width}" if width else f"trace at {trace_speed:g}x"
-        title = f"{workload} on {url}: {requests} requests, {pace}, seed {seed}"
+        title = f"{workload} on {url}: {requests} requests, {_pace(load)}, seed {seed}"
         reports.show(report, title)
         if json_file:
             settings = {"workload": workload, "url": url, "rate": rate, "concurrency": width, "seed": seed, **given}
-            plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-            reports.write_json(json_file, {"settings": plain, **reports.as_json(report)})
+            _write(json_file, settings, report)
         if plot:
             reports.plot(plot, measured, title)
     except (ValueError, ConnectionError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False)
+        Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     _explain(measured)
     if report.errors:
         raise typer.Exit(1)
+
+
+def _pace(load: Load) -> str:
+    if load.speed:
+        return f"trace at {load.speed:g}x"
+    return f"{load.rate:g} a second" if load.rate else f"concurrency {load.concurrency}"
+
+
+def _write(path: Path, settings: dict[str, Any], report: reports.Report) -> None:
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    reports.write_json(path, {"settings": plain, **reports.as_json(report)})
 
 
 def _explain(measured: Measured) -> None:
@@ -121,7 +130,9 @@ def _explain(measured: Measured) -> None:
     for sample in measured.samples:
         shown[sample.error] += 1
         if sample.error and shown[sample.error] <= DETAILS:
-            Console(stderr=True).print(f"{sample.error}: {sample.detail}", markup=False, highlight=False)
+            Console(stderr=True).print(
+                f"{sample.error}: {sample.detail}", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 if __name__ == "__main__":
