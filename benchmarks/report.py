@@ -176,14 +176,19 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def plot(path: Path, measured: Measured, title: str) -> None:
-    """Distributions of TTFT and TPOT, and output over time. Raises ModuleNotFoundError with what to install."""
+def load_pyplot() -> Any:
+    """matplotlib's drawing module, without a display. Raises ModuleNotFoundError with what to install."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+        return importlib.import_module("matplotlib.pyplot")
     except ModuleNotFoundError:
         raise ModuleNotFoundError("--plot needs matplotlib: pip install 'tandem-serve[bench]'") from None
+
+
+def plot(path: Path, measured: Measured, title: str) -> None:
+    """Distributions of TTFT and TPOT, and output over time. Raises as `load_pyplot`."""
+    pyplot = load_pyplot()
     good = [sample for sample in measured.samples if not sample.error]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
     for axis, (name, values) in zip(
