@@ -166,6 +166,9 @@ class WorkerConfig(_Settings):
         description="auto takes native ones on CPUs, compiled at first use (torch where they cannot be), and torch on "
         "GPUs; triton and flashinfer are for GPUs and unmeasured",
     )
+    cuda_graphs: bool = Field(
+        False, description="launch decode steps as CUDA graphs; needs kernels triton on a GPU; unmeasured"
+    )
     compute_slots: int | None = Field(
         None, description="System V semaphore that bounds how many workers of this machine compute at once"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -71,3 +72,33 @@ def set_compute_threads(threads: int) -> int:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the calling thread's current one while the context lasts; libraries launch their kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class CudaCapture:
+    """Captures CUDA graphs whose memory comes from one pool. Not measured: no GPU has run it yet."""
+
+    WARM_UPS = 2
+    """Kernels are compiled and caches are filled by the first run; a capture must only see launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self.memory_bytes = 0
+        """What the graphs hold, as far as torch's allocator knows."""
+
+    def capture(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """The function's launches, to be launched again, and where its result is. Raises RuntimeError."""
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(self.WARM_UPS):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_reserved(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = function()
+            self.memory_bytes += torch.cuda.memory_reserved(self._device) - before
+        return graph.replay, result

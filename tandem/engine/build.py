@@ -28,7 +28,8 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     Raises CheckpointError when the model cannot be served, ConfigError when a setting does not fit it or this machine.
     """
     device = resolve_device(config.device)
-    model = load_model(Path(config.model), config.dtype, device, choose_kernels(config.kernels, device))
+    kernels = choose_kernels(config.kernels, device, config.max_running if config.cuda_graphs else 0)
+    model = load_model(Path(config.model), config.dtype, device, kernels)
     if not config.pages:
         config = config.model_copy(update={"kv_mib": kv_mib(config, model.config, model.dtype, device)})
     pages = count_pages(config, model.layout)

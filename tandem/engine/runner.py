@@ -41,7 +41,7 @@ class Runner:
             attention = kernels.attention(pool) if kernels else TorchPagedAttention(pool)
         self.attention: AttentionBackend = attention
         dtype = TORCH_DTYPES[pool.layout.planes[0].dtype]
-        self._replay = kernels.replay(self._step, dtype) if kernels else None
+        self._replay = kernels.replay(self._step, attention, dtype) if kernels else None
 
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         return self.model.logits(self.model.forward(tokens, positions, plan))

@@ -15,7 +15,7 @@ from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.attention.native import NativeAttention
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kernels.build import KernelsUnavailable, build_library, find_compiler
-from tandem.engine.kernels.choose_gpu import GPU_KERNELS, UNMEASURED, load_gpu_kernels
+from tandem.engine.kernels.choose_gpu import GPU_KERNELS, UNMEASURED, StepReplay, load_gpu_kernels, replay_graphs
 from tandem.engine.kernels.native import NativeLibrary
 from tandem.engine.kernels.native_ops import FEW_ROWS, NativeOps
 from tandem.engine.kernels.ops import Ops, TorchOps
@@ -36,28 +36,36 @@ class Kernels:
     ops: Ops
     library: NativeLibrary | None = None
     backend: Callable[[KvPool], AttentionBackend] = TorchPagedAttention
+    graph_rows: int = 0
+    """Rows of the largest decode step that is captured as a CUDA graph; 0 captures none."""
 
     def attention(self, pool: KvPool) -> AttentionBackend:
         """The backend over a pool. Raises ValueError or ConfigError when it cannot serve the pool's layout."""
         return self.backend(pool)
 
-    def replay(self, forward: Forward, dtype: torch.dtype) -> Replay | None:
+    def replay(self, forward: Forward, attention: AttentionBackend, dtype: torch.dtype) -> StepReplay | None:
         """What records and replays decode steps of a model in `dtype`, where that can be done."""
+        if self.graph_rows:
+            return replay_graphs(forward, attention, self.graph_rows)
         return None if self.library is None else Replay(forward, self.library, FEW_ROWS[dtype])
 
 
-def choose_kernels(wanted: Literal["auto", "native", "torch", "triton", "flashinfer"], device: torch.device) -> Kernels:
+def choose_kernels(
+    wanted: Literal["auto", "native", "torch", "triton", "flashinfer"], device: torch.device, graph_rows: int = 0
+) -> Kernels:
     """The native kernels on CPUs, unless they are unwanted or cannot be had; then torch, with a warning.
 
-    On a GPU torch, unless others are wanted: these have not been measured. Raises ConfigError when what is wanted
-    cannot be had. Uses so many threads as torch does at this moment.
+    On a GPU torch, unless others are wanted: these have not been measured. graph_rows: see `Kernels`. Raises
+    ConfigError when what is wanted cannot be had. Uses so many threads as torch does at this moment.
     """
+    if graph_rows and (wanted != "triton" or device.type != "cuda"):
+        raise ConfigError(f"cuda_graphs needs kernels triton on a GPU; got {wanted} on {device}", "cuda_graphs")
     if wanted == "torch":
         return Kernels("torch", "as configured", TorchOps())
     if wanted in ("triton", "flashinfer"):
         ops, backend = load_gpu_kernels(wanted, device)
         log.warning("kernels %s: %s", wanted, UNMEASURED)
-        return Kernels(wanted, UNMEASURED, ops, backend=backend)
+        return Kernels(wanted, UNMEASURED, ops, backend=backend, graph_rows=graph_rows)
     if wanted == "auto" and device.type == "cuda":
         return Kernels(
             "torch", f"those for GPUs must be asked for ({', '.join(GPU_KERNELS)}); {UNMEASURED}", TorchOps()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import torch
 
-from tandem.engine.attention.base import AttentionBackend
+from tandem.device import CudaCapture
+from tandem.engine.attention.base import AttentionBackend, AttentionPlan, IntArray
 from tandem.engine.kernels.ops import Ops
+from tandem.engine.kernels.replay import Forward
 from tandem.engine.kv_pool import KvPool
 from tandem.errors import ConfigError
 
@@ -20,6 +22,16 @@ UNMEASURED = "unmeasured: no GPU has run them yet"
 """Holds for all of them until a row of the table in docs/performance.md says otherwise."""
 
 Loaded = tuple[Ops, Callable[[KvPool], AttentionBackend]]
+
+
+class StepReplay(Protocol):
+    """What runs decode steps that were recorded."""
+
+    def logits(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+        """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
+
+        None when the step has to be computed in the usual way.
+        """
 
 
 def installed_gpu_kernels() -> list[GpuKernels]:
@@ -46,6 +58,16 @@ def load_gpu_kernels(wanted: GpuKernels, device: torch.device) -> Loaded:
         return TritonOps(), TritonPagedAttention
     library = load_flashinfer()
     return TritonOps(), lambda pool: FlashInferAttention(pool, library)
+
+
+def replay_graphs(forward: Forward, attention: AttentionBackend, rows: int) -> StepReplay | None:
+    """Decode steps of up to `rows` rows as CUDA graphs; None where the backend is not Triton's."""
+    from tandem.engine.attention.triton_paged import TritonPagedAttention
+    from tandem.engine.graphs import GraphReplay
+
+    if not isinstance(attention, TritonPagedAttention):
+        return None
+    return GraphReplay(forward, attention, CudaCapture(attention.pool.device), rows)
 
 
 def _interpreted() -> bool:
