@@ -177,7 +177,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def load_pyplot() -> Any:
-    """matplotlib's drawing module, without a display. Raises ModuleNotFoundError with what to install."""
+    """Matplotlib's drawing module, without a display. Raises ModuleNotFoundError with what to install."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         matplotlib.use("Agg")

@@ -92,10 +92,9 @@ def main(
         "shared_tokens": shared_tokens, "turns": turns, "low_id": low_id, "high_id": high_id,
         "trace": trace, "scale": trace_scale,
     }  # fmt: skip
-    width = concurrency or (0 if rate or trace_speed else 8)
     try:
         shape = shape_of(workload, given)
-        load = Load(width, rate, trace_speed, seed, timeout)
+        load = Load(concurrency or (0 if rate or trace_speed else 8), rate, trace_speed, seed, timeout)
         if plot:
             reports.load_pyplot()
         measured = measure(Endpoint(url, model, api_key, fields(extra or [])), workload, shape, load, warmup)
@@ -129,9 +128,10 @@ def _explain(measured: Measured) -> None:
     for sample in measured.samples:
         shown[sample.error] += 1
         if sample.error and shown[sample.error] <= DETAILS:
-            Console(stderr=True).print(
-                f"{sample.error}: {sample.detail}", markup=False, highlight=False, soft_wrap=True
-            )
+            text = f"{sample.error}: {sample.detail}"
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    if shown.keys() - {""}:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
