@@ -150,8 +150,25 @@ INLINE const float *value_of(const Dense<float> &from, int64_t k) { return from.
 // out[query][dim] += weights[query][0..count) * values, for QUERIES queries and two vectors of the dimension at once.
 template <int QUERIES, class From>
 INLINE void multiply(const float *weights, const From &from, float *out, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 2 * LANES) {
-        int64_t low = dim - i < LANES ? dim - i : LANES, high = dim - i - low < LANES ? dim - i - low : LANES;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= dim; i += 2 * LANES) {
+        vf total[QUERIES][2];
+        for (int q = 0; q < QUERIES; q++)
+            for (int v = 0; v < 2; v++) total[q][v] = load(out + q * dim + i + v * LANES);
+        for (int64_t k = 0; k < from.count; k++) {
+            auto value = value_of(from, k) + i;
+            vf first = load(value), second = load(value + LANES);
+#pragma GCC unroll 8
+            for (int q = 0; q < QUERIES; q++) {
+                total[q][0] += weights[q * BLOCK + k] * first;
+                total[q][1] += weights[q * BLOCK + k] * second;
+            }
+        }
+        for (int q = 0; q < QUERIES; q++)
+            for (int v = 0; v < 2; v++) store(out + q * dim + i + v * LANES, total[q][v]);
+    }
+    if (i < dim) {
+        int64_t low = dim - i < LANES ? dim - i : LANES, high = dim - i - low;
         vf total[QUERIES][2];
         for (int q = 0; q < QUERIES; q++) {
             total[q][0] = load_some(out + q * dim + i, low);
@@ -406,7 +423,7 @@ template <class T> void transpose(const T *keys, const int64_t *offsets, int64_t
 // scores[row][BLOCK] of ROWS queries; `columns` of the keys are real, the rest may be anything.
 template <class T, int ROWS>
 INLINE void score_tile(const uint32_t *query, const uint32_t *keys, int64_t units, int64_t columns, float *scores) {
-    constexpr int WIDE = 2;
+    constexpr int WIDE = LANES == 16 ? 4 : 2; // fills the registers
     for (int64_t k = 0; k < columns; k += WIDE * LANES) {
         vf total[ROWS][WIDE] = {};
         for (int64_t u = 0; u < units; u++) {
