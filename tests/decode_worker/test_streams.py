@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 import pytest
 
 from tandem.cluster import new_id
+from tandem.engine.output import StepOutput
 from tandem.errors import ContextTooLong, Fenced, Overloaded, TandemError
 from tandem.testing.pair import Answer, Pair, pair
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
@@ -89,6 +91,14 @@ async def test_a_second_stream_takes_over_and_ends_the_first(small_model: Path) 
 
 async def test_a_vanished_router_s_requests_end_after_its_lease(small_model: Path) -> None:
     async with pair(small_model, lease_s=0.4) as workers:
+        engine = workers.decode.engine
+        step = engine.step
+
+        def slow_step() -> StepOutput:
+            time.sleep(0.01)  # a machine on which LONG takes longer than the lease
+            return step()
+
+        engine.step = slow_step  # type: ignore[method-assign]
         name = await workers.submit(PROMPT, LONG)
         other = await workers.submit(PROMPT, LONG, choices=2)
         await workers.tokens(name, 1)

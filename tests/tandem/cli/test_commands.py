@@ -125,7 +125,7 @@ CASES = {
         WRONG_CHECKPOINT,
     ),
     "unknown rotary scaling": Case(
-        "decode {folder}/rope", ".*: rope_type is 'longrope'; supported are default, .*", WRONG_CHECKPOINT
+        "decode {folder}/rope", ".*: rope_type is 'spiral'; supported are default, .*", WRONG_CHECKPOINT
     ),
 }
 
@@ -161,7 +161,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     ),
     "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "architecture": edit_config(architectures=["MambaForCausalLM"]),
-    "rope": edit_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+    "rope": edit_config(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
 }
 
 
