@@ -378,8 +378,8 @@ class CacheMachine(RuleBasedStateMachine):
         if found.partial_tokens:
             whole = len(path)
             assert found.partial_tokens == rest
-            pages = [[mine.get(key, NO_PAGE) for mine in self.model.pages] for key in usable]
-            assert list(found.partial_pages) in pages
+            candidates = [[mine.get(key, NO_PAGE) for mine in self.model.pages] for key in usable]
+            assert list(found.partial_pages) in candidates
         else:
             # Of several pages with equally many tokens in common only one is tried.
             assert not near or len(usable) < len(near)

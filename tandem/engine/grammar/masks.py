@@ -22,7 +22,8 @@ class Allowed:
 
     def apply(self, logits: torch.Tensor) -> None:
         """Hides every other token of these rows; in place. logits: `[batch rows, vocabulary]`."""
-        logits[self.rows] = logits[self.rows].masked_fill_(~self.tokens, -torch.inf)
+        rows, tokens = self.rows.to(logits.device), self.tokens.to(logits.device)
+        logits[rows] = logits[rows].masked_fill_(~tokens, -torch.inf)
 
 
 class MaskFiller:
