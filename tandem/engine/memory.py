@@ -82,9 +82,9 @@ class KvMemory:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def covers(self, seq: Seq, tokens: int) -> bool:
-        """Whether a sequence has all pages for so many tokens."""
-        return all(len(run) * self.page_size >= tokens for run in seq.pages)
+    def covered(self, seq: Seq) -> int:
+        """Tokens that the pages of an open sequence reach to in every group."""
+        return min(map(len, seq.pages)) * self.page_size
 
     def _stops(self, computed: int, tokens: int, at_once: bool) -> list[int]:
         """Per group, the pages that a sequence must have to go on from `computed` to `tokens`.
@@ -182,7 +182,7 @@ class KvMemory:
 
         Of groups with a window they cover at least its next step.
         """
-        if self.covers(seq, tokens):
+        if self.covered(seq) >= tokens:
             return True
         gone = self.slide(seq)
         stops = self._stops(seq.computed, tokens, at_once=False)

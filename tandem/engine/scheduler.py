@@ -64,9 +64,9 @@ class Plan:
     cached: list[Seq] = field(default_factory=list)
     """Prefill-only sequences that had nothing left to compute."""
 
-    def add(self, seq: Seq) -> None:
-        """Takes as many of a sequence's pending tokens as the budget allows."""
-        count = min(seq.pending, self.budget)
+    def add(self, seq: Seq, room: int) -> None:
+        """Takes as many of a sequence's pending tokens as the budget and the room in its pages allow."""
+        count = min(seq.pending, self.budget, room)
         if count == 0:
             return
         samples = count == seq.pending and not seq.prefill_only
@@ -172,33 +172,38 @@ class Scheduler:
         plan = Plan(self._config.max_batch_tokens)
         decoding = [seq for seq in self.running if seq.pending == 1]
         for seq in decoding:
-            if seq.state is SeqState.RUNNING and self._make_room(seq, plan):
-                plan.add(seq)
+            if seq.state is SeqState.RUNNING:
+                plan.add(seq, self._make_room(seq, plan))
         plan.budget = prefill_budget(plan.budget, len(plan.decodes), timing, self._config.inter_token_ms)
         for seq in [seq for seq in self.running if seq.pending > 1]:
-            if plan.budget and seq.state is SeqState.RUNNING and self._make_room(seq, plan):
-                plan.add(seq)
+            if plan.budget and seq.state is SeqState.RUNNING:
+                plan.add(seq, self._make_room(seq, plan))
         self._admit(plan, now)
         return plan
 
     def _spare(self) -> list[int]:
         return [spare_pages(self.running, self._memory.page_size, group.window) for group in self._memory.groups]
 
-    def _make_room(self, seq: Seq, plan: Plan) -> bool:
-        """Pages for a running sequence's next step: from the cache, else from whoever is youngest.
+    def _make_room(self, seq: Seq, plan: Plan) -> int:
+        """Pages for a running sequence's next step, from the cache, else from whoever is youngest; room in tokens.
 
-        Only a token that was sampled, or a window that has moved on, asks for more than the sequence was admitted with.
+        Only tokens that were sampled, or a window that has moved on, ask for more than the sequence was admitted with:
+        what it gives up may be held by others, too. Then a shorter chunk has to do, as long as there is any room.
         """
-        while not self._memory.grow(seq, len(seq.tokens)):
+        memory = self._memory
+        while not memory.grow(seq, len(seq.tokens)):
+            if memory.windowed and memory.grow(seq, seq.computed + 1):
+                return memory.covered(seq) - seq.computed
             victim = pick_victim(self._holders(), seq)
-            if victim is None and self._memory.windowed:
-                victim = pick_giver(self._held.values(), seq)
+            if victim is None and memory.windowed and seq.prefill_only:
+                # The held may wait for those in the queue, whom this one would keep out if it paused with its pages.
+                victim = pick_giver(self._held.values(), seq) or seq
             if victim is None:
-                return False
+                return 0
             self.retract(victim, plan)
             if victim is seq:
-                return False
-        return True
+                return 0
+        return seq.pending
 
     def _holders(self) -> Iterator[Seq]:
         yield from self.running
@@ -273,7 +278,7 @@ class Scheduler:
         return is_aged(claim, now, self._config.ageing_s)
 
     def _covered(self, seq: Seq) -> bool:
-        return seq.node is not None and self._memory.covers(seq, len(seq.tokens))
+        return seq.node is not None and self._memory.covered(seq) >= len(seq.tokens)
 
     def _open(self, item: Queued) -> bool:
         """Pages for all tokens of a sequence, with its cached prefix."""
@@ -291,7 +296,7 @@ class Scheduler:
         self.remove(seq)
         seq.state = SeqState.RUNNING
         insort(self.running, seq, key=lambda each: each.order)
-        plan.add(seq)
+        plan.add(seq, seq.pending)
 
     def _force(self, stuck: Queued, plan: Plan) -> None:
         """When nothing runs, those who hold pages without using them give way to the queue's first."""

@@ -11,13 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tandem.cluster import CacheEvent, EventKind
 from tandem.engine.engine import Engine
 from tandem.engine.policy import EngineConfig
-from tandem.engine.radix import unpack
+from tandem.engine.radix import NO_PAGE, unpack
 from tandem.engine.sequence import Seq, SeqState
-from tandem.kv import BlockHash, Span, block_hashes
-from tandem.testing.engine import LAYOUT, FakePool, FakeRunner, make_seq, naive_continuation
+from tandem.kv import BLOCK_TOKENS, BlockHash, Span, block_hashes
+from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation, windowed_layout
 from tandem.types import FinishReason, SamplingParams
 
-TOKENS = 96
 ROOTS = (b"a", b"b")
 
 
@@ -26,37 +25,48 @@ class EngineMachine(RuleBasedStateMachine):
 
     page_size = 1
     caching = True
+    windows: tuple[int | None, ...] = (None,)
+    tokens = 96
+    """That fit into the pages of a group."""
+    window_tokens = 96
+    """The same, of groups with a window."""
+    repeats = 1
+    """How long prompts are that share beginnings."""
 
     @initialize(budget=st.sampled_from([3, 8, 40]), running=st.sampled_from([2, 8]))
     def begin(self, budget: int, running: int) -> None:
         self.now = 1.0
+        self.layout = windowed_layout(*self.windows)
         self.decode = self.make(self.page_size, budget, running, self.caching)
         self.prefill = self.make(4, budget, running, True)
         self.seqs: list[Seq] = []
         self.naive: dict[str, list[int]] = {}
         self.moving: dict[str, tuple[Seq, Seq]] = {}
         """Decode sequence and its prefill-only twin, by the former's id."""
+        self.moved: set[str] = set()
         self.landed: dict[str, int] = {}
         self.told: set[BlockHash] = set()
 
     def make(self, page_size: int, budget: int, running: int, caching: bool) -> Engine:
-        pool = FakePool(TOKENS // page_size, page_size)
+        pages = [(self.tokens if window is None else self.window_tokens) // page_size for window in self.windows]
+        pool = FakePool(pages, page_size, self.layout)
         config = EngineConfig(budget, running, ageing_s=1.0, prefix_cache=caching)
         return Engine(FakeRunner(pool), pool, config, clock=lambda: self.now)
 
     def draw_seq(self, data: st.DataObject) -> Seq:
         """Prompts that often share prefixes, of one token or of many."""
-        base = data.draw(st.sampled_from([[], [1, 2, 3, 4, 5, 6, 7] * 5, [1, 2, 3, 9] * 6]))
+        bases = [[], [1, 2, 3, 4, 5, 6, 7] * 5 * self.repeats, [1, 2, 3, 9] * 6 * self.repeats]
+        base = data.draw(st.sampled_from(bases))
         own = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=9))
         prompt = base[: data.draw(st.integers(0, len(base)))] + own
-        room = data.draw(st.sampled_from([0, 1, 5, 20, TOKENS - len(prompt)]))
+        room = data.draw(st.sampled_from([0, 1, 5, 20, self.tokens - len(prompt)]))
         logprobs = data.draw(st.sampled_from([None, None, None, 0]))
         sampling = SamplingParams(temperature=0, max_tokens=room, prompt_logprobs=logprobs)
         eos = frozenset(data.draw(st.sampled_from([(), (3, 4, 5)])))
         root = data.draw(st.sampled_from(ROOTS))
         seq = make_seq(f"s{len(self.seqs)}", prompt, sampling=sampling, eos_ids=eos, root=root)
         self.seqs.append(seq)
-        self.naive[seq.seq_id] = naive_continuation(prompt, sampling, eos)
+        self.naive[seq.seq_id] = naive_continuation(prompt, sampling, eos, self.layout)
         return seq
 
     @rule(data=st.data())
@@ -76,6 +86,7 @@ class EngineMachine(RuleBasedStateMachine):
         if opened:
             self.prefill.open_cached(twin)
         self.moving[seq.seq_id] = seq, twin
+        self.moved.add(seq.seq_id)
 
     @precondition(lambda self: self.moving)
     @rule()
@@ -87,7 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
             cached = self.decode.reserve(seq)
             assert before == self.decode.status().retractions
             if cached is not None:
-                self.landed[seq.seq_id] = cached
+                self.landed[seq.seq_id] = max(cached, self.layout.moved_from(seq.prompt_len - 1))
 
     @precondition(lambda self: self.landed)
     @rule(data=st.data(), count=st.integers(1, 30))
@@ -99,7 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
         at = self.landed[name]
         count = min(count, twin.computed - at)
         if count > 0:
-            data = bytearray(LAYOUT.span_bytes(Span(at, count), len(twin.tokens)))
+            data = bytearray(self.layout.span_bytes(Span(at, count), len(twin.tokens)))
             self.prefill.export_span(twin, Span(at, count), data)
             self.decode.import_span(seq, Span(at, count), data)
             self.landed[name] = at + count
@@ -145,8 +156,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.decode.check_integrity()
-        self.prefill.check_integrity()
+        for engine in (self.decode, self.prefill):
+            engine.check_integrity()
+            check_windows(engine, self.moved)
         for seq in self.seqs:
             assert seq.tokens[seq.prompt_len :] == self.naive[seq.seq_id][: seq.output_len]
 
@@ -190,11 +202,29 @@ def whole_blocks(engine: Engine, page_size: int) -> set[BlockHash]:
     return found
 
 
-def machine(size: int, caching: bool = True) -> type[TestCase]:
+def check_windows(engine: Engine, moved: set[str]) -> None:
+    """A sequence holds few pages of groups with a window, however long it is.
+
+    moved: those that are at an end of a hand-over, or were; it is of whole blocks.
+    """
+    memory, chunk = engine.memory, engine.config.max_batch_tokens
+    for seq in engine.seqs.values():
+        for number in memory.windowed if seq.pages else ():
+            window, size = memory.groups[number].window or 0, memory.page_size
+            held = sum(page != NO_PAGE for page in seq.pages[number])
+            most = -(-(window - 1) // size) - (-(chunk - 1) // size) + 1
+            if seq.seq_id in moved:
+                most = max(most, -(-(window - 1) // BLOCK_TOKENS) * BLOCK_TOKENS // size + BLOCK_TOKENS // size)
+            assert held <= most, (seq.seq_id, held, most)
+
+
+def machine(size: int, caching: bool = True, **values: object) -> type[TestCase]:
     class Sized(EngineMachine):
         page_size = size
 
     Sized.caching = caching
+    for name, value in values.items():
+        setattr(Sized, name, value)
     case: type[TestCase] = Sized.TestCase
     case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)  # type: ignore[attr-defined]
     return case
@@ -204,3 +234,8 @@ TestPagesOfOne = machine(1)
 TestPagesOfFour = machine(4)
 TestPagesOfSixteen = machine(16)
 TestWithoutCache = machine(4, caching=False)
+TestAWindowAlone = machine(4, windows=(6,), window_tokens=128, tokens=300, repeats=6)
+TestAWindowBesideFullAttention = machine(2, windows=(None, 5), window_tokens=128, tokens=256, repeats=5)
+TestAWindowOfManyPages = machine(1, windows=(None, 40), window_tokens=128, tokens=200, repeats=4)
+TestThreeGroups = machine(16, windows=(None, 20, 2), window_tokens=128, tokens=256, repeats=5)
+TestWindowsWithoutCache = machine(4, caching=False, windows=(9, 3), window_tokens=128, tokens=200, repeats=5)

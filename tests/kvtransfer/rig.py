@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -162,11 +162,15 @@ class Rig:
 
 @asynccontextmanager
 async def make_rig(
-    backend: Backend, settings: InboundSettings = SETTINGS, staging_mib: float = 0.25, senders: Backend | None = None
+    backend: Backend,
+    settings: InboundSettings = SETTINGS,
+    staging_mib: float = 0.25,
+    senders: Backend | None = None,
+    windows: Sequence[int | None] = (),
 ) -> AsyncIterator[Rig]:
     """senders: the sender's transport where it differs."""
     async with AsyncExitStack() as stack:
-        layout = small_layout()
+        layout = small_layout(windows=windows)
         source = FakeSource(layout)
         me = Identity(new_id(), layout, "model-fingerprint")
         thread = TransferThread("sending")

@@ -41,6 +41,26 @@ async def test_every_span_lands_with_equal_bytes(backend: Backend) -> None:
         assert rig.failures == []
 
 
+@pytest.mark.parametrize(
+    ("windows", "first", "moved"),
+    [((None, 100), 48, (1337 - 48) + (1337 - 1152)), ((100, 100), 1152, 2 * (1337 - 1152))],
+)
+async def test_of_layers_with_a_window_only_its_blocks_are_moved(
+    backend: Backend, windows: tuple[int | None, ...], first: int, moved: int
+) -> None:
+    """1280 tokens are whole blocks; position 1280 sees from 1181 on, which is in the block that begins at 1152."""
+    async with make_rig(backend, windows=windows) as rig:
+        client = await rig.connected()
+        sink = FakeSink(first=48)
+        result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, sink)
+        assert (result.error, result.landed_until) == ("", len(TOKENS))
+        assert result.bytes == moved * rig.layout.token_bytes // 2
+        assert sum(data.nbytes for data in sink.spans.values()) == result.bytes
+        assert sink.holds(rig.layout, TOKENS, first, len(TOKENS))
+        await rig.quiet(client)
+        assert rig.failures == []
+
+
 async def test_many_fetches_share_one_slab_and_staging(backend: Backend) -> None:
     async with make_rig(backend, staging_mib=0.03) as rig:
         client = await rig.connected()

@@ -191,6 +191,17 @@ def test_a_grant_that_is_wrong_is_refused_by_name(bad: Credit, text: str) -> Non
     assert not ticket.waiting
 
 
+def test_a_grant_is_for_what_moves() -> None:
+    layout = small_layout(windows=(8, 8))
+    ticket = OutboundTicket(TICKET, 0, 200)
+    assert layout.moved_from(200) == 128
+    with pytest.raises(ValueError, match=r"covers tokens 100\.\.128; nothing of them is moved"):
+        ticket.grant(Credit(0, Span(100, 28), 0, 0), layout, SLAB, SLAB)
+    with pytest.raises(ValueError, match="its 40 tokens have 1536"):
+        ticket.grant(Credit(0, Span(100, 40), 0, 40 * layout.token_bytes), layout, SLAB, SLAB)
+    ticket.grant(Credit(0, Span(100, 40), 0, 12 * layout.token_bytes), layout, SLAB, SLAB)
+
+
 def test_no_grant_comes_after_the_last_span() -> None:
     ticket = OutboundTicket(TICKET, 0, 100)
     ticket.grant(credit(0, 90, 10), LAYOUT, SLAB, SLAB)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import cycle, islice, permutations
+from itertools import cycle, islice, pairwise, permutations
 
 import pytest
 from hypothesis import given
@@ -140,6 +140,49 @@ def test_bytes_are_counted_over_planes_and_layers() -> None:
     assert LAYOUT.token_bytes == 4 * 2 * 256
     assert LAYOUT.span_bytes(Span(5, 10), 40) == 10 * LAYOUT.token_bytes
     assert {name: Plane("k", 1, 1, name).token_bytes for name in DTYPE_BYTES} == DTYPE_BYTES
+
+
+def test_a_window_ends_at_its_position() -> None:
+    """Position p sees (p - 4, p]."""
+    group = LayerGroup((0,), window=4)
+    assert [group.seen_from(position) for position in (0, 3, 4, 10)] == [0, 0, 1, 7]
+    assert LayerGroup((0,)).seen_from(10) == 0
+    assert LayerGroup((0,), window=1).seen_from(10) == 10
+    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+        LayerGroup((0,), window=0)
+
+
+@given(st.integers(0, 2000), st.integers(1, 300), st.sampled_from([1, 16, 64]))
+def test_what_is_moved_is_seen_from_the_end_and_from_its_last_whole_page(total: int, window: int, page: int) -> None:
+    """Whole blocks, and so whole pages; of the window and less than two blocks beside it."""
+    group = LayerGroup((0,), window)
+    first = group.moved_from(total)
+    assert first % BLOCK_TOKENS == 0
+    assert first <= group.seen_from(total // page * page) <= group.seen_from(total)
+    assert total - first <= window - 1 + 2 * (BLOCK_TOKENS - 1)
+    assert LayerGroup((0,)).moved_from(total) == 0
+
+
+@given(st.data())
+def test_the_spans_of_a_hand_over_have_each_token_of_each_group_once(data: st.DataObject) -> None:
+    windows = data.draw(st.sampled_from([(None,), (None, 70), (9,), (9, 200), (None, 1, 64)]))
+    layout = KvLayout((K, V), tuple(LayerGroup((layer,), window) for layer, window in enumerate(windows)))
+    total = data.draw(st.integers(1, 400))
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=5))})
+    spans = [Span(start, end - start) for start, end in pairwise(cuts)]
+    for number, group in enumerate(layout.groups):
+        shares = [layout.shares(span, total)[number] for span in spans]
+        tokens = [token for share in shares for token in range(share.start, share.end)]
+        assert tokens == list(range(group.moved_from(total), total))
+    sizes = [layout.span_bytes(span, total) for span in spans]
+    each = K.token_bytes + V.token_bytes
+    assert sum(sizes) == each * sum(total - group.moved_from(total) for group in layout.groups)
+    assert all((size == 0) == (span.end <= layout.moved_from(total)) for span, size in zip(spans, sizes, strict=True))
+
+
+def test_layers_know_their_groups() -> None:
+    layout = KvLayout((K,), (LayerGroup((1, 3)), LayerGroup((0, 2), window=5)))
+    assert layout.layer_groups == (1, 0, 1, 0)
 
 
 @pytest.mark.parametrize("layers", [((0, 1), (1,)), ((1, 2),), ((0,), (2,))])
