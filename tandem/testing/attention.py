@@ -13,6 +13,7 @@ from tandem.engine.attention.base import AttentionBackend, AttentionBatch, Atten
 from tandem.engine.kv_pool import KvPool
 from tandem.kv import KvLayout, LayerGroup, Plane
 
+CPU = torch.device("cpu")
 NOWHERE = 1 << 40
 """The number of a page that is not there: whoever reads it fails."""
 MakeBackend = Callable[[KvPool], AttentionBackend]
@@ -50,7 +51,9 @@ class Attended:
     expected: torch.Tensor
 
 
-def attend(case: AttentionCase, make: MakeBackend, *, others_finite: bool = False) -> Attended:
+def attend(
+    case: AttentionCase, make: MakeBackend, *, others_finite: bool = False, device: torch.device = CPU
+) -> Attended:
     """Runs layer 1 of a fresh pool. Raises AssertionError when anything but the new tokens' slots was written.
 
     others_finite: slots that nothing was stored in hold a large number, not a NaN (for backends that multiply by 0).
@@ -59,14 +62,14 @@ def attend(case: AttentionCase, make: MakeBackend, *, others_finite: bool = Fals
     planes = tuple(Plane(name, case.kv_heads, case.dim, case.dtype) for name in ("k", "v"))
     total = sum(-(-length // size) for length in case.lengths) + 3
     layout = KvLayout(planes, (LayerGroup((1,), case.window), LayerGroup((0,))))
-    pool = KvPool(layout, (total, total + 1), size, torch.device("cpu"))
+    pool = KvPool(layout, (total, total + 1), size, device)
     free = random.Random(len(case.rows)).sample(range(total), total)
     pages = [np.array([free.pop() for _ in range(-(-length // size))]) for length in case.lengths]
     generator = torch.Generator().manual_seed(sum(case.lengths))
     dtype = pool.plane("k", 1).dtype
     tokens = sum(count for _, count in case.rows)
     # Queries, keys and values as a model has them: slices of one product, the last dimension dense.
-    merged = torch.randn((tokens, heads + 2 * case.kv_heads, case.dim), generator=generator).to(dtype)
+    merged = torch.randn((tokens, heads + 2 * case.kv_heads, case.dim), generator=generator).to(device, dtype)
     query, key, value = merged.split((heads, case.kv_heads, case.kv_heads), dim=1)
     stored = {}
     for name, new in (("k", key), ("v", value)):
@@ -78,15 +81,15 @@ def attend(case: AttentionCase, make: MakeBackend, *, others_finite: bool = Fals
     found = plan.run(1, query, key, value, case.form)
     for name in ("k", "v"):
         for row, (start, count) in enumerate(case.rows):
-            before[name][_slots(pages[row], size, start, start + count)] = stored[name][row][start:]
+            before[name][_slots(pages[row], size, start, start + count)] = stored[name][row][start:].to(device)
         assert torch.equal(pool.plane(name, 1).nan_to_num(), before[name].nan_to_num()), f"{name} is stored wrongly"
         assert not pool.plane(name, 0).any(), "another layer was written"
     offsets = np.cumsum(counts) - counts
     expected = [
-        written_out(query[first : first + count], stored["k"][row], stored["v"][row], start, case.form)
+        written_out(query[first : first + count].cpu(), stored["k"][row], stored["v"][row], start, case.form)
         for row, (first, (start, count)) in enumerate(zip(offsets.tolist(), case.rows, strict=True))
     ]
-    return Attended(found, torch.cat(expected))
+    return Attended(found.cpu(), torch.cat(expected))
 
 
 def written_out(
@@ -113,8 +116,8 @@ def _store_context(
     for row, (start, count) in enumerate(case.rows):
         early = torch.randn((start, *new.shape[1:]), generator=generator).to(new.dtype)
         low = 0 if case.window is None else max(0, start - case.window + 1)
-        tensor[_slots(pages[row], case.page_size, low, start)] = early[low:]
-        rows.append(torch.cat((early, new[first : first + count])))
+        tensor[_slots(pages[row], case.page_size, low, start)] = early[low:].to(tensor.device)
+        rows.append(torch.cat((early, new[first : first + count].cpu())))
         first += count
     return rows
 
