@@ -150,7 +150,7 @@ class Bench:
     def decode(self, batch: int, context: int, steps: int) -> tuple[float, float]:
         """Milliseconds of the fastest step at a batch size, and of the Python part of the step that had least."""
         for _ in range(batch):
-            self._add(context - steps // 2, steps + WARM_STEPS + 2)
+            self._add(context - steps // 2, steps + WARM_STEPS + batch * context)
         while any(seq.pending > 1 for seq in self.engine.seqs.values()):
             self.engine.step()
         for _ in range(WARM_STEPS):
@@ -158,8 +158,9 @@ class Bench:
         walls, outside = [], []
         for _ in range(steps):
             self._inside, started = 0.0, time.perf_counter()
-            self.engine.step()
+            done = self.engine.step()
             walls.append(time.perf_counter() - started)
+            assert done.batch_tokens == batch, "a step that is measured must be a full one"
             outside.append(walls[-1] - self._inside)
         for name in list(self.engine.seqs):
             self.engine.cancel(name)
@@ -169,7 +170,7 @@ class Bench:
 def measure(folder: Path, name: str, batches: list[int], context: int, threads: int, rounds: int, steps: int) -> Report:
     """Both kinds of kernels, turn by turn."""
     threads = set_compute_threads(threads)
-    room = max(PREFILL_TOKENS + 16, max(batches) * (context + steps + 64))
+    room = max(PREFILL_TOKENS + 16, max(batches) * (context + steps + max(batches) * context // CHUNK + 64))
     benches = {kind: Bench(folder, kind, room) for kind in KINDS}
     prefill: dict[str, list[float]] = {kind: [] for kind in KINDS}
     decode: dict[tuple[str, int], list[tuple[float, float]]] = {

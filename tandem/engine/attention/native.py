@@ -157,7 +157,7 @@ class NativePlan:
         self._backend.library.call(
             self._backend.kernel, (query, key, value), ctypes.addressof(plan), ctypes.addressof(about),
             query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-            *query_strides[:2], *key_strides[:2], *value_strides[:2],
+            *query_strides[:2], *key_strides[:2], *value_strides[:2], long=True,
         )  # fmt: skip
         return out
 

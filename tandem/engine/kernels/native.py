@@ -1,7 +1,7 @@
 """The compiled kernels: loading them, calling them, and recording their calls.
 
-Quick kernels are called with Python's lock held, since giving it up and getting it back can cost more than they do;
-slow ones without. Arguments travel as one block of 64-bit words, so that a recorded call can be made again as it was.
+Quick calls are made with Python's lock held, since giving it up and getting it back can cost more than they do; long
+ones without. Arguments travel as one block of 64-bit words, so that a recorded call can be made again as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-SLOW = frozenset({"linear", "attend"})
 ALIGNMENT = 64
 Function = Any
 """A foreign function; ctypes has no narrower type for one."""
@@ -52,10 +51,10 @@ class Tape:
 class Kernel:
     """One operation for one dtype."""
 
-    def __init__(self, function: Function) -> None:
-        function.restype = None
-        self.function = function
-        self.address = ctypes.cast(function, ctypes.c_void_p).value
+    def __init__(self, quick: Function, long: Function) -> None:
+        quick.restype = long.restype = None
+        self.quick, self.long = quick, long
+        self.address = ctypes.cast(long, ctypes.c_void_p).value
 
 
 class NativeLibrary:
@@ -63,24 +62,24 @@ class NativeLibrary:
 
     def __init__(self, path: Path, threads: int) -> None:
         self.path = path
-        self._quick, self._slow = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
-        self._slow.tandem_features.restype = ctypes.c_char_p
-        self._slow.tandem_replay.restype = None
-        self._slow.tandem_replay.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        self.features: str = self._slow.tandem_features().decode()
-        self.threads = threads if self._slow.tandem_threads_supported() else 1
+        self._quick, self._long = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+        self._long.tandem_features.restype = ctypes.c_char_p
+        self._long.tandem_replay.restype = None
+        self._long.tandem_replay.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self.features: str = self._long.tandem_features().decode()
+        self.threads = threads if self._long.tandem_threads_supported() else 1
         self._blocks = [ctypes.c_int64 * count for count in range(16)]
         self._tape: Tape | None = None
 
     def kernels(self, name: str) -> dict[torch.dtype, Kernel]:
         """The kernels of one operation by dtype."""
-        handle = self._slow if name in SLOW else self._quick
-        return {dtype: Kernel(getattr(handle, f"tandem_{name}_{suffix}")) for dtype, suffix in SUFFIXES.items()}
+        symbols = {dtype: f"tandem_{name}_{suffix}" for dtype, suffix in SUFFIXES.items()}
+        return {d: Kernel(getattr(self._quick, symbol), getattr(self._long, symbol)) for d, symbol in symbols.items()}
 
-    def call(self, kernel: Kernel, tensors: Sequence[torch.Tensor | None], *words: int) -> None:
+    def call(self, kernel: Kernel, tensors: Sequence[torch.Tensor | None], *words: int, long: bool = False) -> None:
         """Calls a kernel with `words`, which hold pointers into `tensors`, and records it if a recording is on."""
         block = self._blocks[len(words)](*words)
-        kernel.function(block)
+        (kernel.long if long else kernel.quick)(block)
         if self._tape is not None:
             assert kernel.address is not None
             self._tape.calls.append((kernel.address, block))
@@ -103,4 +102,4 @@ class NativeLibrary:
 
     def replay(self, calls: ctypes.Array[ctypes.c_int64]) -> None:
         """Makes recorded calls again: pairs of function and arguments."""
-        self._slow.tandem_replay(ctypes.addressof(calls), len(calls) // 2)
+        self._long.tandem_replay(ctypes.addressof(calls), len(calls) // 2)

@@ -8,7 +8,7 @@ from tandem.engine.kernels.native import NativeLibrary, real
 from tandem.engine.kernels.ops import Activation, TorchOps
 
 SHARED_WORK = 1 << 16
-"""Elements from which an operation between the products is spread over threads."""
+"""Elements from which an operation between the products is spread over threads, and gives up Python's lock."""
 SHARED_WEIGHTS = 1 << 16
 """The same for the elements of a weight matrix."""
 FEW_ROWS = {torch.bfloat16: 32, torch.float32: 16}
@@ -41,6 +41,7 @@ class NativeOps:
         self._call(
             self._rms_norm[x.dtype], (x, weight), x.data_ptr(), weight.data_ptr(), out.data_ptr(),
             outer[0], inner[0], x.shape[-1], outer[1], inner[1], real(eps), self._threads_for(out.numel()),
+            long=out.numel() >= SHARED_WORK,
         )  # fmt: skip
         return out
 
@@ -56,6 +57,7 @@ class NativeOps:
         self._call(
             self._add_rms_norm[x.dtype], (x, y, weight), x.data_ptr(), y.data_ptr(), weight.data_ptr(),
             total.data_ptr(), out.data_ptr(), x.numel() // size, size, real(eps), self._threads_for(out.numel()),
+            long=out.numel() >= SHARED_WORK,
         )  # fmt: skip
         return total, out
 
@@ -72,6 +74,7 @@ class NativeOps:
         self._call(
             self._rotate[heads.dtype], (heads, cos, sin), heads.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             out.data_ptr(), tokens, count, size, strides[0], strides[1], self._threads_for(out.numel()),
+            long=out.numel() >= SHARED_WORK,
         )  # fmt: skip
         return out
 
@@ -84,6 +87,7 @@ class NativeOps:
         self._call(
             self._gated[gate_up.dtype], (gate_up,), _ACTIVATIONS[activation], gate_up.data_ptr(), out.data_ptr(),
             rows, width // 2, gate_up.stride(0), self._threads_for(out.numel()),
+            long=out.numel() >= SHARED_WORK,
         )  # fmt: skip
         return out
 
@@ -113,7 +117,7 @@ class NativeOps:
             self._linear[dtype], (x, weight, bias, residual), x.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(),
             rows, inputs, outputs, x.stride(0), 0 if residual is None else residual.stride(0), wide,
-            self._threads if inputs * outputs >= SHARED_WEIGHTS else 1,
+            self._threads if inputs * outputs >= SHARED_WEIGHTS else 1, long=inputs * outputs >= SHARED_WEIGHTS,
         )  # fmt: skip
         return out
 
