@@ -249,6 +249,17 @@ class UpConfig(_Settings):
     tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
     reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
     chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE_HELP)
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto takes sampling defaults from the model's generation_config.json, none takes none"
+    )
+    cors_origins: Addresses = Field((), description="origins whose pages may call this; * allows all")
+    max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
+    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
+    inter_token_ms: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="bound on a step's time while sequences generate, kept by smaller prompt chunks; 0 is none"
+    )
+    max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
+    kernels: Literal["auto", "native", "torch"] = Field("auto", description="what computes; see `tandem decode --help`")
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

@@ -16,7 +16,7 @@ from tandem.cli.banner import Standing, banner
 from tandem.cli.children import Child, stop_all
 from tandem.cluster import WorkerInfo
 from tandem.compute_slots import ComputeSlots
-from tandem.config import UpConfig
+from tandem.config import RouterConfig, UpConfig, WorkerConfig
 from tandem.errors import TandemError, Unavailable
 from tandem.hub import resolve_model, served_name
 from tandem.ports import authority, check_port, free_ports
@@ -44,6 +44,9 @@ PASSIVE = {
     "TOKENIZERS_PARALLELISM": "false",
     "TANDEM_CONFIG": "",
 }
+
+OWN = ("model", "served_model_name", "host", "port", "config")
+"""Settings that mean something else to a child."""
 
 T = TypeVar("T")
 
@@ -79,16 +82,12 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
     control, *ports = free_ports(1 + len(roles), LOOPBACK)
     threads = str(max(1, len(os.sched_getaffinity(0)) // len(roles)))
     common = ["--served-model-name", config.served_model_name or served_name(config.model)]
-    common += ["--log-level", config.log_level, "--log-format", config.log_format]
     listen = ["--host", config.host, "--port", str(config.port)]
     listen += ["--control-host", LOOPBACK, "--control-port", str(control)]
-    arguments = ["router", "--model", model, "--policy", config.policy, *listen, *common]
-    arguments += ["--tool-parser", config.tool_parser, "--reasoning-parser", config.reasoning_parser]
-    arguments += ["--chat-template", str(config.chat_template)] if config.chat_template is not None else []
+    arguments = ["router", "--model", model, *listen, *common, *handed_on(config, RouterConfig)]
     router = Child("router", authority(config.host, config.port), arguments, PASSIVE)
 
-    shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, "--dtype", config.dtype]
-    shared += ["--kv-mib", str(config.kv_mib), "--page-size", str(config.page_size), "--transport", config.transport]
+    shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, *handed_on(config, WorkerConfig)]
     shared += ["--compute-slots", str(slots.key)] if slots is not None else []
     environment = PASSIVE | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     workers = []
@@ -96,6 +95,16 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
         arguments = [role, model, "--host", LOOPBACK, "--port", str(port), *shared, *common]
         workers.append(Child(f"{role}-{roles[:at].count(role)}", f"{LOOPBACK}:{port}", arguments, environment))
     return router, workers
+
+
+def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig]) -> list[str]:
+    """Flags for the settings that a child has under the same name: said aloud, so that no variable decides otherwise."""
+    flags = []
+    for name in (name for name in schema.model_fields if name in UpConfig.model_fields and name not in OWN):
+        value = getattr(config, name)
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            flags += ["--" + name.replace("_", "-"), str(each)]
+    return flags
 
 
 class _Cluster:
