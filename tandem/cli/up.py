@@ -98,7 +98,7 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
 
 
 def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig]) -> list[str]:
-    """Flags for the settings that a child has under the same name: said aloud, so that no variable decides otherwise."""
+    """Flags for the settings that a child has under the same name: all, so that no variable decides otherwise."""
     flags = []
     for name in (name for name in schema.model_fields if name in UpConfig.model_fields and name not in OWN):
         value = getattr(config, name)

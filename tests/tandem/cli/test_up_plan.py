@@ -20,7 +20,7 @@ def test_settings_reach_the_processes_that_have_them() -> None:
         tool_parser="llama3", generation_config="none", max_context=64, kernels="torch", dtype="float32"
     )
     assert (router["--tool-parser"], router["--generation-config"]) == ("llama3", "none")
-    assert (worker["--max-context"], worker["--kernels"], worker["--dtype"]) == ("64", "torch", "auto")
+    assert (worker["--max-context"], worker["--kernels"], worker["--dtype"]) == ("64", "torch", "float32")
     assert "--max-context" not in router and "--tool-parser" not in worker
 
 
