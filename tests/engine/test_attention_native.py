@@ -217,3 +217,13 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 def test_layouts_that_it_cannot_serve_are_refused(planes: tuple[Plane, ...]) -> None:
     with pytest.raises(ValueError, match="native attention serves"):
         backend(KvPool(KvLayout(planes, (LayerGroup((0,)),)), 1, 1, CPU))
+
+
+def test_each_layer_group_has_pages_of_its_own_number() -> None:
+    planes = (Plane("k", 1, 8, "float32"), Plane("v", 1, 8, "float32"))
+    pool = KvPool(KvLayout(planes, (LayerGroup((0,)), LayerGroup((1,), 4))), (10, 3), 4, CPU)
+    attention, many, few = backend(pool), [np.array([7, 8, 9])], [np.array([0, 1, 2])]
+    at = np.array([9]), np.array([1])
+    attention.plan(AttentionBatch(*at, [many, few]))
+    with pytest.raises(ValueError, match=r"the pool has 0\.\.2"):
+        attention.plan(AttentionBatch(*at, [few, many]))

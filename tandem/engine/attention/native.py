@@ -73,11 +73,13 @@ class NativeAttention:
         windows = [group.window for group in self.pool.layout.groups]
         if len(batch.pages) != len(windows):
             raise ValueError(f"pages of {len(batch.pages)} layer groups; the layout has {len(windows)}")
-        tables = [self._table(batch, pages, window) for pages, window in zip(batch.pages, windows, strict=True)]
+        tables = [self._table(batch, *each) for each in zip(batch.pages, windows, self.pool.group_pages, strict=True)]
         self.current = NativePlan(self, batch, tables)
         return self.current
 
-    def _table(self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None) -> tuple[IntArray, IntArray]:
+    def _table(
+        self, batch: AttentionBatch, pages: Sequence[IntArray], window: int | None, count: int
+    ) -> tuple[IntArray, IntArray]:
         """The visible page numbers of all rows, and where each row's page 0 is or would be among them."""
         size = self.pool.page_size
         firsts = [0] * len(pages) if window is None else (np.maximum(batch.starts - window + 1, 0) // size).tolist()
@@ -91,8 +93,8 @@ class NativeAttention:
             offsets.append(at - first)
             at += end - first
         table = np.concatenate(parts).astype(np.int64, copy=False)
-        if int(table.min()) < 0 or int(table.max()) >= self.pool.num_pages:
-            raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{self.pool.num_pages - 1}")
+        if int(table.min()) < 0 or int(table.max()) >= count:
+            raise ValueError(f"pages are {table.min()}..{table.max()}; the pool has 0..{count - 1}")
         return table, np.array(offsets, dtype=np.int64)
 
     def group_of(self, layer: int) -> int:
