@@ -57,7 +57,7 @@ class DecodeServices:
             parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher, self._grammars
         )
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
-        capacity, freed = parts.info.capacity_tokens, self.worker.pages_freed
+        capacity, freed = parts.engine.capacity_tokens, self.worker.pages_freed
         self._source = EngineKvSource(parts.engine, parts.thread, parts.root, capacity, computes=False, released=freed)
         self._handover = HandOverService(
             self._identity,

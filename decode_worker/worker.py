@@ -57,7 +57,7 @@ class DecodeWorker:
         self._grammars = grammars
         self._eos_ids = frozenset(info.model.eos_token_ids)
         self._root = HashRoot(config.cluster_key, info.model.fingerprint, info.kv_dtype)
-        self._limits = Limits(info.model, info.capacity_tokens, config.max_waiting + config.max_running)
+        self._limits = Limits(info.model, engine.capacity_tokens, config.max_waiting + config.max_running)
         self._requests: dict[str, Request] = {}
         self._choices: dict[str, Choice] = {}
         self._outboxes: dict[str, Outbox] = {}

@@ -106,9 +106,10 @@ class KvMemory:
         packed = tokens if isinstance(tokens, bytes) else pack(tokens)
         return self.cache.match(root, packed, limit).tokens
 
-    def match(self, seq: Seq, packed: bytes) -> Match:
+    def match(self, seq: Seq, packed: bytes, limit: int | None = None) -> Match:
         """What is cached of a sequence's tokens that it can use: a prefill-only one, which is moved, needs more."""
-        return self.cache.match(seq.root, packed, match_limit(seq), len(seq.tokens) if seq.prefill_only else None)
+        total = len(seq.tokens) if seq.prefill_only else None
+        return self.cache.match(seq.root, packed, match_limit(seq) if limit is None else limit, total)
 
     def open(self, seq: Seq, packed: bytes, cover: int, spare: Sequence[int] = (), landing: bool = False) -> bool:
         """Gives a closed sequence its cached prefix and pages for `cover` tokens (0: for the prefix alone).
@@ -118,31 +119,40 @@ class KvMemory:
         `computed`. landing: KV of all tokens but the last will land, so pages are for that which moves alone.
         """
         match = self.match(seq, packed)
+        if self._try(seq, match, cover, spare, landing):
+            return True
+        # Without the copy windows end, and so begin, earlier: what they need is looked up anew.
+        return match.partial is not None and self._try(
+            seq, self.match(seq, packed, match.whole * self.page_size), cover, spare, landing
+        )
+
+    def _try(self, seq: Seq, match: Match, cover: int, spare: Sequence[int], landing: bool) -> bool:
+        """Opens a sequence with a fresh match."""
         firsts = [0] * len(self.groups)
         if landing:
             firsts = [group.moved_from(len(seq.tokens) - 1) // self.page_size for group in self.groups]
             match = replace(match, pages=[_without(run, first) for run, first in zip(match.pages, firsts, strict=True)])
         node = self.cache.acquire(match)
-        if match.partial is not None:
-            source, held = match.partial, [[page] for page in match.partial_pages]
+        source, held = match.partial, [[page] for page in match.partial_pages]
+        if source is not None:
             self.cache.hold(source, held)
-            opened = self._open(seq, match, node, firsts, cover, spare, landing)
+        stops = self._stops(match.tokens, cover or match.tokens, landing)
+        opened = self._take(seq, match, node, firsts, stops, spare)
+        if not opened:
+            self.cache.release(node, match.pages)
+        if source is not None:
             if opened:
                 self._copy(seq, match)
             self.cache.release(source, held)
-            if opened:
-                return True
-            match = match.whole_only()
-        if self._open(seq, match, node, firsts, cover, spare, landing):
-            return True
-        self.cache.release(node, match.pages)
-        return False
+        return opened
 
-    def _open(
-        self, seq: Seq, match: Match, node: Node, firsts: list[int], cover: int, spare: Sequence[int], landing: bool
+    def _take(
+        self, seq: Seq, match: Match, node: Node, firsts: Sequence[int], stops: Sequence[int], spare: Sequence[int]
     ) -> bool:
-        """Gives a sequence a held match and its own pages behind it, from `firsts` on. False changes nothing."""
-        stops = self._stops(match.tokens, cover or match.tokens, landing)
+        """Gives a sequence a held match and, per group, its own pages behind it from `firsts` to `stops`.
+
+        False changes nothing.
+        """
         needs = [max(stop - max(first, match.whole), 0) for stop, first in zip(stops, firsts, strict=True)]
         extra = spare or [0] * len(needs)
         if any(need + extra[group] > self.available(group) for group, need in enumerate(needs)):
@@ -182,7 +192,7 @@ class KvMemory:
 
         Of groups with a window they cover at least its next step.
         """
-        if self.covered(seq) >= tokens:
+        if min(map(len, seq.pages)) * self.page_size >= tokens:
             return True
         gone = self.slide(seq)
         stops = self._stops(seq.computed, tokens, at_once=False)

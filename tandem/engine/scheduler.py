@@ -65,8 +65,8 @@ class Plan:
     """Prefill-only sequences that had nothing left to compute."""
 
     def add(self, seq: Seq, room: int) -> None:
-        """Takes as many of a sequence's pending tokens as the budget and the room in its pages allow."""
-        count = min(seq.pending, self.budget, room)
+        """Takes as many of a sequence's pending tokens as the budget allows, of those that its pages have room for."""
+        count = min(room, self.budget)
         if count == 0:
             return
         samples = count == seq.pending and not seq.prefill_only

@@ -163,7 +163,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert seq.tokens[seq.prompt_len :] == self.naive[seq.seq_id][: seq.output_len]
 
     def teardown(self) -> None:
-        for _ in range(4000):
+        for _ in range(20_000):
             if not (self.decode.has_work() or self.prefill.has_work() or self.moving):
                 break
             self.now += 0.01

@@ -169,6 +169,23 @@ def test_a_partly_matching_page_is_copied_in_every_group() -> None:
     assert len(engine._pool.copies) == 1
 
 
+def test_without_room_for_a_copy_the_window_of_the_whole_pages_before_it_counts() -> None:
+    """Position 28 sees from 19 on and 24 from 15 on: of pages of 4, the match of 28 tokens does not hold the fourth."""
+    engine = make((None, 10), (11, 11))
+    answer(engine, "first", LONG[:32], max_tokens=1)
+    prompt = [*LONG[:27], 44, 44, 44, 44, 44]
+    blocker = make_seq("blocker", [43] * 12, max_tokens=1, state=SeqState.WAITING_KV)
+    assert engine.reserve(blocker) == 0
+    second = make_seq("second", prompt, max_tokens=2)
+    engine.add(second)
+    engine.step()
+    assert second.cached_tokens == 24
+    engine.check_integrity()
+    engine.cancel("blocker")
+    drain(engine)
+    check(engine, second)
+
+
 def test_a_beginning_is_cached_as_long_as_its_window_is() -> None:
     engine = make(FULL_AND_8, (128, 128))
     answer(engine, "first", [*LONG[:100], *[44] * 60])
