@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ FULL_AND_8: Windows = (None, 8)
 LONG = random.Random(3).choices(range(41), k=600)
 
 
-def make(windows: Windows, pages: Sequence[int], page_size: int = 4, chunk: int = 16, **more: int) -> Engine:
+def make(windows: Windows, pages: Sequence[int], page_size: int = 4, chunk: int = 16, **more: Any) -> Engine:
     pool = FakePool(pages, page_size, windowed_layout(*windows))
     return Engine(FakeRunner(pool), pool, EngineConfig(max_batch_tokens=chunk, **more))
 
@@ -122,7 +123,8 @@ def test_a_prefill_that_lacks_pages_of_a_window_takes_the_youngest_out_of_the_ba
     for seq in (older, younger):
         engine.add(seq)
     assert engine.step().batch_tokens == 32
-    taken, others, retracted = pool.allocate(pool.free_count - 1), [], ()
+    taken, others = pool.allocate(pool.free_count - 1), []
+    retracted: tuple[Seq, ...] = ()
     while not retracted:
         match = memory.cache.match(b"root", pack(older.tokens[: older.computed]), older.computed)
         others.append((memory.cache.acquire(match), match.pages))
