@@ -12,7 +12,7 @@ SHARED_WORK = 1 << 16
 SHARED_WEIGHTS = 1 << 16
 """The same for the elements of a weight matrix."""
 FEW_ROWS = {torch.bfloat16: 32, torch.float32: 16}
-"""Rows up to which the native product is faster than oneDNN's, by `benchmarks/engine.py`."""
+"""Rows up to which the native product is as fast as oneDNN's or faster; measured, see docs/log.md of 2026-11-21."""
 
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
