@@ -10,7 +10,7 @@ from tandem.engine.build import build_engine, count_pages, engine_config
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Seq
 from tandem.errors import ConfigError
-from tandem.kv import KvLayout, Span
+from tandem.kv import KvLayout, LayerGroup, Span
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.engine import LAYOUT, make_seq
 
@@ -90,6 +90,46 @@ def test_memory_is_divided_into_pages() -> None:
     assert LAYOUT.token_bytes == 24
     assert count_pages(settings(kv_mib=1, page_size=16), LAYOUT) == ((1 << 20) // (24 * 16),)
     assert count_pages(settings(kv_mib=1, page_size=16, pages=7), LAYOUT) == (7,)
+
+
+def layers_of(*groups: tuple[int, int | None]) -> KvLayout:
+    """(layers, window) of each group; 24 bytes a token and layer."""
+    made, first = [], 0
+    for count, window in groups:
+        made.append(LayerGroup(tuple(range(first, first + count)), window))
+        first += count
+    return KvLayout(LAYOUT.planes, tuple(made))
+
+
+def test_a_window_has_as_many_pages_as_full_attention_while_all_windows_would_need_more() -> None:
+    layout = layers_of((2, None), (2, 4096))
+    assert count_pages(settings(kv_mib=1, page_size=16), layout) == ((1 << 20) // (4 * 24 * 16),) * 2
+    assert count_pages(settings(page_size=16, pages=7), layout) == (7, 7)
+
+
+def test_what_windows_do_not_need_goes_to_full_attention() -> None:
+    """8 sequences of a window of 1024 and chunks of 256 hold 64 + 16 + 1 pages of 16 each."""
+    layout = layers_of((1, None), (5, 1024))
+    made = count_pages(settings(kv_mib=64, page_size=16, max_running=8, max_batch_tokens=256), layout)
+    assert made[1] == 8 * 81
+    page = 24 * 16
+    assert 0 <= (64 << 20) - page * (made[0] + 5 * made[1]) < page
+    assert made[0] > 2 * count_pages(settings(kv_mib=64, page_size=16), layers_of((6, None)))[0]
+
+
+def test_a_window_has_at_least_what_one_hand_over_needs() -> None:
+    """Of a window of 4: the block that it begins in, and the one that the prompt ends in."""
+    made = count_pages(
+        settings(pages=500, page_size=16, max_running=1, max_batch_tokens=16), layers_of((1, None), (1, 4))
+    )
+    assert made == (500, 8)
+
+
+def test_without_full_attention_the_widest_window_has_what_others_do_not_need() -> None:
+    layout = layers_of((1, 4096), (1, 512))
+    made = count_pages(settings(kv_mib=64, page_size=16, max_running=2, max_batch_tokens=64), layout)
+    assert made[1] == 2 * (32 + 4 + 1)
+    assert made[0] + made[1] == (64 << 20) // (24 * 16)
 
 
 def test_memory_for_less_than_a_page_is_refused() -> None:
