@@ -64,7 +64,7 @@ def count_pages(config: WorkerConfig, layout: KvLayout) -> tuple[int, ...]:
         return group_pages(config, layout, config.pages)
     memory = CPU_MIB if config.kv_mib is None else config.kv_mib
     budget = int(memory * MIB)
-    most = range(budget // _page_bytes(config, layout.groups[0], layout) + 1)
+    most = range(budget // min(_page_bytes(config, group, layout) for group in layout.groups) + 1)
     pages = bisect_right(most, budget, key=lambda count: _total_bytes(config, layout, count)) - 1
     if pages < 1:
         needed = _total_bytes(config, layout, 1) / MIB

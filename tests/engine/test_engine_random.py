@@ -226,7 +226,8 @@ def machine(size: int, caching: bool = True, **values: object) -> type[TestCase]
     for name, value in values.items():
         setattr(Sized, name, value)
     case: type[TestCase] = Sized.TestCase
-    case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)  # type: ignore[attr-defined]
+    examples = 25 if len(Sized.windows) == 1 and Sized.windows[0] is None else 12
+    case.settings = settings(max_examples=examples, stateful_step_count=30, deadline=None)  # type: ignore[attr-defined]
     return case
 
 
