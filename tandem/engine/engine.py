@@ -141,9 +141,9 @@ class Engine:
         """How many of the tokens are cached now. Changes nothing."""
         return self.memory.match_len(root, tokens, len(tokens))
 
-    def is_exportable(self, seq: Seq) -> bool:
-        """Whether all that a hand-over of a prefill-only sequence's tokens moves is cached now. Changes nothing."""
-        return self.memory.match(seq, pack(seq.tokens)).tokens == len(seq.tokens)
+    def exportable(self, seq: Seq) -> int:
+        """How many of a prefill-only sequence's tokens are cached now with all that their hand-over moves of them."""
+        return self.memory.match(seq, pack(seq.tokens)).tokens
 
     def reserve(self, seq: Seq) -> int | None:
         """Pages for all tokens of a WAITING_KV sequence. Locks its cached prefix, whose length in tokens it returns.

@@ -88,10 +88,8 @@ class EngineKvSource:
         return cached
 
     def _begin(self, seq: Seq) -> int:
-        if not self._computes and not self._engine.is_exportable(seq):
-            cached = self._engine.match_len(seq.root, seq.tokens)
-            missing = f"only {cached} of {len(seq.tokens)} tokens are" if cached < len(seq.tokens) else "the end is not"
-            raise Unavailable(f"{missing} cached here")
+        if not self._computes and (cached := self._engine.exportable(seq)) < len(seq.tokens):
+            raise Unavailable(f"only {cached} of {len(seq.tokens)} tokens are cached here")
         self._engine.add(seq)
         # What is cached can be sent before the rest had its turn.
         return self._engine.open_cached(seq)

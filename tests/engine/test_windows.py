@@ -305,8 +305,7 @@ def test_only_what_is_wholly_there_can_be_exported_without_computing() -> None:
     answer(engine, "conversation", LONG[:200], max_tokens=57)
 
     def exportable(end: int) -> bool:
-        whole = next(seq for seq in [make_seq("q", LONG[:end], prefill_only=True)])
-        return engine.is_exportable(whole)
+        return engine.exportable(make_seq("q", LONG[:end], prefill_only=True)) == end
 
     assert exportable(196)
     assert engine.match_len(b"root", LONG[:196]) == 196
