@@ -32,7 +32,7 @@ async def none(workers: Pair, patch: Patch) -> None:
 
 async def rotary_offset(workers: Pair, patch: Patch) -> None:
     """The decode worker goes on one position too far behind the KV that it was given."""
-    rope = workers.decode.engine._runner.model.rope  # type: ignore[attr-defined]
+    (rope,) = workers.decode.engine._runner.model.ropes  # type: ignore[attr-defined]
     angles = rope.angles
 
     def shifted(positions: torch.Tensor, dtype: torch.dtype) -> Any:
