@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -17,6 +19,26 @@ from tandem.types import TokenLogprob
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
+
+
+class _Wanted(NamedTuple):
+    """The tokens of a batch whose hidden states are looked at."""
+
+    tokens: list[int]
+    """Indices into the batch's tokens."""
+    firsts: list[int]
+    """Where each row's begin among them, and where the last row's end."""
+
+
+def _wanted(batch: Batch) -> _Wanted:
+    """Each sampling row's last token, and all tokens of rows that score their prompt."""
+    tokens, firsts, end = list[int](), [0], 0
+    for row in batch.rows:
+        end += row.count
+        scored = row.seq.sampling.prompt_logprobs is not None
+        tokens += range(end - row.count, end) if scored else range(end - 1, end) if row.samples else ()
+        firsts.append(len(tokens))
+    return _Wanted(tokens, firsts)
 
 
 class Runner:
@@ -52,12 +74,13 @@ class Runner:
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         masks = self._masks.start([batch.rows[index].seq for index in sampling])
         inputs = self._inputs(batch)
-        ends = np.cumsum([row.count for row in batch.rows])
         results = [Sampled(None)] * len(batch.rows)
         hidden, logits = None, self._replayed(batch, *inputs)
+        wanted = _wanted(batch)
         if logits is None:
-            hidden = self._hidden(*inputs)
-            logits = self._logits_of(hidden, ends[sampling] - 1) if sampling else None
+            hidden = self._hidden(*inputs, wanted)
+            lasts = [wanted.firsts[index + 1] - 1 for index in sampling]
+            logits = self._logits_of(hidden, np.array(lasts)) if sampling else None
         if logits is not None:
             allowed = masks.result() if masks is not None else None
             picked = sample(logits[:, : self.vocab_size], [batch.rows[index].seq for index in sampling], allowed)
@@ -65,8 +88,7 @@ class Runner:
                 results[index] = Sampled(token, logprob)
         for index, row in enumerate(batch.rows):
             if hidden is not None and row.seq.sampling.prompt_logprobs is not None:
-                first = int(ends[index]) - row.count
-                found = self._prompt_logprobs(row, hidden[first : first + row.count])
+                found = self._prompt_logprobs(row, hidden[wanted.firsts[index] : wanted.firsts[index + 1]])
                 results[index] = Sampled(results[index].token, results[index].logprob, found)
         return results
 
@@ -90,9 +112,14 @@ class Runner:
         plan = self.attention.plan(AttentionBatch(starts, counts, pages))
         return tokens, positions, plan
 
-    def _hidden(self, tokens: list[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor:
+    def _hidden(
+        self, tokens: list[int], positions: IntArray, plan: AttentionPlan, wanted: _Wanted | None = None
+    ) -> torch.Tensor:
         ids = torch.tensor(tokens, device=self.device)
-        return self.model.forward(ids, torch.from_numpy(positions).to(self.device), plan)
+        keep = None
+        if wanted is not None and len(wanted.tokens) < len(tokens):
+            keep = torch.tensor(wanted.tokens, dtype=torch.int64, device=self.device)
+        return self.model.forward(ids, torch.from_numpy(positions).to(self.device), plan, keep)
 
     def _logits_of(self, hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
         return self.model.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))

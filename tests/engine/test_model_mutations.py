@@ -37,8 +37,10 @@ class Shifted:
         self.tensors = model.tensors
         self._model = model
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        return self._model.forward(tokens, positions + 1, plan)
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._model.forward(tokens, positions + 1, plan, keep)
 
 
 def wrong_offset(loop: RunnerLoop, seqs: list[Seq]) -> None:

@@ -45,16 +45,21 @@ class Attention:
         self.output = Linear((Part("o_proj", config.hidden_size),), query, config.output_bias, place, method)
 
     def __call__(
-        self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        angles: Sequence[Angles],
+        plan: AttentionPlan,
+        residual: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`, added to `residual`; writes the tokens' KV through the plan."""
+        """`[tokens, hidden] -> [kept tokens, hidden]`, added to `residual`; writes all tokens' KV through the plan."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned = self.norm(qkv[:, : self.heads + self.kv_heads])
         if self.rope is not None:
             turned = turn(self.ops, turned, angles[self.rope])
         query, key = turned[:, : self.heads], turned[:, self.heads :]
         out = plan.run(self.layer, query, key, qkv[:, self.heads + self.kv_heads :], self.form)
-        return self.output(out.reshape(x.shape[0], -1), residual)
+        return self.output(_kept(out.reshape(x.shape[0], -1), keep), residual)
 
     def tensors(self, prefix: str) -> Tensors:
         """Checkpoint names of all weights."""
@@ -98,13 +103,19 @@ class Block:
         self.scale = config.residual_scale
         self.plain = self.scale == 1.0 and not names.after_attention and not names.after_mlp
 
-    def __call__(self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`; angles: those of each of the model's rotations."""
+    def __call__(
+        self, x: torch.Tensor, angles: Sequence[Angles], plan: AttentionPlan, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[tokens, hidden] -> [kept tokens, hidden]`.
+
+        angles: those of each of the model's rotations. keep: indices of the tokens that are wanted; None: all.
+        """
+        stream = _kept(x, keep)
         if self.plain:  # the products add to the residual stream themselves
-            x = self.attention(self.before_attention(x), angles, plan, x)
+            x = self.attention(self.before_attention(x), angles, plan, stream, keep)
             return self.mlp(self.before_mlp(x), x)
-        added = self.after_attention(self.attention(self.before_attention(x), angles, plan))
-        x = torch.add(x, added, alpha=self.scale)
+        added = self.after_attention(self.attention(self.before_attention(x), angles, plan, keep=keep))
+        x = torch.add(stream, added, alpha=self.scale)
         return torch.add(x, self.after_mlp(self.mlp(self.before_mlp(x))), alpha=self.scale)
 
     def tensors(self, prefix: str) -> Tensors:
@@ -131,15 +142,18 @@ class Decoder:
         planes = tuple(Plane(name, config.num_kv_heads, config.head_dim, dtype) for name in ("k", "v"))
         self.layout = KvLayout(planes, layer_groups(config.layers))
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `CausalLM.forward`."""
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         angles = [rope.angles(positions, x.dtype) for rope in self.ropes]
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, angles, plan)
-        return x
+        return last(x, angles, plan, keep)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.logits`."""
@@ -157,6 +171,10 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             named |= block.tensors(f"model.layers.{index}.")
         return named
+
+
+def _kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return x if keep is None else x.index_select(0, keep)
 
 
 def layer_groups(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:

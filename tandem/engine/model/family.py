@@ -21,8 +21,13 @@ class CausalLM(Protocol):
 
     layout: KvLayout
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """`[tokens]`, `[tokens]` (int64) -> `[tokens, hidden]` before the last norm; KV goes to the pool."""
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[tokens]`, `[tokens]` (int64) -> `[kept tokens, hidden]` before the last norm; KV of all goes to the pool.
+
+        keep: indices of the tokens whose result is wanted, which spares the last layer the others; None: all.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden] -> [rows, vocabulary]`, float32, for the rows that need them."""
