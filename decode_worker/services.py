@@ -13,7 +13,7 @@ from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Identity
 from kvtransfer.inbound import InboundSettings, PairClient
-from kvtransfer.measure import HandOverMetrics
+from kvtransfer.measure import HandOverMetrics, WriteRate
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
@@ -36,6 +36,7 @@ class DecodeServices:
         self._identity = Identity.of(parts.info)
         self._transfers = TransferThread()
         self._transfers.start()
+        self._writes = WriteRate()
         self._moves = MoveLedger(parts.info.incarnation)
         self._budget = SlabBudget(int(config.slabs_max_mib * MIB))
         self._settings = InboundSettings(
@@ -65,7 +66,7 @@ class DecodeServices:
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=metrics.sender(),
+            hooks=metrics.sender(self._writes.add),
         )
         attach(parts.server, self.worker)
         self._handover.attach(parts.server)
@@ -93,7 +94,7 @@ class DecodeServices:
         return Report(
             dict(worker.dispatches),
             self._moves.stats(),
-            self._moves.bytes_per_ms(),
+            self._writes.bytes_per_ms(),
             worker.draining,
             worker.siblings_waiting,
         )

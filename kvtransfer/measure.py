@@ -12,6 +12,27 @@ from tandem.cluster import Incarnation
 Moved = Callable[[Incarnation, str, int, float], None]
 
 
+FORGET = 0.95
+"""Weight of the past in the measured rate, per write."""
+
+
+class WriteRate:
+    """How fast this worker's writes land. Nothing else is in it: not the wait for what is still computed."""
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._ms = 0.0
+
+    def add(self, peer: Incarnation, transport: str, size: int, seconds: float) -> None:
+        """One write of `size` bytes was complete at the receiver after `seconds`; see `Hooks.moved`."""
+        self._bytes = self._bytes * FORGET + size
+        self._ms = self._ms * FORGET + seconds * 1e3
+
+    def bytes_per_ms(self) -> float:
+        """Of recent writes; 0 until there was one."""
+        return self._bytes / self._ms if self._ms else 0.0
+
+
 class HandOverMetrics:
     """What both ends of a worker's hand-overs hold now. Failures go to the worker's own counter, by kind."""
 
@@ -32,7 +53,7 @@ class HandOverMetrics:
         tickets = self._tickets.labels("receiver").inc
         return Hooks(moved=moved, failed=self.failed, open_tickets=tickets, quarantined=self._quarantined.inc)
 
-    def sender(self) -> Hooks:
-        """Hooks for the end that gives it. What was moved is counted where it lands."""
+    def sender(self, moved: Moved) -> Hooks:
+        """Hooks for the end that gives it. The bytes are counted where they land."""
         tickets = self._tickets.labels("sender").inc
-        return Hooks(failed=self.failed, open_tickets=tickets, pending_sends=self._sends.inc)
+        return Hooks(moved=moved, failed=self.failed, open_tickets=tickets, pending_sends=self._sends.inc)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvtransfer.backends import Chosen
 from kvtransfer.base import Identity
-from kvtransfer.measure import HandOverMetrics
+from kvtransfer.measure import HandOverMetrics, WriteRate
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
@@ -25,6 +25,7 @@ class PrefillServices:
             parts.engine, parts.thread, parts.root, parts.engine.capacity_tokens, computes=True
         )
         source = PromisingSource(self._engine_source, parts, config.max_waiting)
+        self._writes = WriteRate()
         self._transfers = TransferThread()
         self._transfers.start()
         self._handover = HandOverService(
@@ -33,7 +34,7 @@ class PrefillServices:
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=HandOverMetrics(parts.metrics.registry, parts.metrics.failures).sender(),
+            hooks=HandOverMetrics(parts.metrics.registry, parts.metrics.failures).sender(self._writes.add),
         )
         self._handover.attach(parts.server)
 
@@ -42,8 +43,8 @@ class PrefillServices:
         self._engine_source.on_step(output)
 
     def report(self) -> Report:
-        """A prefill worker reports nothing of its own: moves are counted where they land."""
-        return Report()
+        """How fast its writes land; what landed is counted there."""
+        return Report(move_bytes_per_ms=self._writes.bytes_per_ms())
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
         """Prefill workers connect to nobody."""

@@ -97,7 +97,7 @@ class Status:
     timing: StepTiming | None = None
     """None until enough steps were measured."""
     move_bytes_per_ms: float = 0.0
-    """Measured hand-over rate; 0 until one was measured."""
+    """Measured rate of this worker's KV writes to others; 0 until one was measured."""
     dispatches: Mapping[str, int] = field(default_factory=dict)
     """Per router id, the sequence number of the last dispatch this status includes: load is never counted twice."""
     draining: bool = False

@@ -3,9 +3,9 @@
     queue(P) + prefill(uncached tokens on P) + move(bytes not on D) + admission wait(D) + slowdown added to D's batch
 
 beside the decode-only alternative, where D's own queue and prefill take P's place and prefilling slows D's batch down.
-All terms are milliseconds of this request or of requests it delays, so they can be added. Coefficients are what workers
-measured, smoothed over the fleet; before any has measured, the defaults below. Joint cost
-routing after Mooncake (Qin et al. 2024) and Dynamo, with measured times in place of weights.
+All terms are milliseconds of this request or of requests it delays, so they can be added; what holds up streams under
+way weighs less. Coefficients are what workers measured, smoothed over the fleet; before any has measured, the defaults
+below. Joint cost routing after Mooncake (Qin et al. 2024) and Dynamo, with measured times in place of weights.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ OUTLIER = 3.0
 TYPICAL_STEP_TOKENS = 64
 EXPECTED_OUTPUT = 128
 """Output tokens assumed of a request that allows more: most answers end before their limit."""
+PAUSE = 0.25
+"""Weight of a millisecond for which a prompt holds up streams under way, beside one before this request's first token.
+At 1, prompts queue at a prefill worker while decode workers idle; measured (docs/log.md), 0.25 shortens both waits."""
 RESOLUTION_MS = 1e-3
 """Costs closer than this are equal."""
 
@@ -123,7 +126,7 @@ class _Coefficients:
         return math.ceil(tokens / view.info.max_batch_tokens) * timing.base_ms + tokens * timing.per_token_ms
 
     def move_ms(self, view: WorkerView, tokens: int, total: int) -> float:
-        """Time to hand over the last `tokens` of `total` tokens."""
+        """Time in which a prefill worker hands over the last `tokens` of `total` tokens."""
         if tokens <= 0:
             return 0.0
         own = view.status.move_bytes_per_ms
@@ -155,14 +158,15 @@ def _costs(
     missing = request.computable - request.cached_tokens(matches, view)
     output = request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
     prefill_here = model.prefill_ms(view, missing) if helper is None else 0.0
+    # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
+    # worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
+    held_up = PAUSE * max(view.sequences, 1) * prefill_here
     return {
         "queue": model.prefill_ms(view, view.queued_tokens) if helper is None else helper.queue_ms,
         "prefill": prefill_here if helper is None else helper.prefill_ms,
-        "move": 0.0 if helper is None else model.move_ms(view, missing, request.computable),
+        "move": 0.0 if helper is None else model.move_ms(helper.view, missing, request.computable),
         "admission": _admission_ms(request, view, model),
-        # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a
-        # decode worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
-        "slowdown": view.sequences * model.timing(view).per_token_ms * output + max(view.sequences, 1) * prefill_here,
+        "slowdown": view.sequences * model.timing(view).per_token_ms * output + held_up,
     }
 
 

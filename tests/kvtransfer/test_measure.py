@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from kvtransfer.measure import HandOverMetrics
+from kvtransfer.measure import HandOverMetrics, WriteRate
 
 
 def test_each_hook_moves_its_own_series() -> None:
     registry = CollectorRegistry()
     metrics = HandOverMetrics(registry, Counter("failures", "Failures", ["kind"], registry=registry))
     moved: list[tuple[str, str, int, float]] = []
-    receiver, sender = metrics.receiver(lambda *values: moved.append(values)), metrics.sender()
+    written: list[tuple[str, str, int, float]] = []
+    receiver, sender = (
+        metrics.receiver(lambda *values: moved.append(values)),
+        metrics.sender(lambda *values: written.append(values)),
+    )
     receiver.moved("p0", "nixl", 7, 0.5)
     receiver.open_tickets(1)
     receiver.open_tickets(1)
     receiver.open_tickets(-1)
     receiver.quarantined(4096)
+    sender.moved("d0", "nixl", 9, 0.25)
     sender.open_tickets(1)
     sender.pending_sends(1)
     sender.failed("digest")
     assert moved == [("p0", "nixl", 7, 0.5)]
+    assert written == [("d0", "nixl", 9, 0.25)]
     assert registry.get_sample_value("tandem_kv_open_tickets", {"end": "receiver"}) == 1
     assert registry.get_sample_value("tandem_kv_open_tickets", {"end": "sender"}) == 1
     assert registry.get_sample_value("tandem_kv_quarantined_bytes") == 4096
     assert registry.get_sample_value("tandem_kv_pending_sends") == 1
     assert registry.get_sample_value("failures_total", {"kind": "digest"}) == 1
+
+
+def test_the_rate_follows_recent_writes() -> None:
+    rate = WriteRate()
+    assert rate.bytes_per_ms() == 0.0
+    rate.add("d", "tcp", 1000, 0.01)
+    assert rate.bytes_per_ms() == pytest.approx(100.0)
+    for _ in range(120):
+        rate.add("d", "tcp", 1000, 0.1)
+    assert rate.bytes_per_ms() == pytest.approx(10.0, rel=0.03)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from router.policies import POLICIES, RequestInfo
 from router.policies.base import KEPT
-from router.policies.cost import CostPolicy
+from router.policies.cost import PAUSE, CostPolicy
 from router.policies.least_loaded import LeastLoadedPolicy
 from router.policies.longest_prefix import LongestPrefixPolicy
 from router.policies.round_robin import RoundRobinPolicy
@@ -134,7 +134,7 @@ def test_cost_is_the_sum_of_terms_and_the_least_wins() -> None:
     local = next(c for c in plan.candidates if (c.decode, c.prefill) == ("d0", None))
     assert local.costs["move"] == 0
     prefill_here = 2 * 10 + (computable - 128) * 0.2
-    assert local.costs["slowdown"] == pytest.approx(3 * 0.2 * 64 + 3 * prefill_here)
+    assert local.costs["slowdown"] == pytest.approx(3 * 0.2 * 64 + PAUSE * 3 * prefill_here)
 
 
 def test_a_shared_first_block_does_not_draw_everything_to_one_worker() -> None:
