@@ -70,10 +70,11 @@ class GrammarConstraint:
         rest = text.encode()
         taken: list[int] = []
         for token in self._vocabulary.encode(text)[:limit] if rest else ():
-            spelled = self._vocabulary.texts[token]
+            spelled = self._vocabulary.texts[token] if token < len(self._vocabulary.texts) else b""
             if not spelled or not rest.startswith(spelled) or (spelled == rest and self._reaches_beyond(rest)):
                 break
-            self.accept(token)
+            if not self._matcher.accept_token(token):  # it ends texts, though it spells a part of this one
+                break
             taken.append(token)
             rest = rest[len(spelled) :]
         return taken

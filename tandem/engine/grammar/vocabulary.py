@@ -12,14 +12,16 @@ def load_vocabulary(folder: str, vocab_size: int, stop_ids: Sequence[int]) -> xg
     """Reads the tokeniser in `folder`.
 
     vocab_size: the model's, which may be larger than the tokeniser's. stop_ids: what may follow a complete text.
-    Special tokens are no text: a grammar never allows them, whatever their names spell. Raises ValueError, OSError.
+    Special tokens are no text: a grammar never allows them, whatever their names spell, and also those that have no
+    role of their own (of Llama 3 most are such). Raises ValueError, OSError.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = xgrammar.TokenizerInfo.from_huggingface(
         tokenizer, vocab_size=vocab_size, stop_token_ids=list(stop_ids) or None
     )
     texts = list(found.decoded_vocab)
-    for token in tokenizer.all_special_ids:
+    added = tokenizer.added_tokens_decoder.items()
+    for token in {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}:
         if token < len(texts):
             texts[token] = b""
     return xgrammar.TokenizerInfo(
