@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler
+from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler, refusal
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
 from tandem.engine.grammar.masks import fits
 from tandem.engine.sequence import TokenConstraint
-from tandem.errors import BadRequest
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import Grammar, TokenIds
 
@@ -32,10 +31,7 @@ class Grammars:
         """What makes a fresh constraint. Raises BadRequest when the grammar cannot be served, Unavailable."""
         compiled = await self._compiler.compile(grammar)
         if not fits(GrammarConstraint(compiled), self._settings.vocab_size):
-            raise BadRequest(
-                f"the {grammar.kind.value} cannot be served: no token of this model can begin such a text",
-                "response_format",
-            )
+            raise refusal(grammar, "no token of this model can begin such a text")
         vocabulary = await self._vocabulary()
         return lambda: GrammarConstraint(compiled, vocabulary, grammar.after)
 

@@ -18,7 +18,8 @@ from router.openai import (
 )
 from router.sampling import check_ids, output_room, sampling_params
 from router.structured import grammar_of
-from router.tools import template_values, tool_use
+from router.tool_grammar import calls_grammar
+from router.tools import ToolUse, template_values, tool_use
 from tandem.cluster import new_id
 from tandem.errors import BadRequest
 from tandem.text.formats.answer import AnswerFormat
@@ -104,7 +105,7 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    prompt, turn = await _chat_prompt(body, to)
+    prompt, use, turn = await _chat_prompt(body, to)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     asked = Asked(
         prompt_field="messages",
@@ -114,10 +115,8 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
         choices=body.n or 1,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
-        grammar=grammar_of(body, turn.thoughts_end),
+        grammar=_chat_grammar(body, to.formats, use, turn),
     )
-    if asked.grammar is not None and turn.form is not None and turn.form.tools is not None:
-        raise BadRequest("response_format together with tools is not supported yet", "response_format")
     return Job(
         job_id=to.job_id,
         model=to.model,
@@ -131,7 +130,16 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     )
 
 
-async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, AssistantTurn]:
+def _chat_grammar(body: ChatBody, formats: ModelFormats, use: ToolUse, turn: AssistantTurn) -> Grammar | None:
+    grammar = grammar_of(body, turn.thoughts_end)
+    if not use.tools:
+        return grammar
+    if grammar is not None:
+        raise BadRequest("response_format together with tools is not supported yet", "response_format")
+    return calls_grammar(use, formats, turn.thoughts_end)
+
+
+async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, ToolUse, AssistantTurn]:
     tokenizer = to.text.tokenizer
     use = tool_use(body)
     check_tools(use, to.formats)
@@ -139,7 +147,7 @@ async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, AssistantT
     values = template_values(body.chat_template_kwargs, tokenizer.template_names)
     rendered = await tokenizer.render_async(turns, use.tools or None, values)
     turn = assistant_turn(body, use, to.formats, rendered, tokenizer.encode)
-    return await to.text.rendered(rendered + turn.prefill, body.cache_salt or ""), turn
+    return await to.text.rendered(rendered + turn.prefill, body.cache_salt or ""), use, turn
 
 
 async def completion_job(body: CompletionBody, to: Endpoint) -> Job:

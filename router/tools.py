@@ -25,6 +25,8 @@ class ToolUse:
     function: str | None = None
     """of this function, if one is named."""
     one_call: bool = False
+    strict: frozenset[str] = frozenset()
+    """Names of the functions whose calls are held to their schemas."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -35,18 +37,19 @@ class ToolUse:
 def tool_use(body: ChatBody) -> ToolUse:
     """Raises BadRequest naming the field at fault."""
     tools = declarations(body.tools)
+    strict = frozenset(tool["function"]["name"] for tool in body.tools or () if tool["function"].get("strict"))
     choice = body.tool_choice if body.tool_choice is not None else "auto"
     if choice in ("none", "auto"):
         # Unknown to the model, tools are not called: with `none` they are left out of the prompt.
         tools = () if choice == "none" else tools
-        return ToolUse(tools, one_call=body.parallel_tool_calls is False)
+        return ToolUse(tools, one_call=body.parallel_tool_calls is False, strict=strict if tools else frozenset())
     if choice == "required":
         function = None
     else:
         function = _chosen(choice)
     if not tools:
         raise BadRequest("tool_choice is only allowed together with tools", "tool_choice")
-    use = ToolUse(tools, True, function, function is not None or body.parallel_tool_calls is False)
+    use = ToolUse(tools, True, function, function is not None or body.parallel_tool_calls is False, strict)
     if function is not None and function not in use.names:
         raise BadRequest(f"tool_choice names the function {function!r}, which is not among the tools", "tool_choice")
     return use
@@ -86,13 +89,20 @@ def _declaration(tool: Any, where: str) -> dict[str, Any]:
     for key, kind, called in (("description", str, "a string"), ("parameters", dict, "an object")):
         if not isinstance(function.get(key, kind()), kind | None):
             raise BadRequest(f"{where}.{key} must be {called}", "tools")
-    if function.get("strict") not in (None, False):
-        reason = "answers are not held to a schema; leave it out"
-        raise BadRequest(f"{where}.strict is not supported yet: {reason}", "tools")
+    _check_strict(function, where)
     _check_texts(tool, where, "tools")
     # Nulls ask for nothing, but templates would write them.
     kept = {key: value for key, value in function.items() if key != "strict" and value is not None}
     return {**tool, "function": kept}
+
+
+def _check_strict(function: dict[str, Any], where: str) -> None:
+    strict = function.get("strict")
+    if not isinstance(strict, bool | None):
+        raise BadRequest(f"{where}.strict must be true or false", "tools")
+    parameters = function.get("parameters")
+    if strict and parameters and parameters.get("type") != "object":
+        raise BadRequest(f"{where}.parameters must have the type 'object' where strict is true", "tools")
 
 
 def template_values(values: Mapping[str, Any] | None, reserved: frozenset[str]) -> Mapping[str, Any]:

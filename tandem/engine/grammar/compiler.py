@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import xgrammar
 
 from tandem.errors import BadRequest, Unavailable
+from tandem.text.formats.held import TAG_START
 from tandem.types import Grammar
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,15 @@ class _Cached:
     grammar: xgrammar.CompiledGrammar | None
     complaint: str
     size: int
+    field: str = ""
+    """Which of the request's fields the complaint is about, where that is known."""
+
+
+def refusal(grammar: Grammar, why: str, field: str = "") -> BadRequest:
+    """What is said about a grammar that cannot be served."""
+    if grammar.source.startswith(TAG_START):
+        return BadRequest(f"{field or 'tools'} cannot be served: {why}", "tools")
+    return BadRequest(f"the {grammar.kind.value} cannot be served: {why}", "response_format")
 
 
 class GrammarCompiler:
@@ -94,7 +104,7 @@ class GrammarCompiler:
         else:
             self._cache.move_to_end(key)
         if cached.grammar is None:
-            raise BadRequest(f"the {grammar.kind.value} cannot be served: {cached.complaint}", "response_format")
+            raise refusal(grammar, cached.complaint, cached.field)
         return cached.grammar
 
     async def _compile(self, key: Key) -> _Cached:
@@ -129,7 +139,7 @@ class GrammarCompiler:
             raise EOFError from error
         head, body = await self._read(process)
         if "error" in head:
-            return _Cached(None, str(head["error"]), FAILURE_BYTES)
+            return _Cached(None, str(head["error"]), FAILURE_BYTES, str(head.get("field", "")))
         assert self._vocabulary is not None
         compiled = await asyncio.to_thread(xgrammar.CompiledGrammar.deserialize_json, body.decode(), self._vocabulary)
         return _Cached(compiled, "", max(len(body), int(compiled.memory_size_bytes)))

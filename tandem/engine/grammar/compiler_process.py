@@ -18,6 +18,7 @@ from typing import BinaryIO
 import xgrammar
 
 from tandem.engine.grammar.vocabulary import load_vocabulary
+from tandem.text.formats.held import TAG_START
 
 NICENESS = 10
 """The engine beside it must not notice."""
@@ -42,8 +43,55 @@ def compile_one(
         case "ebnf":
             return compiler.compile_grammar(source)
         case "structural_tag":
-            return compiler.compile_structural_tag(source)
+            return compiler.compile_structural_tag(with_grammars(source, any_whitespace))
     raise ValueError(f"no such kind of grammar: {kind}")
+
+
+class UnfitSchema(ValueError):
+    """A schema inside a structural tag does not compile."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(why)
+        self.field = field
+
+
+def with_grammars(source: str, any_whitespace: bool) -> str:
+    """A structural tag whose schemas of tools are grammars: laid out as other JSON, and each with its own complaint.
+
+    Other tags stay as they are. Raises UnfitSchema.
+    """
+    if not source.startswith(TAG_START):
+        return source
+    tag = json.loads(source)
+    made: dict[str, str] = {}
+    todo = [tag.pop("format")]
+    tag = {"type": tag["type"], "format": todo[0]}
+    while todo:
+        piece = todo.pop()
+        if isinstance(piece, list):
+            todo += [each for each in piece if isinstance(each, dict | list)]
+        elif piece.get("type") == "json_schema":
+            field = str(piece.pop("field", ""))
+            if field not in made:
+                made[field] = schema_grammar(piece["json_schema"], field, any_whitespace)
+            piece.clear()
+            piece.update(type="grammar", grammar=made[field])
+        else:
+            todo += [piece[name] for name in ("elements", "content", "rules") if name in piece]
+    return json.dumps(tag)
+
+
+def schema_grammar(schema: object, field: str, any_whitespace: bool) -> str:
+    """A JSON schema as EBNF. Raises UnfitSchema."""
+    most = MAX_WHITESPACE if any_whitespace else None
+    try:
+        return str(
+            xgrammar.Grammar.from_json_schema(
+                json.dumps(schema), any_whitespace=any_whitespace, max_whitespace_cnt=most
+            )
+        )
+    except RuntimeError as error:
+        raise UnfitSchema(field, complaint(error)) from error
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -61,7 +109,7 @@ def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: Binar
         except MemoryError:
             answer(answers, {"error": TOO_MUCH})
         except Exception as error:  # noqa: BLE001 - whatever a hostile text provokes is the text's fault
-            answer(answers, {"error": complaint(error)})
+            answer(answers, {"error": complaint(error), "field": getattr(error, "field", "")})
         else:
             answer(answers, {"bytes": len(compiled)}, compiled)
 

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import xgrammar
 from transformers import AutoTokenizer
 
+UNSPELLABLE = b"\xff"
+"""No UTF-8 text has this byte."""
+
 
 def load_vocabulary(folder: str, vocab_size: int, stop_ids: Sequence[int]) -> xgrammar.TokenizerInfo:
     """Reads the tokeniser in `folder`.
 
     vocab_size: the model's, which may be larger than the tokeniser's. stop_ids: what may follow a complete text.
-    Special tokens are no text: a grammar never allows them, whatever their names spell, and also those that have no
-    role of their own (of Llama 3 most are such). Raises ValueError, OSError.
+    Special tokens are no text: no text in a grammar spells them, whatever their names are; structural tags may ask for
+    one by its id. (XGrammar never takes a token without any bytes.) Raises ValueError, OSError.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = xgrammar.TokenizerInfo.from_huggingface(
@@ -23,7 +26,7 @@ def load_vocabulary(folder: str, vocab_size: int, stop_ids: Sequence[int]) -> xg
     added = tokenizer.added_tokens_decoder.items()
     for token in {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}:
         if token < len(texts):
-            texts[token] = b""
+            texts[token] = b"" if token in found.stop_token_ids else UNSPELLABLE + texts[token]
     return xgrammar.TokenizerInfo(
         texts,
         xgrammar.VocabType.RAW,

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.json_scanner import JsonScanner
 from tandem.text.formats.parts import CallArguments, CallStart, Part, Text, joined
 from tandem.text.formats.reader import SPACES, Malformed, Reader, Steps
@@ -45,6 +46,10 @@ class ToolFormat(ABC):
     @abstractmethod
     def prefill(self, template: str, name: str | None) -> str:
         """What an answer starts with that calls function `name`, or some function: up to where the model decides."""
+
+    @abstractmethod
+    def spelling(self, template: str) -> CallSpelling:
+        """How calls are written that a grammar holds. Its start, and with the name its call, begin with `prefill`."""
 
     def new_id(self) -> str:
         """A call's id, in a form that the model's chat template accepts when it comes back."""

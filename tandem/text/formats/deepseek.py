@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tandem.text.formats.calls import NAME, Calls, ToolFormat, arguments
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.reader import Malformed, Reader, Steps
 
 OPEN, CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -66,3 +67,10 @@ class DeepSeek(ToolFormat):
         fenced = "```json" in template
         begun = OPEN + CALL + (f"function{SEPARATOR}" if fenced else "")
         return begun if name is None else begun + name + (FENCE if fenced else SEPARATOR)
+
+    def spelling(self, template: str) -> CallSpelling:
+        """See `ToolFormat`."""
+        if "```json" in template:
+            head, tail = f"{CALL}function{SEPARATOR}", f"\n```{END}"
+            return CallSpelling(head, FENCE, tail, begin=OPEN, separator="\n", end=CLOSE)
+        return CallSpelling(CALL, SEPARATOR, END, begin=OPEN, end=CLOSE)

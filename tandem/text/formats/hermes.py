@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tandem.text.formats.calls import Calls, ToolFormat, json_call
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.reader import Reader, Steps
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -32,3 +33,8 @@ class Hermes(ToolFormat):
     def prefill(self, template: str, name: str | None) -> str:
         """See `ToolFormat`."""
         return f'{OPEN}\n{{"name":' + ("" if name is None else f' "{name}", "arguments":')
+
+    def spelling(self, template: str) -> CallSpelling:
+        """See `ToolFormat`."""
+        head = f'{OPEN}\n{{"name": "'
+        return CallSpelling(head, '", "arguments": ', f"}}\n{CLOSE}", separator="\n", several=False)

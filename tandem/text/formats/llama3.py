@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tandem.text.formats.calls import Calls, ToolFormat, json_call
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.reader import Reader, Steps
 
 TAG = "<|python_tag|>"
@@ -40,3 +41,7 @@ class Llama3(ToolFormat):
     def prefill(self, template: str, name: str | None) -> str:
         """See `ToolFormat`."""
         return '{"name":' + ("" if name is None else f' "{name}", "parameters":')
+
+    def spelling(self, template: str) -> CallSpelling:
+        """See `ToolFormat`."""
+        return CallSpelling('{"name": "', '", "parameters": ', "}", separator="; ")

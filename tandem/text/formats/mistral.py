@@ -6,6 +6,7 @@ import secrets
 import string
 
 from tandem.text.formats.calls import Calls, ToolFormat, arguments, json_call
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.reader import Malformed, Reader, Steps
 
 OPEN, ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -65,6 +66,12 @@ class Mistral(ToolFormat):
         if ARGS in template:
             return OPEN if name is None else f"{OPEN}{name}{ARGS}"
         return f'{OPEN}[{{"name":' + ("" if name is None else f' "{name}", "arguments":')
+
+    def spelling(self, template: str) -> CallSpelling:
+        """See `ToolFormat`."""
+        if ARGS in template:
+            return CallSpelling(OPEN, ARGS, "", several=False)
+        return CallSpelling('{"name": "', '", "arguments": ', "}", begin=f"{OPEN}[", separator=", ", end="]")
 
     def new_id(self) -> str:
         """Mistral's templates refuse ids of any other form."""

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from tandem.text.formats.calls import NAME, Calls, ToolFormat
+from tandem.text.formats.held import CallSpelling
 from tandem.text.formats.json_scanner import MAX_DEPTH
 from tandem.text.formats.reader import Malformed, Reader, Steps
 
@@ -15,6 +16,15 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]{1,300})?([eE][+-]?[0-9]{1
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0"}
 _CODES = {"x": 2, "u": 4, "U": 8}
+_ARGUMENTS = r"""
+root ::= "" | argument (", " argument)*
+argument ::= [a-zA-Z_] [a-zA-Z0-9_]{0,62} "=" value
+value ::= string | number | "True" | "False" | "None" | list | dict
+string ::= "\"" ([^"\\\0-\x1f] | "\\" ["\\nt])* "\""
+number ::= "-"? ("0" | [1-9] [0-9]{0,14}) ("." [0-9]{1,15})?
+list ::= "[" (value (", " value)*)? "]"
+dict ::= "{" (string ": " value (", " string ": " value)*)? "}"
+"""
 
 
 class Pythonic(ToolFormat):
@@ -59,6 +69,10 @@ class Pythonic(ToolFormat):
     def prefill(self, template: str, name: str | None) -> str:
         """See `ToolFormat`."""
         return "[" if name is None else f"[{name}("
+
+    def spelling(self, template: str) -> CallSpelling:
+        """See `ToolFormat`."""
+        return CallSpelling("", "(", ")", begin="[", separator=", ", end="]", arguments=_ARGUMENTS)
 
 
 def _call(reader: Reader) -> Steps[tuple[str, dict[str, Any]]]:
