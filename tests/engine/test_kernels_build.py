@@ -92,6 +92,29 @@ def test_names_that_are_no_compilers_are_passed_over() -> None:
     assert find_compiler(["no-such-compiler", "false"]) is None
 
 
+@pytest.mark.parametrize("program", ["\x7fELF of another machine", "#!/bin/sh\nexec sleep 60\n"])
+def test_a_compiler_that_cannot_run_or_hangs_is_passed_over(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in (("first++", program), ("second++", "#!/bin/sh\nprintf 'version \\377'\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(build, "VERSION_S", 0.5)
+    assert find_compiler(["first++", "second++"]) == Compiler(str(tmp_path / "second++"), "version \ufffd")
+    assert [f"{tmp_path}/first++ is no compiler" in record.message for record in caplog.records] == [True]
+
+
+def test_a_user_without_a_home_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    kernels = choose_kernels("auto", CPU)
+    assert kernels.name == "torch" and "set XDG_CACHE_HOME" in kernels.detail
+
+
 @pytest.fixture
 def none_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "find_compiler", lambda: None)

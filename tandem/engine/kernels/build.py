@@ -25,6 +25,8 @@ SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 LIMIT_S = 300.0
+VERSION_S = 30.0
+"""For a compiler to say what it is."""
 
 
 class KernelsUnavailable(Exception):
@@ -45,7 +47,13 @@ def find_compiler(names: Sequence[str] = COMPILERS) -> Compiler | None:
         path = shutil.which(name)
         if path is None:
             continue
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+        try:
+            done = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, errors="replace", timeout=VERSION_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.warning("%s is no compiler that could be used: %s", path, error)
+            continue
         if done.returncode == 0:
             return Compiler(path, done.stdout.partition("\n")[0].strip())
     return None
@@ -112,7 +120,7 @@ def _compile(compiler: Compiler, sources: Sequence[Path], target: Path) -> None:
 def _run(command: Sequence[str]) -> str:
     """Runs a compiler; returns why it failed in one line, or nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         return f"it took longer than {LIMIT_S:.0f} s"
     if done.returncode == 0:

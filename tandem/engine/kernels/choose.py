@@ -85,7 +85,11 @@ def choose_kernels(
 def _library(device: torch.device) -> NativeLibrary:
     if device.type != "cpu":
         raise KernelsUnavailable(f"they are for CPUs, and the device is {device}")
-    path = build_library(find_compiler(), cache_folder())
+    try:
+        cache = cache_folder()
+    except RuntimeError as error:  # a user without a home, as containers have
+        raise KernelsUnavailable(f"there is no folder to keep them in ({error}); set XDG_CACHE_HOME") from None
+    path = build_library(find_compiler(), cache)
     try:
         return NativeLibrary(path, torch.get_num_threads())
     except (OSError, AttributeError) as error:
