@@ -77,6 +77,7 @@ async def test_what_is_served() -> None:
         # What follows the forced text may be one token with its end, which is the model's to choose.
         open_end = GrammarConstraint(await compiler.compile(regex(r"the answer(s are| is) .*")), vocabulary)
         assert "the answer".startswith(TOKENIZER.decode(open_end.force(99)))
+        characters_stay_whole(GrammarConstraint(await compiler.compile(regex("the (é|è)😀!")), vocabulary))
 
 
 def masks_know_special_tokens(constraint: GrammarConstraint) -> None:
@@ -87,6 +88,17 @@ def masks_know_special_tokens(constraint: GrammarConstraint) -> None:
     assert special & allowed(constraint) == {END}
     constraint.accept(END)
     assert constraint.finished
+
+
+def characters_stay_whole(constraint: GrammarConstraint) -> None:
+    """A model may write a character byte by byte, and the bytes that two characters share are forced."""
+    assert "the ".startswith(TOKENIZER.decode(constraint.force(99)))
+    chosen: list[int] = []
+    while not constraint.finished:
+        chosen.append(min(allowed(constraint) - {END} or {END}, key=lambda token: len(TOKENIZER.token_bytes(token))))
+        constraint.accept(chosen[-1])
+        constraint.force(0)
+    assert len(chosen) > len("è😀!") and chosen[-1] == END
 
 
 def thoughts_are_free(constraint: GrammarConstraint) -> None:

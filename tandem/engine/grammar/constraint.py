@@ -66,7 +66,7 @@ class GrammarConstraint:
         """
         if self._vocabulary is None or not self.active or self.finished:
             return []
-        text = str(self._matcher.find_jump_forward_string())
+        text = self._forced_text()
         rest = text.encode()
         taken: list[int] = []
         for token in self._vocabulary.encode(text)[:limit] if rest else ():
@@ -78,6 +78,13 @@ class GrammarConstraint:
             taken.append(token)
             rest = rest[len(spelled) :]
         return taken
+
+    def _forced_text(self) -> str:
+        """What the grammar leaves no choice about, up to where it ends within a character; none from within one on."""
+        try:
+            return str(self._matcher.find_jump_forward_string())
+        except UnicodeDecodeError as cut:
+            return bytes(cut.object[: cut.start]).decode()
 
     def _reaches_beyond(self, rest: bytes) -> bool:
         """Whether some allowed token is longer than the text that is forced."""
