@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -136,6 +139,26 @@ async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
         with pytest.raises(BadRequest):
             await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)), 0.5)
         assert allowed(GrammarConstraint(await compiler.compile(regex("x+"))))
+
+
+async def test_a_compiler_that_was_ended_while_idle_is_no_fault_of_the_next_text() -> None:
+    async with running(SETTINGS) as compiler:
+        await compiler.compile(regex("a+"))
+        (idle,) = vars(compiler)["_idle"]
+        idle.kill()
+        await idle.wait()
+        assert allowed(GrammarConstraint(await compiler.compile(regex("b+"))))
+
+
+def test_a_compiler_whose_worker_was_killed_ends_itself() -> None:
+    arguments = [str(MODEL), str(VOCABULARY), str(END), "4096", "0.05"]
+    command = [sys.executable, "-m", "tandem.engine.grammar.compiler_process", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        request = {"kind": "json_schema", "source": HUGE_ENUM}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        assert process.wait(60) == -signal.SIGALRM
 
 
 async def test_a_tokeniser_that_is_missing_is_no_fault_of_the_client(tmp_path: Path) -> None:

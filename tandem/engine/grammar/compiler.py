@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 START_S = 120.0
 """Longest start of a compiling process: it loads the tokeniser."""
+ORPHAN_LIMIT = 2.0
+"""How many times the limit for a grammar a process takes before it ends itself: its worker may have been killed."""
 IDLE = 1
 """Compiling processes that are kept for the next grammar."""
 FAILURE_BYTES = 1024
@@ -109,7 +111,7 @@ class GrammarCompiler:
 
     async def _compile(self, key: Key) -> _Cached:
         async with self._slots:
-            process = self._idle.pop() if self._idle else await self._start()
+            process = self._kept() or await self._start()
             try:
                 async with asyncio.timeout(self._settings.seconds):
                     done = await self._ask(process, key)
@@ -158,7 +160,9 @@ class GrammarCompiler:
     async def _start(self) -> Process:
         settings = self._settings
         stops = ",".join(map(str, settings.stop_ids))
-        arguments = [settings.folder, str(settings.vocab_size), stops, str(settings.memory_mib)]
+        seconds = settings.seconds * ORPHAN_LIMIT
+        arguments = [settings.folder, str(settings.vocab_size), stops, str(settings.memory_mib), str(seconds)]
+        self._processes = {process for process in self._processes if process.returncode is None}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tandem.engine.grammar.compiler_process", *arguments, stdin=PIPE, stdout=PIPE
         )
@@ -175,6 +179,15 @@ class GrammarCompiler:
         if self._vocabulary is None:
             self._vocabulary = await asyncio.to_thread(xgrammar.TokenizerInfo.deserialize_json, body.decode())
         return process
+
+    def _kept(self) -> Process | None:
+        """A process that was kept and still lives: the machine may have ended it, which is no text's fault."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.returncode is None:
+                return process
+            log.warning("an idle compiler of grammars was ended from outside: %d", process.returncode)
+        return None
 
     def _keep(self, process: Process) -> None:
         if len(self._idle) < IDLE:

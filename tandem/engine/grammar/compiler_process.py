@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -100,10 +101,11 @@ def limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))
 
 
-def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers until the requests end."""
+def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
+    """Answers until the requests end, or until one takes longer than `seconds`: SIGALRM then ends the process."""
     for line in requests:
         request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             compiled = compile_one(compiler, **request).serialize_json().encode()
         except MemoryError:
@@ -112,6 +114,7 @@ def serve(compiler: xgrammar.GrammarCompiler, requests: BinaryIO, answers: Binar
             answer(answers, {"error": complaint(error), "field": getattr(error, "field", "")})
         else:
             answer(answers, {"bytes": len(compiled)}, compiled)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def complaint(error: Exception) -> str:
@@ -128,7 +131,7 @@ def answer(answers: BinaryIO, head: dict[str, object], body: bytes = b"") -> Non
     answers.flush()
 
 
-def main(folder: str, vocab_size: int, stop_ids: list[int], memory_mib: int) -> None:
+def main(folder: str, vocab_size: int, stop_ids: list[int], memory_mib: int, seconds: float) -> None:
     """Loads the vocabulary, sends it, and serves."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that a library writes gets between the answers
@@ -137,8 +140,9 @@ def main(folder: str, vocab_size: int, stop_ids: list[int], memory_mib: int) -> 
     serialised = vocabulary.serialize_json().encode()
     answer(answers, {"bytes": len(serialised)}, serialised)
     limit_memory(memory_mib << 20)
-    serve(xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False), sys.stdin.buffer, answers)
+    serve(xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False), sys.stdin.buffer, answers, seconds)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), [int(part) for part in sys.argv[3].split(",") if part], int(sys.argv[4]))
+    stops = [int(part) for part in sys.argv[3].split(",") if part]
+    main(sys.argv[1], int(sys.argv[2]), stops, int(sys.argv[4]), float(sys.argv[5]))
