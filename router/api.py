@@ -165,9 +165,12 @@ class Api:
         self._metrics.encoded_tokens.inc(sum(len(prompt.ids) - prompt.reused for prompt in job.prompts))
         try:
             answer = await Answer.start(job, self._dispatcher, text, timer)
-        except ContextTooLong as error:
-            # A worker does not know what the client called its prompt.
-            error.param = job.prompt_field
+        except BadRequest as error:
+            # A worker does not know what the client called its prompt and its grammar.
+            if isinstance(error, ContextTooLong):
+                error.param = job.prompt_field
+            elif error.param == "response_format":
+                error.param = job.grammar_field
             raise
         timer.accepted()
         return answer, form(job, text.tokenizer)

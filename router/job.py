@@ -17,7 +17,7 @@ from router.openai import (
     stop_strings,
 )
 from router.sampling import check_ids, output_room, sampling_params
-from router.structured import grammar_of
+from router.structured import grammar_field, grammar_of
 from router.tool_grammar import calls_grammar
 from router.tools import ToolUse, template_values, tool_use
 from tandem.cluster import new_id
@@ -98,6 +98,8 @@ class Job:
     """Choices of each prompt that are answered; fewer than a request has where the best are wanted."""
     prompt_field: str
     """Where the client put its prompt, for errors about it."""
+    grammar_field: str | None
+    """Where it asked for structured output."""
 
 
 async def chat_job(body: ChatBody, to: Endpoint) -> Job:
@@ -127,6 +129,7 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
         options=_options(body, logprobs, turn),
         keep=asked.choices,
         prompt_field=asked.prompt_field,
+        grammar_field=grammar_field(body),
     )
 
 
@@ -187,6 +190,7 @@ async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
         options=_options(body, body.logprobs),
         keep=keep,
         prompt_field=asked.prompt_field,
+        grammar_field=grammar_field(body),
     )
 
 

@@ -193,7 +193,7 @@ def _first_fault(error: ValidationError) -> BadRequest:
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if fault["type"] == "json_invalid":
         return BadRequest(f"the body is not valid JSON: {fault['msg'].removeprefix('Invalid JSON: ')}")
-    path = [str(part) for part in fault["loc"]]
+    path = [str(part)[:80] for part in fault["loc"]]
     if not path:
         return BadRequest(f"the body must be a JSON object: {fault['msg']}")
     if fault["type"] == "missing":

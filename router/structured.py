@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from pydantic_core import from_json
+
 from router.openai import GenerationBody, plain_text
 from tandem.errors import BadRequest
 from tandem.types import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, TokenIds
@@ -30,6 +32,12 @@ def grammar_of(body: GenerationBody, after: TokenIds = ()) -> Grammar | None:
             raise BadRequest(f"{name} has {len(source.encode())} bytes; at most {MAX_GRAMMAR_BYTES} are allowed", name)
         return Grammar(kind, source, after)
     return None
+
+
+def grammar_field(body: GenerationBody) -> str | None:
+    """Where a request that `grammar_of` takes asks for its grammar."""
+    asked = [name for name in FIELDS if getattr(body, name) is not None and getattr(body, name) != {"type": "text"}]
+    return asked[0] if asked else None
 
 
 Read = tuple[GrammarKind, str] | None
@@ -67,9 +75,9 @@ def _schema(value: Any, where: str, field: str) -> Read:
     """A schema as an object, or as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRequest(f"{where} is not JSON", field) from None
+            value = from_json(value)  # which bounds the depth
+        except ValueError as error:
+            raise BadRequest(f"{where} is not JSON: {error}", field) from None
     if not isinstance(value, dict | bool):
         raise BadRequest(f"{where} must be a JSON schema: an object, true or false", field)
     return GrammarKind.JSON_SCHEMA, _json(value, field)

@@ -12,7 +12,7 @@ import pytest
 from router.app import create_app
 from router.metrics import RouterMetrics
 from tandem.config import RouterConfig
-from tandem.errors import ContextTooLong, Overloaded, Unavailable
+from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -35,6 +35,28 @@ async def test_a_refusal_comes_before_any_header(
     assert response.json()["error"]["code"] == code
     assert response.json()["error"]["message"] == str(error)
     assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+async def test_a_workers_refusal_names_the_clients_own_fields(client: httpx.AsyncClient, world: Any) -> None:
+    for error, asked, param in (
+        (BadRequest("the regex cannot be served", "response_format"), {"guided_regex": "("}, "guided_regex"),
+        (
+            BadRequest("the json_schema cannot be served", "response_format"),
+            {"response_format": {"type": "text"}, "structured_outputs": {"json": {}}},
+            "structured_outputs",
+        ),
+        (BadRequest("tools cannot be served", "tools"), {"regex": "a"}, "tools"),
+        (ContextTooLong("too long", "prompt"), {}, "messages"),
+    ):
+        world.dispatcher.refuse = error
+        response = await client.post("/v1/chat/completions", json={**CHAT, **asked})
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+async def test_a_fault_is_named_briefly(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"x" * 10_000: "no number"}})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "logit_bias"
+    assert len(response.json()["error"]["message"]) < 200
 
 
 async def test_a_lost_worker_is_a_502(client: httpx.AsyncClient, world: Any) -> None:

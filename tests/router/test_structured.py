@@ -9,6 +9,7 @@ import pytest
 
 from router.openai import CompletionBody
 from router.structured import grammar_of
+from tandem.errors import BadRequest
 from tandem.types import Grammar, GrammarKind
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -42,3 +43,10 @@ AS_TEXT = json.dumps(SCHEMA)
 )
 def test_each_form(fields: dict[str, Any], expected: Grammar | None) -> None:
     assert grammar_of(CompletionBody.model_validate({"prompt": "x", **fields})) == expected
+
+
+def test_a_schema_in_text_is_as_deep_as_one_in_the_body_may_be() -> None:
+    for depth, said in ((100_000, "recursion limit"), (150, "must be a JSON schema")):
+        with pytest.raises(BadRequest, match=said) as refused:
+            grammar_of(CompletionBody.model_validate({"prompt": "x", "guided_json": "[" * depth + "]" * depth}))
+        assert refused.value.param == "guided_json"
