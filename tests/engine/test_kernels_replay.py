@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +113,14 @@ def test_torch_kernels_are_not_recorded(tmp_path: Path) -> None:
     assert isinstance(loop.runner, Runner)
     assert vars(loop.runner)["_replay"] is None
     loop.finish([loop.add(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=8))])
+
+
+def test_recording_loads_no_compiler() -> None:
+    script = (
+        "import sys, torch; from tandem.engine.kernels.replay import _Watch\n"
+        "with _Watch() as watch:\n"
+        "    torch.zeros(4).view(2, 2) + 1\n"
+        "print(sorted(watch.missed), 'torch._dynamo' in sys.modules, 'sympy' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "['aten.add.Tensor', 'aten.zeros.default'] False False\n"
