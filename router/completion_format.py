@@ -46,6 +46,8 @@ class CompletionFormat(Format):
         scored = any(echo.offsets is not None for echo in job.echo)
         self._unechoed = set(range(self.choices)) if scored else set()
         """Choices of a stream whose echo waits for the prompt's log-probabilities."""
+        self._untold = set(range(len(job.requests))) if job.options.prompt_logprobs is not None else set()
+        """Prompts of a whole answer whose own log-probabilities no choice has told yet."""
 
     def opening(self) -> list[bytes]:
         """The prompts, when they are to be echoed and nothing has to be known of them."""
@@ -80,13 +82,14 @@ class CompletionFormat(Format):
 
     def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
         """See `Format`."""
-        choice, prompt = pieces[0].choice, first_prompt_logprobs(pieces)
-        echo = self.job.echo[self._prompt_of[choice]]
+        choice, prompt = pieces[0].choice, self._prompt_of[pieces[0].choice]
+        echo = self.job.echo[prompt]
         wanted = self.job.options.logprobs is not None
         logprobs = self._logprobs(placed, choice, echo.offsets is not None) if wanted else None
         extra: Json = {}
-        if prompt and self.job.options.prompt_logprobs is not None:
-            extra["prompt_logprobs"] = self.prompt_logprobs(prompt)
+        if prompt in self._untold:
+            self._untold.remove(prompt)
+            extra["prompt_logprobs"] = self.prompt_logprobs(self._prompt_logprobs.get(prompt, ()))
         return {"text": echo.text + text, "logprobs": logprobs, **extra}
 
     def _kept(self, pieces: list[list[Piece]]) -> Iterator[list[Piece]]:

@@ -123,6 +123,9 @@ async def test_best_of_answers_with_the_likeliest(client: httpx.AsyncClient, wor
     scored = (await client.post(PATH, json={**asked, "logprobs": 1, "echo": True})).json()["choices"]
     assert [choice["text"] for choice in scored] == ["Hellotwo", "Hellofour", "Byetwo", "Byefour"]
     assert [choice["logprobs"]["token_logprobs"][-1] for choice in scored] == [-0.1, -0.5] * 2
+    told = (await client.post(PATH, json={**asked, "prompt_logprobs": 0})).json()["choices"]
+    prompts = [len(request.prompt) for request in world.dispatcher.requests[-2:]]
+    assert [len(choice.get("prompt_logprobs", ())) for choice in told] == [prompts[0], 0, prompts[1], 0]
 
 
 async def test_usage_so_far_comes_with_every_chunk_that_is_to_have_it(client: httpx.AsyncClient) -> None:
