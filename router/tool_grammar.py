@@ -5,10 +5,8 @@ from __future__ import annotations
 from router.formats import ModelFormats
 from router.tools import ToolUse
 from tandem.errors import BadRequest
-from tandem.text.formats.held import CallGrammar, Function
+from tandem.text.formats.held import CallGrammar, functions_of
 from tandem.types import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, TokenIds
-
-NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def calls_grammar(use: ToolUse, formats: ModelFormats, after: TokenIds) -> Grammar | None:
@@ -19,20 +17,13 @@ def calls_grammar(use: ToolUse, formats: ModelFormats, after: TokenIds) -> Gramm
     form = formats.tools
     if form is None or not (use.forced or use.strict):
         return None
-    spelling = form.spelling(formats.template)
-    functions = []
-    for index, tool in enumerate(use.tools):
-        name, field = tool["function"]["name"], f"tools.{index}.function"
-        if name in use.strict and spelling.arguments:
-            reason = f"calls of the form {form.name!r} cannot be held to a schema; leave it out"
-            raise BadRequest(f"{field}.strict is not supported: {reason}", "tools")
-        schema = tool["function"].get("parameters") or NO_ARGUMENTS
-        if use.function in (None, name):
-            functions.append(Function(name, f"{field}.parameters", schema if name in use.strict else None))
-    calls = CallGrammar(spelling, functions, formats.special)
+    functions = functions_of(use.tools, use.strict)
+    calls = CallGrammar(form.spelling(formats.template), functions, formats.special)
+    if unheld := calls.unheld():
+        reason = f"strict is not supported for calls of the form {form.name!r}; leave it out"
+        raise BadRequest(f"{unheld} cannot be held to: {reason}", "tools")
     if use.forced:
-        prefill = form.prefill(formats.template, use.function)
-        source = calls.forced(prefill, use.function is not None, use.one_call)
+        source = calls.forced(form.prefill(formats.template, use.function), use.function, use.one_call)
     else:
         source = calls.free(form.openings, form.bare, use.one_call)
     if (size := len(source.encode())) > MAX_GRAMMAR_BYTES:

@@ -12,6 +12,7 @@ from tandem.text.formats.calls import NAME
 
 MAX_TOOLS = 128
 MAX_TEMPLATE_VALUES = 32
+TYPES = (("description", str, "a string"), ("parameters", dict, "an object"), ("strict", bool, "true or false"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +87,15 @@ def _declaration(tool: Any, where: str) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadRequest(f"{where}.name must be 1 to 64 letters, digits, _ or -", "tools")
-    for key, kind, called in (("description", str, "a string"), ("parameters", dict, "an object")):
+    for key, kind, called in TYPES:
         if not isinstance(function.get(key, kind()), kind | None):
             raise BadRequest(f"{where}.{key} must be {called}", "tools")
-    _check_strict(function, where)
+    if function.get("strict") and (function.get("parameters") or {"type": "object"}).get("type") != "object":
+        raise BadRequest(f"{where}.parameters must have the type 'object' where strict is true", "tools")
     _check_texts(tool, where, "tools")
     # Nulls ask for nothing, but templates would write them.
     kept = {key: value for key, value in function.items() if key != "strict" and value is not None}
     return {**tool, "function": kept}
-
-
-def _check_strict(function: dict[str, Any], where: str) -> None:
-    strict = function.get("strict")
-    if not isinstance(strict, bool | None):
-        raise BadRequest(f"{where}.strict must be true or false", "tools")
-    parameters = function.get("parameters")
-    if strict and parameters and parameters.get("type") != "object":
-        raise BadRequest(f"{where}.parameters must have the type 'object' where strict is true", "tools")
 
 
 def template_values(values: Mapping[str, Any] | None, reserved: frozenset[str]) -> Mapping[str, Any]:

@@ -166,7 +166,7 @@ def test_python_calls_are_held_to_their_form_and_strict_is_refused(tmp_path: Pat
     accepts = model.accepts(tools=[TOOLS[1]], tool_choice="required")
     assert accepts('g_2(a=[1, -2.5, "x\\""], b={"k": None})]') and accepts("g_2(), g_2(a=True)]")
     assert not accepts("h()]") and not accepts("g_2(1)]") and not accepts("g_2(a=1")
-    with pytest.raises(BadRequest, match=r"tools\.0\.function\.strict is not supported: .*'pythonic'"):
+    with pytest.raises(BadRequest, match=r"tools\.0\.function\.parameters cannot be held to: .*'pythonic'"):
         model.source()
 
 

@@ -50,6 +50,19 @@ class Function:
     """What the arguments are held to; None: to being a JSON object."""
 
 
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The schema of a strict function that declares no parameters."""
+
+
+def functions_of(tools: Sequence[Mapping[str, Any]], strict: frozenset[str]) -> list[Function]:
+    """The functions of a request's tools. strict: names of those whose schemas hold."""
+    made = []
+    for index, tool in enumerate(tools):
+        name, schema = tool["function"]["name"], tool["function"].get("parameters") or NO_ARGUMENTS
+        made.append(Function(name, f"tools.{index}.function.parameters", schema if name in strict else None))
+    return made
+
+
 class CallGrammar:
     """Makes the structural tags of one request."""
 
@@ -60,17 +73,21 @@ class CallGrammar:
         self._special = special
         self._texts = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
-    def forced(self, prefill: str, named: bool, one_call: bool) -> str:
+    def unheld(self) -> str:
+        """The field of the first schema that calls of this form cannot be held to; empty when there is none."""
+        strict = [each.field for each in self._functions if each.schema is not None and self._spelling.arguments]
+        return strict[0] if strict else ""
+
+    def forced(self, prefill: str, name: str | None, one_call: bool) -> str:
         """The source of a grammar for what follows `prefill`, the beginning of a call.
 
-        named: the prefill has the only function's name. one_call: no other call follows.
+        name: of the function that the prefill names, if it does. one_call: no other call follows.
         """
         form = self._spelling
-        assert form.start.startswith(prefill) or named, "a prefill is what a call starts with"
-        if named:
-            (function,) = self._functions
-            begun = form.start + function.name + form.middle
-            assert begun.startswith(prefill)
+        begun = form.start if name is None else form.start + name + form.middle
+        assert begun.startswith(prefill), "a prefill is what a call starts with"
+        if name is not None:
+            function = next(each for each in self._functions if each.name == name)
             rest = [*self._text(begun[len(prefill) :]), self._arguments(function), *self._text(form.tail + form.end)]
             return _source(_sequence(rest))
         pieces = [self._call(form.start[len(prefill) :])]
