@@ -7,6 +7,7 @@ spinning, and it gives back what a killed process held (semop(2), SEM_UNDO). Lin
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ class ComputeSlots:
         if not taken:
             self.overtaken += 1
             if self.overtaken == 1:
-                log.warning("no compute slot came free in %g s: a worker beside this one is stuck", PATIENCE_S)
+                patience = self._patience.seconds + self._patience.nanoseconds / 1e9
+                log.warning("no compute slot came free in %g s: a worker beside this one is stuck", patience)
         try:
             yield
         finally:
@@ -78,7 +80,10 @@ class ComputeSlots:
     def _change(self, by: int) -> bool:
         operation = _Operation(0, by, _SEM_UNDO)
         one = ctypes.c_size_t(1)
-        return bool(self._libc.semtimedop(self.key, ctypes.byref(operation), one, ctypes.byref(self._patience)) == 0)
+        while self._libc.semtimedop(self.key, ctypes.byref(operation), one, ctypes.byref(self._patience)) != 0:
+            if ctypes.get_errno() != errno.EINTR:  # a signal says nothing of the others
+                return False
+        return True
 
 
 def _checked(result: int, call: str) -> int:

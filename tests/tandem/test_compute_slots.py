@@ -98,3 +98,28 @@ def test_slots_that_are_gone_are_an_error_at_start(slots: ComputeSlots) -> None:
     other.remove()
     with pytest.raises(OSError, match="semctl"):
         ComputeSlots(other.key)
+
+
+def test_a_signal_does_not_end_the_wait() -> None:
+    made = ComputeSlots.create(1, patience_s=60.0)
+    was = signal.signal(signal.SIGUSR1, lambda *_: None)
+    reached, left = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reached.set()
+        with made.held():
+            left.set()
+
+    waiting = threading.Thread(target=wait)
+    try:
+        with made.held():
+            waiting.start()
+            reached.wait()
+            for _ in range(200):  # one of them at least while it waits in the kernel
+                signal.pthread_kill(waiting.ident or 0, signal.SIGUSR1)
+                assert not left.wait(0.001), "it went on without a slot"
+        waiting.join()
+        assert made.overtaken == 0 and made.free() == 1
+    finally:
+        signal.signal(signal.SIGUSR1, was)
+        made.remove()
