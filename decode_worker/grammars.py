@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tokenizers
 
 from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler, refusal
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
@@ -16,6 +19,7 @@ ANCHOR = "\n"
 """Stands before a text that is to be tokenised as a continuation: tokenisers treat the start of a text in ways of
 their own."""
 
+Encode = Callable[[str], Sequence[int]]
 MakeConstraint = Callable[[], TokenConstraint]
 
 
@@ -41,20 +45,40 @@ class Grammars:
         return await asyncio.shield(self._loading)
 
     def _load(self) -> Vocabulary:
-        return Vocabulary(self._compiler.vocabulary, continuation(Tokenizer.load(self._settings.folder)))
+        return Vocabulary(self._compiler.vocabulary, continuation(_encoder(self._settings.folder)))
 
     async def close(self) -> None:
         """Ends the compiling processes."""
         await self._compiler.close()
 
 
-def continuation(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """How a text is tokenised behind another one."""
-    anchor: TokenIds = tuple(tokenizer.encode(ANCHOR))
+def _encoder(folder: str) -> Encode:
+    """The model's tokeniser for plain text.
+
+    Its own file is enough: transformers would load torch's compiler, seconds of Python beside the engine's.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return Tokenizer.load(folder).encode
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.no_truncation()
+    backend.no_padding()
 
     def encode(text: str) -> Sequence[int]:
-        whole = tokenizer.encode(ANCHOR + text)
-        joined = tuple(whole[: len(anchor)]) != anchor
-        return tokenizer.encode(text) if joined else whole[len(anchor) :]
+        # Batches are encoded without Python's lock.
+        (encoded,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoded.ids)
 
     return encode
+
+
+def continuation(encode: Encode) -> Encode:
+    """How a text is tokenised behind another one. encode: without special tokens around it."""
+    anchor: TokenIds = tuple(encode(ANCHOR))
+
+    def behind(text: str) -> Sequence[int]:
+        whole = encode(ANCHOR + text)
+        joined = tuple(whole[: len(anchor)]) != anchor
+        return encode(text) if joined else whole[len(anchor) :]
+
+    return behind
