@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import xgrammar
 
 from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler
+from tandem.engine.grammar.compiler_process import schema_grammar
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
 from tandem.errors import BadRequest, Unavailable
 from tandem.text.tokenizer import Tokenizer
@@ -91,6 +94,18 @@ def masks_know_special_tokens(constraint: GrammarConstraint) -> None:
     assert special & allowed(constraint) == {END}
     constraint.accept(END)
     assert constraint.finished
+
+
+@pytest.mark.parametrize("text", ["école", "größe", "日a", "😀f", "\x1bacid", "\\xe9c", '"é"c', "\x80\x9fab", "]é-a"])
+def test_the_schemas_of_tools_are_what_they_were_in_every_language(text: str) -> None:
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)]))
+    keys = {"type": "object", "properties": {text: {"const": 1}}, "required": [text], "additionalProperties": False}
+    for schema in ({"const": text}, keys, {"type": "string", "pattern": f"^{re.escape(text)}$"}):
+        direct = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema), any_whitespace=False))
+        through = xgrammar.GrammarMatcher(compiler.compile_grammar(schema_grammar(schema, "", False)))
+        said = direct.find_jump_forward_string() or json.dumps(text, ensure_ascii=False)
+        assert direct.accept_string(said) == through.accept_string(said)
+        assert direct.is_completed() == through.is_completed()
 
 
 def characters_stay_whole(constraint: GrammarConstraint) -> None:

@@ -26,6 +26,8 @@ NICENESS = 10
 TOO_MUCH = "compiling it needs too much memory"
 MAX_COMPLAINT = 300
 LOCATION = re.compile(r"^(\[.*?\] )?(/\S+?:\d+: )?(Check failed: \(.*?\) is false: )?")
+ESCAPE = re.compile(r"(\\\\)|\\x([0-9a-f]{2})")
+"""A backslash that stands for itself, or the code of a character as XGrammar prints it in EBNF."""
 MAX_WHITESPACE = 8
 """Blanks and newlines that may stand between two parts of a JSON text: a model must not write them for ever."""
 
@@ -86,13 +88,13 @@ def schema_grammar(schema: object, field: str, any_whitespace: bool) -> str:
     """A JSON schema as EBNF. Raises UnfitSchema."""
     most = MAX_WHITESPACE if any_whitespace else None
     try:
-        return str(
-            xgrammar.Grammar.from_json_schema(
-                json.dumps(schema), any_whitespace=any_whitespace, max_whitespace_cnt=most
-            )
+        made = xgrammar.Grammar.from_json_schema(
+            json.dumps(schema), any_whitespace=any_whitespace, max_whitespace_cnt=most
         )
     except RuntimeError as error:
         raise UnfitSchema(field, complaint(error)) from error
+    # Read again, the two digits after an x would take in those letters of the text that are digits, too: "\xe9c".
+    return ESCAPE.sub(lambda found: found[1] or rf"\u00{found[2]}", str(made))
 
 
 def limit_memory(more_bytes: int) -> None:
