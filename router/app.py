@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def create_app(config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics) -> FastAPI:
     """The router's HTTP application."""
-    app = FastAPI(title="Tandem", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Tandem", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     api = Api(config, dispatcher, texts, metrics)
     for method, path, handler in (
         ("POST", "/v1/chat/completions", api.chat),
