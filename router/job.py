@@ -138,7 +138,8 @@ def _chat_grammar(body: ChatBody, formats: ModelFormats, use: ToolUse, turn: Ass
     if not use.tools:
         return grammar
     if grammar is not None:
-        raise BadRequest("response_format together with tools is not supported yet", "response_format")
+        field = grammar_field(body)
+        raise BadRequest(f"{field} together with tools is not supported yet", field)
     return calls_grammar(use, formats, turn.thoughts_end)
 
 

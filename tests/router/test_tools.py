@@ -404,6 +404,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (declared(strict="yes"), "tools", "tools.0.function.strict must be true or false"),
     (declared(strict=True, parameters={"type": "string"}), "tools", "tools.0.function.parameters must have the type"),
     ({**declared(strict=True), "response_format": {"type": "json_object"}}, "response_format", "together with tools"),
+    ({**declared(), "guided_regex": "a"}, "guided_regex", "guided_regex together with tools"),
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", "tools.1.function.name"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "together with tools"),
     ({"tool_choice": "always"}, "tool_choice", "'required'"),
