@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from tandem.engine.output import SeqOutput
 from tandem.engine.sequence import Row, Sampled, Seq
 from tandem.types import FinishReason
+
+log = logging.getLogger(__name__)
 
 
 def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
@@ -26,8 +30,14 @@ def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
         # Only the prompt was asked for: what was drawn behind it is dropped.
         seq.finish = FinishReason.LENGTH
         return SeqOutput(seq, first_index, (), (), seq.finish, None)
+    try:
+        forced = _constrain(seq, sampled.token)
+    except Exception:  # whatever a grammar's library raises, the other sequences must not notice
+        log.exception("the grammar of %s failed; it ends", seq.seq_id)
+        seq.finish = FinishReason.ERROR
+        return SeqOutput(seq, first_index, (), (), seq.finish, None)
     taken: list[int] = []
-    for token in (sampled.token, *_constrain(seq, sampled.token)):
+    for token in (sampled.token, *forced):
         taken.append(token)
         seq.tokens.append(token)
         seq.finish = _finish(seq, token, first_index + len(taken) - 1)

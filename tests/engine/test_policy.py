@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from tandem.cluster import StepTiming
 from tandem.engine.commit import commit_row
+from tandem.engine.grammar.masks import MaskFiller
 from tandem.engine.policy import LEAST_CHUNK, EngineConfig, pick_victim, prefill_budget, queue_key, spare_pages
+from tandem.engine.sampler import sample
 from tandem.engine.sequence import Row, Sampled, Seq, SeqState
 from tandem.testing.engine import make_seq
 from tandem.types import FinishReason, SamplingParams, TokenLogprob
@@ -143,3 +148,30 @@ def test_prompts_take_what_the_bound_between_tokens_leaves() -> None:
     assert prefill_budget(8, 4, timing, inter_token_ms=1.0) == 8
     for unbound in ((0, timing, 12.0), (4, None, 12.0), (4, timing, 0.0), (4, StepTiming(5.0, 0.0), 12.0)):
         assert prefill_budget(512, *unbound) == 512
+
+
+class Failing:
+    """A grammar whose library raises, in one place or the other."""
+
+    active, stuck, finished = True, False, False
+
+    def fill(self, mask: Any, row: int) -> None:
+        raise RuntimeError("no mask")
+
+    def accept(self, token: int) -> None:
+        raise RuntimeError("no token")
+
+    def force(self, limit: int) -> list[int]:
+        raise AssertionError("never asked")
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_alone() -> None:
+    bound, free = make_seq("a", [1, 2], 9, constraint=Failing()), make_seq("b", [1, 2], 9)
+    output = commit_row(Row(bound, 0, 2, True), Sampled(7))
+    assert output is not None and (output.tokens, output.finish) == ((), FinishReason.ERROR)
+
+    masks = MaskFiller(64).start([bound, free])
+    assert masks is not None
+    picked = sample(torch.zeros(2, 64), [bound, free], masks.result())
+    assert picked[0][0] is None and picked[1][0] is not None
+    assert bound.constraint is not None and bound.constraint.stuck

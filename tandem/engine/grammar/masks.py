@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from tandem.engine.sequence import Seq, TokenConstraint
+
+log = logging.getLogger(__name__)
 
 
 class Allowed:
@@ -53,7 +56,11 @@ class MaskFiller:
         for at, (_, seq) in enumerate(bound):
             constraint = seq.constraint
             assert constraint is not None
-            constraint.fill(mask, at)
+            try:
+                constraint.fill(mask, at)
+            except Exception:  # its own sequence ends, for want of a token; the others must not notice
+                log.exception("the grammar of %s failed; it ends", seq.seq_id)
+                mask[at], constraint.stuck = 0, True
         allowed = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab_size].view(bool)
         for at, (_, seq) in enumerate(bound):
             _hide_ends(allowed[at], seq)
