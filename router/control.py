@@ -7,11 +7,11 @@ from types import TracebackType
 
 import grpc.aio
 
+from router.cache.prefix_index import PrefixIndex
 from router.dispatch import Dispatcher
-from router.fleet import Fleet
 from router.policies import POLICIES
-from router.prefix_index import PrefixIndex
-from router.registry import serve_registry
+from router.workers.fleet import Fleet
+from router.workers.registry import serve_registry
 from tandem.cluster import new_id
 from tandem.config import RouterConfig
 

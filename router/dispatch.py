@@ -12,15 +12,15 @@ import grpc
 import grpc.aio
 
 from router.admission import Admission
+from router.cache.prefix_index import PrefixIndex
+from router.cache.tails import TailMemory
 from router.dispatch_stream import WorkerStream
-from router.fleet import Fleet
-from router.fleet_link import Worker
 from router.open_request import Chain, OpenRequest
 from router.policies import Policy, RequestInfo
 from router.policies.cost import EXPECTED_OUTPUT
-from router.prefix_index import PrefixIndex
-from router.snapshot import Load
-from router.tails import TailMemory
+from router.workers.fleet import Fleet
+from router.workers.fleet_link import Worker
+from router.workers.snapshot import Load
 from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost

@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from router.fleet_link import Worker
+from router.workers.fleet_link import Worker
 from tandem.cluster import Incarnation
 from tandem.errors import Unavailable
 from tandem.wire.v1 import common_pb2, decode_pb2, decode_pb2_grpc

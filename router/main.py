@@ -13,12 +13,12 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from router.app import create_app
 from router.control import ControlPlane
-from router.fleet_metrics import FleetMetrics
-from router.http_limits import LimitedHttp
+from router.http.app import create_app
+from router.http.http_limits import LimitedHttp
 from router.metrics import RouterMetrics
-from router.texts import ModelTexts
+from router.requests.texts import ModelTexts
+from router.workers.fleet_metrics import FleetMetrics
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.obs import setup_logging

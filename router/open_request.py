@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from router.load import Booking
+from router.workers.load import Booking
 from tandem.cluster import Incarnation
 from tandem.kv import BlockHash
 from tandem.types import Delta, FinishReason, GenerateRequest, TokenIds

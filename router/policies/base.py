@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from router.snapshot import FleetSnapshot, WorkerView
+from router.workers.snapshot import FleetSnapshot, WorkerView
 from tandem.cluster import Candidate, Incarnation, Plan
 from tandem.errors import Unavailable
 from tandem.kv import BLOCK_TOKENS

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from router.policies.base import KEPT, Matches, Policy, RequestInfo, eligible, eligible_decode, tie_break
-from router.snapshot import FleetSnapshot, WorkerView
+from router.workers.snapshot import FleetSnapshot, WorkerView
 from tandem.cluster import Candidate, Incarnation, Plan, StepTiming
 from tandem.kv import Span
 

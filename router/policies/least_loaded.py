@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from router.policies.base import Matches, Policy, RequestInfo, eligible, eligible_decode, joint_plan, ranked
-from router.snapshot import FleetSnapshot, WorkerView
+from router.workers.snapshot import FleetSnapshot, WorkerView
 from tandem.cluster import Plan
 
 

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
-from router.app import create_app
-from router.defaults import GenerationDefaults
+from router.http.app import create_app
 from router.metrics import RouterMetrics
+from router.requests.defaults import GenerationDefaults
 from tandem.config import RouterConfig
 from tandem.testing.router import FakeDispatcher
 from tandem.testing.tokenizer import END, byte_level_tokenizer

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 import uvicorn
 
-from router import http_limits
-from router.http_limits import LimitedHttp
+from router.http import http_limits
+from router.http.http_limits import LimitedHttp
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 ANSWER = "Hello, world! 🙂"

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router.echo import echo_of, token_offsets
+from router.requests.echo import echo_of, token_offsets
 from tandem.testing.tokenizer import END
 from tandem.types import GenerateRequest, TokenLogprob
 

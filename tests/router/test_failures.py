@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router.app import create_app
+from router.http.app import create_app
 from router.metrics import RouterMetrics
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable

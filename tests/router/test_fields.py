@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from router.fields import IGNORED, INERT
-from router.openai import ChatBody, CompletionBody, StreamOptions, parse
+from router.requests.fields import IGNORED, INERT
+from router.requests.openai import ChatBody, CompletionBody, StreamOptions, parse
 from tandem.errors import BadRequest
 
 FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *StreamOptions.model_fields, *IGNORED, *INERT})

@@ -11,11 +11,11 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from router.fleet import Fleet
-from router.fleet_link import Worker
-from router.prefix_index import PrefixIndex
-from router.registry import serve_registry
-from router.snapshot import Load
+from router.cache.prefix_index import PrefixIndex
+from router.workers.fleet import Fleet
+from router.workers.fleet_link import Worker
+from router.workers.registry import serve_registry
+from router.workers.snapshot import Load
 from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, WorkerInfo
 from tandem.errors import BadRequest, ConfigError, Fenced, TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from router.app import create_app
-from router.defaults import GenerationDefaults, read_defaults
+from router.http.app import create_app
 from router.metrics import RouterMetrics
-from router.texts import ModelTexts
+from router.requests.defaults import GenerationDefaults, read_defaults
+from router.requests.texts import ModelTexts
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest
 from tandem.types import ModelInfo

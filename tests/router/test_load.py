@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.load import Booking, LoadLedger
-from router.snapshot import Load
+from router.workers.load import Booking, LoadLedger
+from router.workers.snapshot import Load
 from tandem.cluster import CacheEvent, EventKind
 
 LOADS = st.builds(Load, st.integers(0, 5), st.integers(0, 900), st.integers(0, 900))

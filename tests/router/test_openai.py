@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.openai import ChatBody, CompletionBody, DetokenizeBody, parse, prompts, stop_strings
+from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, parse, prompts, stop_strings
 from tandem.errors import BadRequest
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -16,7 +16,7 @@ from router.policies.cost import PAUSE, CostPolicy
 from router.policies.least_loaded import LeastLoadedPolicy
 from router.policies.longest_prefix import LongestPrefixPolicy
 from router.policies.round_robin import RoundRobinPolicy
-from router.snapshot import FleetSnapshot, Load, WorkerView
+from router.workers.snapshot import FleetSnapshot, Load, WorkerView
 from tandem.cluster import Plan, Role, Status, StepTiming
 from tandem.errors import Unavailable
 from tandem.kv import BLOCK_TOKENS

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from router.predictions import PREDICTION_S
-from router.prefix_index import PrefixIndex
+from router.cache.predictions import PREDICTION_S
+from router.cache.prefix_index import PrefixIndex
 from tandem.cluster import CacheEvent, EventKind
 
 WORKERS = ("a", "b", "c")

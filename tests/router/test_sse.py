@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.sse import EventBuffer, EventStream, SlowClient
+from router.http.sse import EventBuffer, EventStream, SlowClient
 
 SCOPE: dict[str, Any] = {"type": "http", "headers": []}
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.job import OutputOptions
-from router.stream import ChoiceStream, Piece
+from router.answers.stream import ChoiceStream, Piece
+from router.requests.job import OutputOptions
 from tandem.errors import Internal
 from tandem.testing.tokenizer import END, byte_level_tokenizer
 from tandem.text.tokenizer import Tokenizer

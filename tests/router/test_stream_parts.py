@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.job import OutputOptions
-from router.stream import ChoiceStream, Piece
+from router.answers.stream import ChoiceStream, Piece
+from router.requests.job import OutputOptions
 from tandem.testing.tokenizer import END, byte_level_tokenizer
 from tandem.text.formats.answer import AnswerFormat
 from tandem.text.formats.parts import CallStart, Part, joined

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from router.openai import CompletionBody
-from router.structured import grammar_of
+from router.requests.openai import CompletionBody
+from router.requests.structured import grammar_of
 from tandem.errors import BadRequest
 from tandem.types import Grammar, GrammarKind
 

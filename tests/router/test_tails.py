@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from router.cache.tails import AHEAD_OF_EVENTS_S, TailMemory, common_prefix
 from router.open_request import Chain
-from router.tails import AHEAD_OF_EVENTS_S, TailMemory, common_prefix
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 
 ROOT = HashRoot("c", "m", "float32").digest()

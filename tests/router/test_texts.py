@@ -13,9 +13,9 @@ import httpx
 import pytest
 from tokenizers import processors
 
-from router.job import OutputOptions
-from router.stream import ChoiceStream
-from router.texts import ModelTexts
+from router.answers.stream import ChoiceStream
+from router.requests.job import OutputOptions
+from router.requests.texts import ModelTexts
 from tandem.cli.options import build
 from tandem.config import RouterConfig, UpConfig
 from tandem.errors import ConfigError, Unavailable

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import xgrammar
 
-from router.formats import ModelFormats
-from router.openai import ChatBody
-from router.tool_grammar import calls_grammar
-from router.tools import tool_use
+from router.requests.formats import ModelFormats
+from router.requests.openai import ChatBody
+from router.requests.tool_grammar import calls_grammar
+from router.requests.tools import tool_use
 from tandem.engine.grammar.compiler_process import UnfitSchema, compile_one, with_grammars
 from tandem.engine.grammar.vocabulary import load_vocabulary
 from tandem.errors import BadRequest

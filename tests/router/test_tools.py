@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.messages import chat_turns
-from router.openai import ChatBody, parse
-from router.tools import tool_use
+from router.requests.messages import chat_turns
+from router.requests.openai import ChatBody, parse
+from router.requests.tools import tool_use
 from tandem.errors import BadRequest
 from tandem.testing.tokenizer import byte_level_tokenizer
 from tandem.text.abilities import CallStyle, find_abilities
@@ -368,7 +368,7 @@ async def test_parsers_can_be_named_and_switched_off(serve: Any) -> None:
 
 
 async def test_what_was_chosen_is_logged(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "router.formats"):
+    with caplog.at_level("INFO", "router.requests.formats"):
         async with serve() as served:
             await served.ask("Hi")
     (said,) = caplog.messages

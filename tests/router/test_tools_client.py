@@ -10,7 +10,7 @@ import openai
 import pytest_asyncio
 import uvicorn
 
-from router.http_limits import LimitedHttp
+from router.http.http_limits import LimitedHttp
 from tandem.testing.tokenizer import byte_level_tokenizer
 from tandem.text.tokenizer import Tokenizer
 

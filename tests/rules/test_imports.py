@@ -80,13 +80,13 @@ def test_light_imports_of_a_noun_pass() -> None:
     "text", ["from tandem.wire.v1 import common_pb2", "import tandem.wire.codec", "from tandem.wire import codec"]
 )
 def test_a_stray_message_is_caught(text: str) -> None:
-    assert len(stray_message("router/app.py", text)) == 1
-    assert stray_message("router/fleet.py", text) == []
+    assert len(stray_message("router/http/app.py", text)) == 1
+    assert stray_message("router/workers/fleet.py", text) == []
     assert stray_message("kvtransfer/base.py", text) == []
 
 
 def test_asking_in_nouns_passes() -> None:
-    assert stray_message("router/app.py", "from tandem.wire.probe import describe") == []
+    assert stray_message("router/http/app.py", "from tandem.wire.probe import describe") == []
 
 
 WITHOUT_TORCH = """

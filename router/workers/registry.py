@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from router.fleet import Fleet
+from router.workers.fleet import Fleet
 from tandem.errors import BadRequest, ConfigError, TandemError
 from tandem.ports import authority, check_port
 from tandem.wire import codec

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from router.openai import GenerationBody, plain_text
+from router.requests.openai import GenerationBody, plain_text
 from tandem.errors import BadRequest
 from tandem.types import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, TokenIds
 

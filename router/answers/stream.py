@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
-from router.job import OutputOptions
+from router.requests.job import OutputOptions
 from tandem.errors import Internal
 from tandem.text.detokenizer import detokenizer
 from tandem.text.formats.answer import AnswerParser

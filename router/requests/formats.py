@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from router.openai import ChatBody
-from router.tools import ToolUse
+from router.requests.openai import ChatBody
+from router.requests.tools import ToolUse
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest
 from tandem.text.abilities import TemplateAbilities, find_abilities

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from router.defaults import GenerationDefaults, read_defaults
+from router.requests.defaults import GenerationDefaults, read_defaults
 from tandem.errors import TandemError, Unavailable
 from tandem.text.prompt import PromptTokenizer
 from tandem.text.tokenizer import Tokenizer

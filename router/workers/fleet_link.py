@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from router.load import Booking, LoadLedger
+from router.workers.load import Booking, LoadLedger
 from tandem.cluster import Incarnation, Status, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced, TandemError, WorkerLost
 from tandem.wire import codec

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from router.openai import Message, plain_text
+from router.requests.openai import Message, plain_text
 from tandem.errors import BadRequest
 from tandem.text.abilities import CallStyle, TemplateAbilities
 from tandem.text.formats.calls import NAME

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router.openai import ChatBody, plain_text
+from router.requests.openai import ChatBody, plain_text
 from tandem.errors import BadRequest
 from tandem.text.formats.calls import NAME
 

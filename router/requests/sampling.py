@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from router.defaults import GenerationDefaults
-from router.openai import GenerationBody
+from router.requests.defaults import GenerationDefaults
+from router.requests.openai import GenerationBody
 from tandem.errors import BadRequest, ContextTooLong
 from tandem.types import ModelInfo, SamplingParams
 

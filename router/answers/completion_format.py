@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from router.answer import TotalUsage
-from router.job import Job
-from router.responses import Format, Json, finish_word, finite, first_prompt_logprobs, to_json
-from router.stream import Piece, PlacedLogprob
+from router.answers.answer import TotalUsage
+from router.answers.responses import Format, Json, finish_word, finite, first_prompt_logprobs, to_json
+from router.answers.stream import Piece, PlacedLogprob
+from router.requests.job import Job
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import TokenLogprob
 

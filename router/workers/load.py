@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from router.snapshot import Load
+from router.workers.snapshot import Load
 from tandem.cluster import CacheEvent, EventKind, Incarnation
 from tandem.kv import BlockHash
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Protocol
 
-from router.predictions import Predictions
+from router.cache.predictions import Predictions
 from tandem.cluster import CacheEvent, EventKind, Incarnation
 from tandem.kv import BlockHash
 

@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router import problems
-from router.api import Api, TextSource
 from router.backend import Dispatcher
+from router.http import problems
+from router.http.api import Api, TextSource
 from router.metrics import RouterMetrics
 from tandem import obs
 from tandem.cluster import new_id

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from router.fleet import Fleet
+from router.workers.fleet import Fleet
 
 MOVE_LABELS = ["sender", "receiver", "transport"]
 WORKER_LABELS = ["role", "worker"]

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import grpc.aio
 
-from router.fleet_link import Link, Worker
-from router.load import Booking
-from router.prefix_index import PrefixIndex
-from router.snapshot import FleetSnapshot, Load, WorkerView
+from router.cache.prefix_index import PrefixIndex
+from router.workers.fleet_link import Link, Worker
+from router.workers.load import Booking
+from router.workers.snapshot import FleetSnapshot, Load, WorkerView
 from tandem.cluster import Incarnation, MoveStat, Role, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
 from tandem.kv import BlockHash

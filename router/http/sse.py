@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from router.body import wait_disconnect
+from router.http.body import wait_disconnect
 
 
 class SlowClient(Exception):

@@ -1,6 +1,6 @@
 """OpenAI's request bodies: what is accepted, what is refused and with which words.
 
-Fields without a model of their own are in `router/fields.py`: ignored, not served, unknown. Ranges of the sampling
+Fields without a model of their own are in `fields.py` beside this: ignored, not served, unknown. Ranges of the sampling
 fields are `SamplingParams`' own; here is what JSON adds to them: types, lengths, nulls.
 """
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from router.fields import check_fields
+from router.requests.fields import check_fields
 from tandem.errors import BadRequest
 from tandem.types import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
@@ -69,7 +69,7 @@ class GenerationBody(_Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
     response_format: Any = None
-    """See `router.structured`, for the others down to `structured_outputs` too."""
+    """See `router.requests.structured`, for the others down to `structured_outputs` too."""
     json_schema: Any = None
     regex: Any = None
     ebnf: Any = None
@@ -88,7 +88,7 @@ class Message(_Body):
 
     role: str
     content: Any = None
-    """A string, or a list of text parts; see `router.messages`."""
+    """A string, or a list of text parts; see `router.requests.messages`."""
     name: str | None = None
     tool_calls: Any = None
     tool_call_id: str | None = None
@@ -106,7 +106,7 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     tools: Any = None
-    """See `router.tools`, for the choice too."""
+    """See `router.requests.tools`, for the choice too."""
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

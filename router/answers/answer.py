@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from router.answers.stream import ChoiceStream, Piece
 from router.backend import Accepted, Dispatcher
-from router.job import Job
 from router.metrics import RequestTimer
-from router.stream import ChoiceStream, Piece
+from router.requests.job import Job
 from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
 from tandem.text.prompt import Prompt, PromptTokenizer

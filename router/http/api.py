@@ -10,21 +10,21 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.answer import Answer
+from router.answers.answer import Answer
+from router.answers.completion_format import CompletionFormat
+from router.answers.responses import DONE, ChatFormat, Format, Json, event, list_json, to_json, with_usage
+from router.answers.stream import Piece
 from router.backend import Dispatcher
-from router.body import ClientGone, read_body, while_connected
-from router.completion_format import CompletionFormat
-from router.defaults import GenerationDefaults
-from router.formats import FormatChoice
-from router.job import Endpoint, Job, chat_job, completion_job
-from router.messages import chat_turns
+from router.http.body import ClientGone, read_body, while_connected
+from router.http.problems import envelope, public
+from router.http.sse import EventBuffer, EventStream, SlowClient
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
-from router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
-from router.problems import envelope, public
-from router.responses import DONE, ChatFormat, Format, Json, event, list_json, to_json, with_usage
-from router.sse import EventBuffer, EventStream, SlowClient
-from router.stream import Piece
-from router.tools import declarations, template_values
+from router.requests.defaults import GenerationDefaults
+from router.requests.formats import FormatChoice
+from router.requests.job import Endpoint, Job, chat_job, completion_job
+from router.requests.messages import chat_turns
+from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
+from router.requests.tools import declarations, template_values
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Internal, Overloaded, TandemError, Unavailable, UnknownModel
 from tandem.text.prompt import PromptTokenizer

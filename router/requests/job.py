@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from router.defaults import GenerationDefaults
-from router.echo import Echo, echo_of
-from router.formats import AssistantTurn, ModelFormats, assistant_turn, check_tools
-from router.messages import chat_turns
-from router.openai import (
+from router.requests.defaults import GenerationDefaults
+from router.requests.echo import Echo, echo_of
+from router.requests.formats import AssistantTurn, ModelFormats, assistant_turn, check_tools
+from router.requests.messages import chat_turns
+from router.requests.openai import (
     ChatBody,
     CompletionBody,
     GenerationBody,
@@ -16,10 +16,10 @@ from router.openai import (
     prompts,
     stop_strings,
 )
-from router.sampling import check_ids, output_room, sampling_params
-from router.structured import grammar_field, grammar_of
-from router.tool_grammar import calls_grammar
-from router.tools import ToolUse, template_values, tool_use
+from router.requests.sampling import check_ids, output_room, sampling_params
+from router.requests.structured import grammar_field, grammar_of
+from router.requests.tool_grammar import calls_grammar
+from router.requests.tools import ToolUse, template_values, tool_use
 from tandem.cluster import new_id
 from tandem.errors import BadRequest
 from tandem.text.formats.answer import AnswerFormat

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from router.answer import TotalUsage
-from router.deltas import delta, message
-from router.job import Job
-from router.stream import Piece, PlacedLogprob
+from router.answers.answer import TotalUsage
+from router.answers.deltas import delta, message
+from router.answers.stream import Piece, PlacedLogprob
+from router.requests.job import Job
 from tandem.text.formats.parts import Part, Text
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import FinishReason, TokenLogprob

@@ -7,8 +7,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.body import ClientGone, RefusedBody
-from router.responses import Json, to_json
+from router.answers.responses import Json, to_json
+from router.http.body import ClientGone, RefusedBody
 from tandem.errors import Internal, TandemError, TooLarge
 
 RETRY_AFTER_S = 1

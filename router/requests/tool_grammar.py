@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from router.formats import ModelFormats
-from router.tools import ToolUse
+from router.requests.formats import ModelFormats
+from router.requests.tools import ToolUse
 from tandem.errors import BadRequest
 from tandem.text.formats.held import CallGrammar, functions_of
 from tandem.types import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, TokenIds

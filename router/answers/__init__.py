@@ -1,0 +1,1 @@
+"""From tokens to a client's JSON: text, tool calls, reasoning, chunks and whole answers."""

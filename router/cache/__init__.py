@@ -1,0 +1,1 @@
+"""What the router believes of the workers' caches."""

@@ -1,0 +1,1 @@
+"""The HTTP server: routes, bodies, limits, errors, server-sent events."""
