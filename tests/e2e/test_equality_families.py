@@ -33,7 +33,7 @@ FAMILIES = (
     "smollm3-window",
 )
 VOCAB = 300
-LENGTHS = (1, 17, WINDOW, WINDOW + 1, 64, 65, 100, 150)
+LENGTHS = (1, 17, WINDOW, WINDOW + 1, 64, 65, 100, 150, *range(2, 149, 7))[:29]
 SHARED = 70
 """Tokens that three more prompts have in common, at the start."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2)
