@@ -38,12 +38,11 @@ def attention(dtype: str, dim: int, group: int) -> Iterator[Variant]:
 
 def operations(dtype: str) -> Iterator[Variant]:
     """The kernels between the products."""
-    names = ("x", "added", "weight", "total", "out", "cos", "sin", "gate_up")
+    names = ("x", "weight", "out", "cos", "sin", "gate_up")
     tensors = dict.fromkeys(names, f"*{dtype}")
-    strides = ("outer_stride", "inner_stride", "added_outer", "added_inner", "token_stride", "head_stride", "stride")
+    strides = ("outer_stride", "inner_stride", "token_stride", "head_stride", "stride")
     types = tensors | dict.fromkeys((*strides, "inner"), "i32") | {"eps": "fp32"}
-    for adds in (False, True):
-        yield f"rms_norm {dtype} {adds}", elementwise.rms_norm, types, {"SIZE": 3000, "ADDS": adds, "BLOCK": 4096}
+    yield f"rms_norm {dtype}", elementwise.rms_norm, types, {"SIZE": 3000, "BLOCK": 4096}
     yield f"rotate {dtype}", elementwise.rotate, types, {"HEADS": 7, "SIZE": 80, "BLOCK": 128}
     for kind in ("silu", "gelu", "gelu_tanh"):
         yield f"gated {dtype} {kind}", elementwise.gated, types, {"SIZE": 3000, "KIND": kind, "BLOCK": 1024}

@@ -25,7 +25,7 @@ class NativeOps:
         self._call, self._empty = library.call, library.empty
         self._threads = library.threads
         self._torch = TorchOps()
-        self._rms_norm, self._add_rms_norm = library.kernels("rms_norm"), library.kernels("add_rms_norm")
+        self._rms_norm = library.kernels("rms_norm")
         self._rotate, self._gated = library.kernels("rotate"), library.kernels("gated")
         self._linear, self._embed = library.kernels("linear"), library.kernels("embed")
         self._angles = library.kernels("angles")
@@ -44,22 +44,6 @@ class NativeOps:
             long=out.numel() >= SHARED_WORK,
         )  # fmt: skip
         return out
-
-    def add_rms_norm(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Ops`."""
-        _check_norm(x, weight)
-        if y.dtype is not x.dtype or y.shape != x.shape:
-            raise ValueError(f"{_about(y)} is added to {_about(x)}")
-        x, y, size = x.contiguous(), y.contiguous(), x.shape[-1]
-        total, out = self._empty(x.shape, x.dtype), self._empty(x.shape, x.dtype)
-        self._call(
-            self._add_rms_norm[x.dtype], (x, y, weight), x.data_ptr(), y.data_ptr(), weight.data_ptr(),
-            total.data_ptr(), out.data_ptr(), x.numel() // size, size, real(eps), self._threads_for(out.numel()),
-            long=out.numel() >= SHARED_WORK,
-        )  # fmt: skip
-        return total, out
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """See `Ops`."""

@@ -28,11 +28,6 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """`[..., size] -> [..., size]` in the dtype of `x`; float32 inside."""
 
-    def add_rms_norm(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x + y` in the dtype of `x`, and its `rms_norm`."""
-
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotates `[tokens, heads, head_dim]` (last dimension dense) by `[tokens, 1, head_dim]` cosines and sines.
 
@@ -75,13 +70,6 @@ class TorchOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Ops`. Zhang and Sennrich 2019, arXiv:1910.07467."""
         return torch.rms_norm(x, weight.shape, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Ops`."""
-        total = x + y
-        return total, self.rms_norm(total, weight, eps)
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """See `Ops`."""

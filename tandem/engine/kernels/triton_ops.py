@@ -20,34 +20,17 @@ class TritonOps(TorchOps):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Ops`."""
-        return self._normalised(x, None, weight, eps)[1]
-
-    def add_rms_norm(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Ops`."""
-        if y.dtype is not x.dtype or y.shape != x.shape:
-            raise ValueError(f"{y.dtype} {tuple(y.shape)} is added to {x.dtype} {tuple(x.shape)}")
-        return self._normalised(x, y, weight, eps)
-
-    def _normalised(
-        self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum (what nothing was written to, without `y`) and its norm."""
         shape, size = x.shape, x.shape[-1]
         if weight.shape != (size,) or not weight.is_contiguous():
             raise ValueError(f"the weight of a norm of [..., {size}] is {tuple(weight.shape)}")
         x = _rows(x)
-        added = x if y is None else _rows(y)
-        total = torch.empty(shape, dtype=x.dtype, device=x.device) if y is not None else x
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         outer, inner = x.shape[:2]
         with on_device(x.device):
             elementwise.rms_norm[(outer * inner,)](
-                x, added, weight, total, out, inner, x.stride(0), x.stride(1), added.stride(0), added.stride(1), eps,
-                SIZE=size, ADDS=y is not None, BLOCK=_padded(size),
+                x, weight, out, inner, x.stride(0), x.stride(1), eps, SIZE=size, BLOCK=_padded(size),
             )  # fmt: skip
-        return total, out
+        return out
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """See `Ops`."""

@@ -29,19 +29,6 @@ template <class T> void rms_norm(const T *x, const T *weight, T *out, const Shap
     });
 }
 
-template <class T>
-void add_rms_norm(const T *x, const T *y, const T *weight, T *total, T *out, int64_t rows, int64_t size, float eps,
-                  int threads) {
-    share(rows, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            const T *a = x + row * size, *b = y + row * size;
-            T *t = total + row * size;
-            over(size, [&](int64_t i, int64_t n) { store_some(t + i, load_some(a + i, n) + load_some(b + i, n), n); });
-            normalise(t, weight, out + row * size, size, eps);
-        }
-    });
-}
-
 // Pairs (i, i + size / 2) by angles that the tables hold once for each element, signs included.
 template <class T>
 void rotate(const T *x, const T *cos, const T *sin, T *out, const Shape &s, int threads) {
@@ -115,7 +102,6 @@ void angles(const int64_t *positions, const float *frequencies, T *cos, T *sin, 
 } // namespace
 
 // rms_norm: [x, weight, out, outer, inner, size, outer_stride, inner_stride, eps, threads]
-// add_rms_norm: [x, y, weight, total, out, rows, size, eps, threads]
 // rotate: [x, cos, sin, out, outer, inner, size, outer_stride, inner_stride, threads]
 // gated: [activation, x, out, rows, inner, stride, threads]
 // embed: [tokens, table, out, count, rows, size]
@@ -123,10 +109,6 @@ void angles(const int64_t *positions, const float *frequencies, T *cos, T *sin, 
 #define OPS(SUFFIX, T)                                                                                                  \
     extern "C" void tandem_rms_norm_##SUFFIX(const int64_t *a) {                                                        \
         rms_norm(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), {a[3], a[4], a[5], a[6], a[7]}, real(a[8]), (int)a[9]);         \
-    }                                                                                                                   \
-    extern "C" void tandem_add_rms_norm_##SUFFIX(const int64_t *a) {                                                    \
-        add_rms_norm(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), a[5], a[6], real(a[7]),           \
-                     (int)a[8]);                                                                                        \
     }                                                                                                                   \
     extern "C" void tandem_rotate_##SUFFIX(const int64_t *a) {                                                          \
         rotate(at<T>(a[0]), at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), {a[4], a[5], a[6], a[7], a[8]}, (int)a[9]);          \

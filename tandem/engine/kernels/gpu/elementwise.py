@@ -12,22 +12,14 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm(
-    x, added, weight, total, out, inner, outer_stride, inner_stride, added_outer, added_inner, eps,
-    SIZE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, out, inner, outer_stride, inner_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Normalises `x` `[outer, inner, SIZE]`, last dimension dense; with ADDS `x + added`, which is kept in `total`.
-
-    Grid: (outer * inner). out, total: dense. The sum is rounded to its dtype before it is normalised.
-    """
+    """Normalises `x` `[outer, inner, SIZE]`, last dimension dense. Grid: (outer * inner). out: dense."""
     row = tl.program_id(0).to(tl.int64)
     outer, at = row // inner, row % inner
     element = tl.arange(0, BLOCK)
     inside = element < SIZE
     value = tl.load(x + outer * outer_stride + at * inner_stride + element, mask=inside, other=0.0)
-    if ADDS:
-        other = tl.load(added + outer * added_outer + at * added_inner + element, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + other.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + row * SIZE + element, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     factor = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
