@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 
 FILE_LINES = 600
 FUNCTION_LINES = 50
-BUDGETS = {"router/": 4000, "kvtransfer/": 2000, "tandem/engine/": 8000}
+BUDGETS = {"router/": 6000, "router/simulation/": 1200, "kvtransfer/": 2000, "tandem/engine/": 8000}
+"""Code lines. The longest folder that holds a file is the one that counts it."""
 DRAWERS = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
 
@@ -50,7 +51,9 @@ def code_lines(text: str) -> int:
 def over_budget(sources: dict[str, str]) -> list[str]:
     found = []
     for package, budget in BUDGETS.items():
-        lines = sum(code_lines(text) for path, text in sources.items() if path.startswith(package))
+        inner = tuple(other for other in BUDGETS if other.startswith(package) and other != package)
+        held = [path for path in sources if path.startswith(package) and not path.startswith(inner)]
+        lines = sum(code_lines(sources[path]) for path in held)
         if lines > budget:
             found.append(f"{package}: {lines} lines, at most {budget}")
     return found
@@ -98,3 +101,8 @@ def test_an_overrun_budget_is_caught() -> None:
     )
     sources = {"kvtransfer/a.py": "x\n" * 1999, "kvtransfer/b.py": "x\n" * 2}
     assert over_budget(sources) == ["kvtransfer/: 2001 lines, at most 2000"]
+
+
+def test_a_room_with_a_budget_of_its_own_is_counted_apart() -> None:
+    assert over_budget({"router/simulation/a.py": "x\n" * 1201}) == ["router/simulation/: 1201 lines, at most 1200"]
+    assert over_budget({"router/simulation/a.py": "x\n" * 1200, "router/a.py": "x\n" * 6000}) == []
