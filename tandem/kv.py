@@ -36,11 +36,13 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers with the same attention span; `window` is None for full attention."""
+    """Layers with the same attention span and the same planes; `window` is None for full attention."""
 
     layers: tuple[int, ...]
     window: int | None = None
     """Position p sees tokens `(p - window, p]`."""
+    planes: tuple[str, ...] = ()
+    """Names of the planes that these layers have; empty: all. A drafter's layers have planes of their own."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -63,7 +65,7 @@ class LayerGroup:
 class KvLayout:
     """The canonical order of KV on the wire: `[plane][layer][token][head][dim]`, the same for every page size.
 
-    Layers with a window move fewer tokens than others; see `shares`.
+    Layers with a window move fewer tokens than others; see `shares`. A plane lies there for the layers that have it.
     """
 
     planes: tuple[Plane, ...]
@@ -73,6 +75,9 @@ class KvLayout:
         layers = [layer for group in self.groups for layer in group.layers]
         if sorted(layers) != list(range(len(layers))):
             raise ValueError(f"layer groups must cover layers 0..{len(layers) - 1} once each")
+        unknown = {name for group in self.groups for name in group.planes} - {plane.name for plane in self.planes}
+        if unknown:
+            raise ValueError(f"layer groups name planes {', '.join(sorted(unknown))}, which the layout does not have")
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +87,15 @@ class KvLayout:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token over all planes and layers."""
-        return self.num_layers * sum(plane.token_bytes for plane in self.planes)
+        return sum(self.group_bytes(group) for group in self.groups)
+
+    def planes_of(self, group: LayerGroup) -> tuple[Plane, ...]:
+        """The planes that a group's layers have."""
+        return tuple(plane for plane in self.planes if not group.planes or plane.name in group.planes)
+
+    def group_bytes(self, group: LayerGroup) -> int:
+        """Bytes of one token over a group's layers and their planes."""
+        return len(group.layers) * sum(plane.token_bytes for plane in self.planes_of(group))
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
@@ -105,8 +118,7 @@ class KvLayout:
     def span_bytes(self, span: Span, total: int) -> int:
         """Bytes of a span in a hand-over of `[0, total)`."""
         shares = self.shares(span, total)
-        tokens = sum(len(group.layers) * share.count for group, share in zip(self.groups, shares, strict=True))
-        return tokens * sum(plane.token_bytes for plane in self.planes)
+        return sum(self.group_bytes(group) * share.count for group, share in zip(self.groups, shares, strict=True))
 
     def digest(self) -> str:
         """Hex digest by which two workers check that they mean the same bytes."""

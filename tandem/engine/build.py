@@ -98,4 +98,4 @@ def _total_bytes(config: WorkerConfig, layout: KvLayout, pages: int) -> int:
 
 
 def _page_bytes(config: WorkerConfig, group: LayerGroup, layout: KvLayout) -> int:
-    return config.page_size * len(group.layers) * sum(plane.token_bytes for plane in layout.planes)
+    return config.page_size * layout.group_bytes(group)

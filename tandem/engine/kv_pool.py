@@ -13,6 +13,8 @@ from tandem.engine.radix import Pages
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Memory = dict[tuple[str, int], torch.Tensor]
+"""By plane and layer group: `[layers of group, slots, heads, head_dim]`."""
 Buffer = memoryview | bytearray | np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
@@ -24,8 +26,15 @@ class KvPool:
     and `scatter` copies from there.
     """
 
-    def __init__(self, layout: KvLayout, num_pages: int | Sequence[int], page_size: int, device: torch.device) -> None:
-        """num_pages: of each group, or one number for all."""
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_pages: int | Sequence[int],
+        page_size: int,
+        device: torch.device,
+        memory: Memory | None = None,
+    ) -> None:
+        """num_pages: of each group, or one number for all. memory: of these very shapes; by default it is taken."""
         counts = [num_pages] * len(layout.groups) if isinstance(num_pages, int) else num_pages
         if min(counts) < 1 or page_size < 1:
             raise ValueError(f"a pool of {min(counts)} pages of {page_size} tokens; at least 1 of 1 is needed")
@@ -35,16 +44,29 @@ class KvPool:
         """Pages that every group has: a smaller number is a page in each."""
         self.page_size = page_size
         self.device = device
-        self._tensors = [
-            [self._new(plane, group, count * page_size) for group, count in zip(layout.groups, counts, strict=True)]
-            for plane in layout.planes
-        ]
-        self._layers = {
-            (plane.name, layer): tensor[row]
-            for plane, tensors in zip(layout.planes, self._tensors, strict=True)
-            for group, tensor in zip(layout.groups, tensors, strict=True)
-            for row, layer in enumerate(group.layers)
+        self._memory = memory or {
+            (plane.name, number): self._new(plane, group, counts[number] * page_size)
+            for number, group in enumerate(layout.groups)
+            for plane in layout.planes_of(group)
         }
+        self._layers = {
+            (name, layer): tensor[row]
+            for (name, number), tensor in self._memory.items()
+            for row, layer in enumerate(layout.groups[number].layers)
+        }
+
+    def part(self, layout: KvLayout, first: int, prefix: str = "") -> KvPool:
+        """The groups of `layout`, which are those from the `first` on, as a pool of its own over the same memory.
+
+        prefix: what the names of their planes have here and not there.
+        """
+        counts = self.group_pages[first : first + len(layout.groups)]
+        memory = {
+            (plane.name, number): self._memory[prefix + plane.name, first + number]
+            for number, group in enumerate(layout.groups)
+            for plane in layout.planes_of(group)
+        }
+        return KvPool(layout, counts, self.page_size, self.device, memory)
 
     def _new(self, plane: Plane, group: LayerGroup, slots: int) -> torch.Tensor:
         # Zeros, not empty: a masked position's weight is 0, and 0 times a NaN left in memory would be NaN.
@@ -82,8 +104,8 @@ class KvPool:
         if not 0 <= count <= self.page_size:
             raise ValueError(f"cannot copy {count} tokens of a page of {self.page_size}")
         source, target = source_page * self.page_size, target_page * self.page_size
-        for groups in self._tensors:
-            tensor = groups[group]
+        for plane in self.layout.planes_of(self.layout.groups[group]):
+            tensor = self._memory[plane.name, group]
             tensor[:, target : target + count] = tensor[:, source : source + count]
 
     def _parts(
@@ -99,10 +121,12 @@ class KvPool:
             self.layout.layer_groups,
         )
         slots = [self._slots(run, share) for run, share in zip(pages, shares, strict=True)]
-        moved, offset = [layer for layer, group in enumerate(owners) if shares[group].count], 0
-        # Layers whose tokens differ in number lie one by one; else all form one block, and a group takes its rows.
-        even = len({shares[owners[layer]].count for layer in moved}) == 1
-        for plane, tensors in zip(self.layout.planes, self._tensors, strict=True):
+        offset = 0
+        for plane in self.layout.planes:
+            having = {number for name, number in self._memory if name == plane.name and shares[number].count}
+            moved = [layer for layer, group in enumerate(owners) if group in having]
+            # Layers whose tokens differ in number lie one by one; else all form one block, and a group takes its rows.
+            even = len({shares[group].count for group in having}) == 1
             for layers in [moved] if even else [[layer] for layer in moved]:
                 count = shares[owners[layers[0]]].count
                 size = len(layers) * count * plane.token_bytes
@@ -110,7 +134,7 @@ class KvPool:
                 offset += size
                 for number in sorted({owners[layer] for layer in layers}):
                     rows = [place for place, layer in enumerate(layers) if owners[layer] == number]
-                    memory = tensors[number].view(torch.uint8).flatten(2)
+                    memory = self._memory[plane.name, number].view(torch.uint8).flatten(2)
                     if len(rows) < len(memory):
                         row = self.layout.groups[number].layers.index(layers[0])
                         memory = memory[row : row + 1]

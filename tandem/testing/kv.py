@@ -30,6 +30,8 @@ def span_kv(layout: KvLayout, tokens: TokenIds, span: Span) -> Buffer:
     parts = []
     for number, plane in enumerate(layout.planes):
         for layer, group in enumerate(layout.layer_groups):
+            if plane not in layout.planes_of(layout.groups[group]):
+                continue
             share = shares[group]
             ids = np.array(tokens[share.start : share.end], dtype=np.uint32)
             positions = np.arange(share.start, share.end, dtype=np.uint32)

@@ -317,7 +317,7 @@ def kv_layout_to_wire(layout: KvLayout) -> pb.KvLayout:
     """KvLayout as a message."""
     return pb.KvLayout(
         planes=[pb.Plane(name=p.name, heads=p.heads, head_dim=p.head_dim, dtype=p.dtype) for p in layout.planes],
-        groups=[pb.LayerGroup(layers=group.layers, window=group.window) for group in layout.groups],
+        groups=[pb.LayerGroup(layers=g.layers, window=g.window, planes=g.planes) for g in layout.groups],
     )
 
 
@@ -333,9 +333,11 @@ def _plane_from_wire(message: pb.Plane) -> Plane:
 
 
 def kv_layout_from_wire(message: pb.KvLayout) -> KvLayout:
-    """The inverse; raises ValueError for an unknown dtype, an empty shape or layers not covered once each."""
-    groups = (LayerGroup(tuple(g.layers), g.window if g.HasField("window") else None) for g in message.groups)
-    return KvLayout(planes=tuple(map(_plane_from_wire, message.planes)), groups=tuple(groups))
+    """The inverse; raises ValueError for an unknown dtype or plane, an empty shape or layers not covered once each."""
+    groups = tuple(
+        LayerGroup(tuple(g.layers), g.window if g.HasField("window") else None, tuple(g.planes)) for g in message.groups
+    )
+    return KvLayout(planes=tuple(map(_plane_from_wire, message.planes)), groups=groups)
 
 
 def worker_info_to_wire(info: WorkerInfo) -> pb.WorkerInfo:

@@ -17,31 +17,55 @@ MIXED = KvLayout(
     (Plane("k", 2, 4, "bfloat16"), Plane("v", 1, 6, "float32")), (LayerGroup((0, 2)), LayerGroup((1,), window=8))
 )
 
+DRAFTED = KvLayout(
+    (
+        Plane("k", 2, 4, "bfloat16"),
+        Plane("v", 2, 4, "bfloat16"),
+        Plane("draft_k", 1, 6, "float32"),
+        Plane("draft_v", 3, 2, "float32"),
+    ),
+    (
+        LayerGroup((0, 2), None, ("k", "v")),
+        LayerGroup((1,), 8, ("k", "v")),
+        LayerGroup((3, 4), None, ("draft_k", "draft_v")),
+    ),
+)
+"""With the layers of a drafter."""
+
 
 def filled(layout: KvLayout, page_size: int, num_pages: int = 12, seed: int = 0) -> KvPool:
     pool = KvPool(layout, num_pages, page_size, CPU)
     generator = torch.Generator().manual_seed(seed)
-    for plane in layout.planes:
-        for layer in range(layout.num_layers):
-            tensor = pool.plane(plane.name, layer)
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for name, layer in having(layout):
+        tensor = pool.plane(name, layer)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return pool
+
+
+def having(layout: KvLayout) -> list[tuple[str, int]]:
+    """Planes and layers in canonical order, without those that do not go together."""
+    owners = layout.layer_groups
+    return [
+        (plane.name, layer)
+        for plane in layout.planes
+        for layer in range(layout.num_layers)
+        if plane.name in (layout.groups[owners[layer]].planes or (plane.name,))
+    ]
 
 
 def canonical(pool: KvPool, pages: list[list[int]], span: Span, total: int = 0) -> bytes:
     """The order spelt out: plane, layer, token, head, dim. total: of a hand-over; 0 is all, whatever windows say."""
     parts = []
-    for plane in pool.layout.planes:
-        for layer in range(pool.layout.num_layers):
-            number = next(n for n, group in enumerate(pool.layout.groups) if layer in group.layers)
-            first = pool.layout.groups[number].moved_from(total)
-            for token in range(max(span.start, first), span.end):
-                slot = pages[number][token // pool.page_size] * pool.page_size + token % pool.page_size
-                parts.append(pool.plane(plane.name, layer)[slot].contiguous().view(torch.uint8).numpy().tobytes())
+    for name, layer in having(pool.layout):
+        number = next(n for n, group in enumerate(pool.layout.groups) if layer in group.layers)
+        first = pool.layout.groups[number].moved_from(total)
+        for token in range(max(span.start, first), span.end):
+            slot = pages[number][token // pool.page_size] * pool.page_size + token % pool.page_size
+            parts.append(pool.plane(name, layer)[slot].contiguous().view(torch.uint8).numpy().tobytes())
     return b"".join(parts)
 
 
-@pytest.mark.parametrize("layout", [PLAIN, MIXED])
+@pytest.mark.parametrize("layout", [PLAIN, MIXED, DRAFTED])
 @given(data=st.data())
 def test_a_span_is_gathered_in_canonical_order_and_scattered_elsewhere(layout: KvLayout, data: st.DataObject) -> None:
     sizes = st.sampled_from((1, 4, 16))
@@ -103,7 +127,7 @@ def test_a_wrong_length_or_an_uncovered_span_changes_nothing() -> None:
     assert canonical(pool, [list(range(12))], Span(0, 48)) == before
 
 
-@pytest.mark.parametrize("layout", [PLAIN, MIXED])
+@pytest.mark.parametrize("layout", [PLAIN, MIXED, DRAFTED])
 @pytest.mark.parametrize("count", [0, 3, 4])
 def test_the_first_tokens_of_a_page_are_copied_in_all_layers_of_its_group(layout: KvLayout, count: int) -> None:
     pool = filled(layout, 4)
@@ -130,3 +154,17 @@ def test_a_pool_needs_a_page() -> None:
         KvPool(PLAIN, 0, 16, CPU)
     with pytest.raises(ValueError, match="a pool of 0 pages"):
         KvPool(MIXED, (3, 0), 16, CPU)
+
+
+def test_a_part_of_a_pool_is_the_same_memory() -> None:
+    own = KvLayout((Plane("k", 1, 6, "float32"), Plane("v", 3, 2, "float32")), (LayerGroup((0, 1)),))
+    whole = KvPool(DRAFTED, (3, 5, 7), 4, CPU)
+    part = whole.part(own, 2, "draft_")
+    assert (part.group_pages, part.page_size) == ((7,), 4)
+    for layer in range(2):
+        part.plane("v", layer).fill_(layer + 1)
+        assert (whole.plane("draft_v", 3 + layer) == layer + 1).all()
+    target = KvLayout(DRAFTED.planes[:2], DRAFTED.groups[:2])
+    assert whole.part(target, 0).plane("k", 1).data_ptr() == whole.plane("k", 1).data_ptr()
+    with pytest.raises(KeyError):
+        whole.plane("k", 3)

@@ -122,11 +122,14 @@ PLANE = st.builds(
 @st.composite
 def layouts(draw: st.DrawFn) -> KvLayout:
     cuts = draw(st.lists(st.integers(1, 3), max_size=3))
+    planes = draw(st.lists(PLANE, max_size=3))
+    names = st.lists(st.sampled_from([plane.name for plane in planes]), max_size=2) if planes else st.just([])
     groups, at = [], 0
     for size in cuts:
-        groups.append(LayerGroup(tuple(range(at, at + size)), draw(st.none() | st.integers(0, 9999))))
+        layers = tuple(range(at, at + size))
+        groups.append(LayerGroup(layers, draw(st.none() | st.integers(1, 9999)), tuple(draw(names))))
         at += size
-    return KvLayout(tuple(draw(st.lists(PLANE, max_size=3))), tuple(groups))
+    return KvLayout(tuple(planes), tuple(groups))
 
 
 INFO = st.builds(

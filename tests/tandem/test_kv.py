@@ -28,7 +28,7 @@ ROOT_WITH_ADAPTER_AND_SALT = "3ba7a7d5e4cba4e29c1b6bc6b7b3a8ea9ac255c0abb6663043
 CHAIN_OF_0_TO_127 = ["7c8827afe0cddc5f5bfe3b58b1246144", "ab42b044c76c7491f7e6f303b718177c"]
 LARGEST_IDS_WITH_CONTENT = "d22df01a92854cd814360f923e0d1de9"
 # printf %s 'KvLayout(planes=(...' | b2sum -l 128
-LAYOUT_DIGEST = "7169d6a83287bbbcfc8025544441d402"
+LAYOUT_DIGEST = "a3faf593050afe6a36bd674aa48dcd3d"
 
 K, V = Plane("k", 2, 64, "bfloat16"), Plane("v", 2, 64, "bfloat16")
 LAYOUT = KvLayout((K, V), (LayerGroup((0, 1, 2)), LayerGroup((3,), window=128)))
@@ -140,6 +140,22 @@ def test_bytes_are_counted_over_planes_and_layers() -> None:
     assert LAYOUT.token_bytes == 4 * 2 * 256
     assert LAYOUT.span_bytes(Span(5, 10), 40) == 10 * LAYOUT.token_bytes
     assert {name: Plane("k", 1, 1, name).token_bytes for name in DTYPE_BYTES} == DTYPE_BYTES
+
+
+def test_a_plane_counts_for_the_layers_that_have_it() -> None:
+    own = Plane("draft_k", 1, 32, "float32")
+    groups = (
+        LayerGroup((0, 1), planes=("k", "v")),
+        LayerGroup((2,), 64, ("k", "v")),
+        LayerGroup((3,), None, ("draft_k",)),
+    )
+    layout = KvLayout((K, V, own), groups)
+    assert [layout.group_bytes(group) for group in groups] == [2 * 512, 512, 128]
+    assert layout.token_bytes == 3 * 512 + 128
+    assert layout.span_bytes(Span(0, 10), 200) == 10 * (2 * 512 + 128)
+    assert layout.digest() != KvLayout((K, V, own), (*groups[:2], LayerGroup((3,), None, ("k",)))).digest()
+    with pytest.raises(ValueError, match="layer groups name planes w, which the layout does not have"):
+        KvLayout((K, V), (LayerGroup((0,), None, ("k", "w")),))
 
 
 def test_a_window_ends_at_its_position() -> None:

@@ -229,12 +229,14 @@ class Plane(_message.Message):
     def __init__(self, name: _Optional[str] = ..., heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class LayerGroup(_message.Message):
-    __slots__ = ("layers", "window")
+    __slots__ = ("layers", "window", "planes")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    PLANES_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     window: int
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., window: _Optional[int] = ...) -> None: ...
+    planes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., window: _Optional[int] = ..., planes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("planes", "groups")
