@@ -5,7 +5,7 @@
     python -m benchmarks.serve trace --trace mooncake_conversation.jsonl --trace-scale 0.05 --trace-speed 10
 
 Workloads: random (independent prompts), shared (one system prompt for all), multiturn (chats that carry the server's
-own answers forward), long (long prompts), trace (see benchmarks/workloads.py for its format).
+own answers forward), long (long prompts), trace (see tandem/traces.py for its format).
 """
 
 from __future__ import annotations

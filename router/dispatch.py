@@ -16,15 +16,15 @@ from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
 from router.dispatch_stream import WorkerStream
 from router.open_request import Chain, OpenRequest
+from router.placement import book
 from router.policies import Policy, RequestInfo
-from router.policies.cost import EXPECTED_OUTPUT
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.snapshot import Load
-from tandem.cluster import Candidate, Incarnation, Plan, Role, WorkerInfo
+from tandem.cluster import Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
-from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.kv import HashRoot, block_hashes
 from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
@@ -188,7 +188,7 @@ class Dispatcher:
             plan = self._policy.plan(info, fleet, matches, self._clock())
             log.debug("plan of %s, cached %s: %s", request.request_id, matches, plan.candidates)
             try:
-                return plan, await self._submit(record, plan)
+                return plan, await self._submit(record, info, plan)
             except Elsewhere as error:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
                 refused[plan.decode] = error
@@ -201,14 +201,14 @@ class Dispatcher:
         """Prompt tokens that each worker is believed to have cached."""
         return self.tails.extend(self._index.match(record.chain.hashes), record.chain, record.request.prompt)
 
-    async def _submit(self, record: OpenRequest, plan: Plan) -> Reply:
+    async def _submit(self, record: OpenRequest, info: RequestInfo, plan: Plan) -> Reply:
         """One submission. Raises what the worker refused with; Unavailable when it cannot be reached."""
         worker, stream = self.fleet.worker(plan.decode), self._streams.get(plan.decode)
         if worker is None or stream is None:
             raise Unavailable(f"decode worker {plan.decode} is gone")
         await stream.ready(STREAM_S)
         record.decode = plan.decode
-        self._book(record, plan.candidates[0])
+        record.decode_booking, record.prefill_booking = book(self.fleet, info, plan.candidates[0], record.chain.hashes)
         try:
             reply = await self._call_submit(worker, self._submission(record, plan))
         except BaseException:
@@ -261,18 +261,6 @@ class Dispatcher:
         )
 
     # Load -----------------------------------------------------------------------------------------------------------
-
-    def _book(self, record: OpenRequest, chosen: Candidate) -> None:
-        request, hashes = record.request, record.chain.hashes
-        computable = len(request.prompt) - 1
-        output = request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
-        here = computable - chosen.decode_cached if chosen.prefill is None else 0
-        load = Load(request.choices, here, len(request.prompt) + output)
-        record.decode_booking = self.fleet.book(chosen.decode, load, hashes)
-        if chosen.prefill is not None:
-            load = Load(1, computable - chosen.prefill_cached, computable)
-            blocks = hashes[: computable // BLOCK_TOKENS]
-            record.prefill_booking = self.fleet.book(chosen.prefill, load, blocks)
 
     def _release(self, record: OpenRequest) -> bool:
         """Ends the bookings; whether the decode worker's was open: its last status does not include the request."""

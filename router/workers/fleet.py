@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import grpc.aio
 
 from router.cache.prefix_index import PrefixIndex
 from router.workers.fleet_link import Link, Worker
-from router.workers.load import Booking
-from router.workers.snapshot import FleetSnapshot, Load, WorkerView
-from tandem.cluster import Incarnation, MoveStat, Role, WorkerInfo, WorkerUpdate
+from router.workers.members import Members
+from tandem.cluster import Incarnation, MoveStat, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
-from tandem.kv import BlockHash
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ class FleetListener(Protocol):
         """An incarnation will not be back."""
 
 
-class Fleet:
+class Fleet(Members[Worker]):
     """Follows listed and registered workers. All methods run on the event loop.
 
     addresses: host:port of workers that are followed for ever. lease_s: silence after which a worker is gone.
@@ -45,15 +43,13 @@ class Fleet:
         lease_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self.router_id = router_id
+        super().__init__(router_id, index)
         self.lease_s = lease_s
         self.listener: FleetListener | None = None
         self.reference: WorkerInfo | None = None
         """The first worker ever known. All must share its model and layout: the router's tokeniser is that model's."""
-        self._index = index
         self._addresses = tuple(addresses)
         self._clock = clock
-        self._workers: dict[Incarnation, Worker] = {}
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._past_moves: dict[tuple[str, str, str], MoveStat] = {}
@@ -70,28 +66,13 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def worker(self, incarnation: Incarnation) -> Worker | None:
-        """The worker, unless it is gone."""
-        return self._workers.get(incarnation)
-
-    def snapshot(self) -> FleetSnapshot:
-        """All usable workers as they are now."""
-        return FleetSnapshot(prefill=self._views(Role.PREFILL), decode=self._views(Role.DECODE))
-
-    def _views(self, role: Role) -> tuple[WorkerView, ...]:
-        return tuple(
-            WorkerView(worker.info, worker.status, worker.ledger.pending, worker.leaving or worker.status.draining)
-            for worker in self._workers.values()
-            if worker.info.role is role and worker.usable
-        )
-
     def following(self) -> set[str]:
         """Addresses that are connected, or tried again."""
         return set(self._links)
 
     def prefill_workers(self) -> list[tuple[Incarnation, str]]:
         """Incarnation and address of every usable prefill worker, for decode workers to connect to."""
-        return [(view.incarnation, view.info.address) for view in self._views(Role.PREFILL)]
+        return [(view.incarnation, view.info.address) for view in self.snapshot().prefill]
 
     def moves(self) -> list[MoveStat]:
         """KV moved, by pair and transport, over all decode workers ever seen: counters outlive workers."""
@@ -99,41 +80,6 @@ class Fleet:
         for worker in self._workers.values():
             latest.update(_by_pair(worker))
         return list(latest.values())
-
-    # Load -----------------------------------------------------------------------------------------------------------
-
-    def book(self, incarnation: Incarnation, load: Load, hashes: Sequence[BlockHash]) -> Booking | None:
-        """Counts a request's load on a worker and predicts its blocks there; None if the worker is gone.
-
-        Ends by itself when the worker reports the request; `release` ends it earlier.
-        """
-        worker = self._workers.get(incarnation)
-        if worker is None:
-            return None
-        # A prefill worker hears of it from the decode worker: only its promise tells that it did.
-        last_block = hashes[-1] if hashes and worker.info.role is Role.PREFILL else None
-        return worker.ledger.book(
-            load, last_block, self._index.predictions.add(incarnation, hashes) if hashes else None
-        )
-
-    def release(self, booking: Booking | None) -> bool:
-        """Ends a booking; whether it had not ended yet."""
-        worker = None if booking is None else self._workers.get(booking.incarnation)
-        return booking is not None and worker is not None and worker.ledger.release(booking)
-
-    def ended(self, incarnation: Incarnation, load: Load) -> None:
-        """A request that the worker's status includes has ended; the next status will know."""
-        worker = self._workers.get(incarnation)
-        if worker is not None:
-            worker.ledger.ended(load)
-
-    def _booking_closed(self, booking: Booking) -> None:
-        if booking.prediction is not None:
-            self._index.predictions.resolve(booking.prediction)
-
-    def bookings(self) -> int:
-        """Open bookings over all workers."""
-        return sum(len(worker.ledger) for worker in self._workers.values())
 
     # Registration ---------------------------------------------------------------------------------------------------
 
@@ -190,23 +136,14 @@ class Fleet:
         self._check(info)
         if info.incarnation in self._workers:
             raise Fenced(f"{info.incarnation} is already connected under another address")
-        worker = Worker(info, channel, self._booking_closed, self._clock())
-        self._workers[info.incarnation] = worker
+        worker = Worker(info, channel, self.booking_closed, self._clock())
+        self.add(worker)
         self.reference = self.reference or info
         return worker
 
     def update(self, worker: Worker, update: WorkerUpdate) -> None:
-        """Applies events to the index, then the status: it includes what the events before it told."""
-        if update.snapshot:
-            self._index.snapshot(worker.incarnation, update.events)
-        else:
-            for event in update.events:
-                self._index.apply(worker.incarnation, event)
-        worker.ledger.observe(update.events)
-        if update.status is not None:
-            worker.status = update.status
-            worker.ledger.reported(update.status.dispatches.get(self.router_id, 0))
-        worker.usable = True
+        """See `observe`; the listener hears of a worker once."""
+        self.observe(worker, update)
         if not worker.announced:
             worker.announced = True
             log.info("%s worker %s at %s is up", worker.info.role.value, worker.incarnation, worker.info.address)
@@ -216,16 +153,12 @@ class Fleet:
     def suspend(self, worker: Worker, reason: str) -> None:
         """Nothing new goes there, and nothing is believed of its cache, until it is found again."""
         log.warning("%s worker %s at %s: %s", worker.info.role.value, worker.incarnation, worker.info.address, reason)
-        worker.usable = False
-        self._index.drop(worker.incarnation)
+        self.lose_sight(worker)
 
     def gone(self, worker: Worker, reason: str) -> None:
         """Forgets an incarnation and tells the listener."""
-        worker.usable = False
-        self._index.drop(worker.incarnation)
-        worker.ledger.close()
         self._past_moves.update(_by_pair(worker))
-        del self._workers[worker.incarnation]
+        self.remove(worker)
         if self.listener is not None:
             self.listener.worker_gone(worker.incarnation, reason)
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from router.workers.load import Booking, LoadLedger
-from tandem.cluster import Incarnation, Status, WorkerInfo, WorkerUpdate
+from router.workers.load import Booking
+from router.workers.members import Member
+from tandem.cluster import WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced, TandemError, WorkerLost
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc
@@ -38,27 +39,15 @@ RESUME_S = 1.0
 LOOK_AGAIN_S = 0.05
 
 
-class Worker:
-    """One incarnation of a worker as the router knows it."""
+class Worker(Member):
+    """One incarnation of a worker, and the connection to it."""
 
     def __init__(
         self, info: WorkerInfo, channel: grpc.aio.Channel, on_close: Callable[[Booking], None], now: float
     ) -> None:
-        self.info = info
+        super().__init__(info, on_close, now)
         self.channel = channel
-        self.status = Status(info.incarnation, free_pages=info.total_pages, total_pages=info.total_pages)
-        self.ledger = LoadLedger(info.incarnation, on_close)
-        self.usable = False
-        """Whether its subscription stands: only then new requests go there."""
         self.announced = False
-        self.leaving = False
-        self.heard = now
-        """When its last update came."""
-
-    @property
-    def incarnation(self) -> Incarnation:
-        """Which one."""
-        return self.info.incarnation
 
 
 class LinkOwner(Protocol):

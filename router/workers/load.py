@@ -35,6 +35,8 @@ class LoadLedger:
         self._last = 0
         self._booked = Load()
         self._ended = Load()
+        self.changes = 0
+        """Counts what may have changed `pending`."""
 
     def __len__(self) -> int:
         """Open bookings."""
@@ -46,6 +48,7 @@ class LoadLedger:
         booking = Booking(self._incarnation, self._last, load, last_block, prediction)
         self._open[booking.number] = booking
         self._booked += load
+        self.changes += 1
         return booking
 
     @property
@@ -56,6 +59,7 @@ class LoadLedger:
     def ended(self, load: Load) -> None:
         """A request that the last status includes has ended: else a worker looks busy to its own next turn."""
         self._ended += load.negated()
+        self.changes += 1
 
     def observe(self, events: Iterable[CacheEvent]) -> None:
         """Notes promises: the next status includes the requests that they were made for."""
@@ -70,6 +74,7 @@ class LoadLedger:
     def reported(self, last_dispatch: int) -> None:
         """A status arrived that includes the dispatches up to `last_dispatch`, and the promises seen before it."""
         self._ended = Load()
+        self.changes += 1
         # A worker that was given up and is back goes on counting where it was.
         self._last = max(self._last, last_dispatch)
         for booking in [b for b in self._open.values() if b.number <= last_dispatch or b.promised]:
@@ -80,6 +85,7 @@ class LoadLedger:
         if self._open.pop(booking.number, None) is None:
             return False
         self._booked += booking.load.negated()
+        self.changes += 1
         self._on_close(booking)
         return True
 

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.load import Load
 from benchmarks.serve import fields, shape_of
-from benchmarks.workloads import DEFAULTS, WORKLOADS, Shape, make, read_trace
+from benchmarks.workloads import DEFAULTS, WORKLOADS, Shape, make
+from tandem.traces import read_trace
 
 LINE = {"timestamp": 10, "input_length": 700, "output_length": 5, "hash_ids": [0, 7]}
 

@@ -1,0 +1,131 @@
+"""The workers of a cluster as a router knows them: what they report, and the load sent to them since. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from router.cache.prefix_index import PrefixIndex
+from router.workers.load import Booking, LoadLedger
+from router.workers.snapshot import FleetSnapshot, Load, WorkerView
+from tandem.cluster import Incarnation, Role, Status, WorkerInfo, WorkerUpdate
+from tandem.kv import BlockHash
+
+
+class Member:
+    """One incarnation of a worker: what it is, what it said last, and what was sent to it since."""
+
+    def __init__(self, info: WorkerInfo, on_close: Callable[[Booking], None], now: float) -> None:
+        self.info = info
+        self.status = Status(info.incarnation, free_pages=info.total_pages, total_pages=info.total_pages)
+        self.ledger = LoadLedger(info.incarnation, on_close)
+        self.usable = False
+        """Whether its subscription stands: only then new requests go there."""
+        self.leaving = False
+        self.heard = now
+        """When its last update came."""
+        self._view: WorkerView | None = None
+        self._viewed: tuple[Status, int, bool] | None = None
+
+    @property
+    def incarnation(self) -> Incarnation:
+        """Which one."""
+        return self.info.incarnation
+
+    def view(self) -> WorkerView:
+        """What policies see of it; made anew only when something changed."""
+        seen = (self.status, self.ledger.changes, self.leaving)
+        if self._view is None or self._viewed is None or seen[0] is not self._viewed[0] or seen[1:] != self._viewed[1:]:
+            draining = self.leaving or self.status.draining
+            self._view, self._viewed = WorkerView(self.info, self.status, self.ledger.pending, draining), seen
+        return self._view
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Members(Generic[M]):
+    """All workers known, by incarnation: their load and, in the index, their caches.
+
+    router_id: whose dispatches count in what workers report.
+    """
+
+    def __init__(self, router_id: str, index: PrefixIndex) -> None:
+        self.router_id = router_id
+        self._index = index
+        self._workers: dict[Incarnation, M] = {}
+
+    def worker(self, incarnation: Incarnation) -> M | None:
+        """The worker, unless it is gone."""
+        return self._workers.get(incarnation)
+
+    def snapshot(self) -> FleetSnapshot:
+        """All usable workers as they are now."""
+        return FleetSnapshot(prefill=self._views(Role.PREFILL), decode=self._views(Role.DECODE))
+
+    def _views(self, role: Role) -> tuple[WorkerView, ...]:
+        return tuple(w.view() for w in self._workers.values() if w.info.role is role and w.usable)
+
+    def add(self, worker: M) -> None:
+        """Takes a worker in; it can be used once it has reported."""
+        self._workers[worker.incarnation] = worker
+
+    def observe(self, worker: M, update: WorkerUpdate) -> None:
+        """Applies events to the index, then the status: it includes what the events before it told."""
+        if update.snapshot:
+            self._index.snapshot(worker.incarnation, update.events)
+        else:
+            for event in update.events:
+                self._index.apply(worker.incarnation, event)
+        worker.ledger.observe(update.events)
+        if update.status is not None:
+            worker.status = update.status
+            worker.ledger.reported(update.status.dispatches.get(self.router_id, 0))
+        worker.usable = True
+
+    def lose_sight(self, worker: M) -> None:
+        """Nothing new goes there, and nothing is believed of its cache, until it reports again."""
+        worker.usable = False
+        self._index.drop(worker.incarnation)
+
+    def remove(self, worker: M) -> None:
+        """Forgets an incarnation."""
+        self.lose_sight(worker)
+        worker.ledger.close()
+        del self._workers[worker.incarnation]
+
+    # Load -----------------------------------------------------------------------------------------------------------
+
+    def book(self, incarnation: Incarnation, load: Load, hashes: Sequence[BlockHash]) -> Booking | None:
+        """Counts a request's load on a worker and predicts its blocks there; None if the worker is gone.
+
+        Ends by itself when the worker reports the request; `release` ends it earlier.
+        """
+        worker = self._workers.get(incarnation)
+        if worker is None:
+            return None
+        # A prefill worker hears of it from the decode worker: only its promise tells that it did.
+        last_block = hashes[-1] if hashes and worker.info.role is Role.PREFILL else None
+        return worker.ledger.book(
+            load, last_block, self._index.predictions.add(incarnation, hashes) if hashes else None
+        )
+
+    def release(self, booking: Booking | None) -> bool:
+        """Ends a booking; whether it had not ended yet."""
+        worker = None if booking is None else self._workers.get(booking.incarnation)
+        return booking is not None and worker is not None and worker.ledger.release(booking)
+
+    def ended(self, incarnation: Incarnation, load: Load) -> None:
+        """A request that the worker's status includes has ended; the next status will know."""
+        worker = self._workers.get(incarnation)
+        if worker is not None:
+            worker.ledger.ended(load)
+
+    def booking_closed(self, booking: Booking) -> None:
+        """For the ledgers: what was predicted with a booking ends with it."""
+        if booking.prediction is not None:
+            self._index.predictions.resolve(booking.prediction)
+
+    def bookings(self) -> int:
+        """Open bookings over all workers."""
+        return sum(len(worker.ledger) for worker in self._workers.values())
