@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from tandem.types import FinishReason, SamplingParams, TokenLogprob
+from tandem.types import FinishReason, SamplingParams, TokenIds, TokenLogprob
+
+ROOT = -1
+"""Stands for the last real token, where a draft's node is named."""
 
 
 class SeqState(Enum):
@@ -43,6 +47,12 @@ class TokenConstraint(Protocol):
 
     def force(self, limit: int) -> list[int]:
         """At most `limit` tokens of the text that must come next whatever the model says; they are accepted."""
+
+    def prune(self, draft: Draft) -> Draft:
+        """The draft without the nodes that this does not allow, and without what follows them."""
+
+    def fill_draft(self, draft: Draft, mask: Any, row: int) -> None:
+        """`fill` behind every node of a pruned draft, into the rows from `row` on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,19 +133,103 @@ class Seq:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may follow a sequence's own: a chain, or a tree of alternatives (Miao et al. 2024, arXiv:2305.09781).
+
+    A token of it is called a node, by its index. Parents come before their children, and two children of one node
+    differ. Raises ValueError otherwise.
+    """
+
+    tokens: TokenIds = ()
+    parents: tuple[int, ...] | None = None
+    """Of each node, the node before it, or `ROOT`. None: a chain, in which each token follows the one before it."""
+
+    def __post_init__(self) -> None:
+        parents = self.parents
+        if parents is None:
+            return
+        if len(parents) != len(self.tokens) or any(not ROOT <= parent < node for node, parent in enumerate(parents)):
+            raise ValueError(f"parents of {len(self.tokens)} drafted tokens must stand before them; got {parents}")
+        if len({*zip(parents, self.tokens, strict=True)}) != len(parents):
+            raise ValueError("two drafted tokens are the same after the same node")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def parent(self, node: int) -> int:
+        """The node before `node`, or `ROOT`."""
+        return node - 1 if self.parents is None else self.parents[node]
+
+    def child(self, node: int, token: int) -> int | None:
+        """The node after `node` (perhaps `ROOT`) whose token is `token`."""
+        return next((after for after in self.children(node) if self.tokens[after] == token), None)
+
+    def children(self, node: int) -> list[int]:
+        """The nodes after `node`, perhaps `ROOT`."""
+        if self.parents is None:
+            return [node + 1] if node + 1 < len(self.tokens) else []
+        return [after for after, parent in enumerate(self.parents) if parent == node]
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """The nodes from the root's child to `node`, both included; none for `ROOT`."""
+        if self.parents is None:
+            return tuple(range(node + 1))
+        found = []
+        while node != ROOT:
+            found.append(node)
+            node = self.parents[node]
+        return tuple(reversed(found))
+
+    def ahead(self, node: int) -> TokenIds:
+        """The tokens on the path to `node`."""
+        if self.parents is None:
+            return self.tokens[: node + 1]
+        return tuple(self.tokens[each] for each in self.path(node))
+
+    def depths(self) -> list[int]:
+        """Of each node, how many tokens behind the last real one it stands: 1 for a child of the root."""
+        if self.parents is None:
+            return list(range(1, len(self.tokens) + 1))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    def keep(self, nodes: Sequence[int]) -> Draft:
+        """The draft without all other nodes. nodes: in order, each with its parent."""
+        if self.parents is None:
+            return Draft(self.tokens[: len(nodes)])
+        places = {ROOT: ROOT, **{node: place for place, node in enumerate(nodes)}}
+        return Draft(tuple(self.tokens[n] for n in nodes), tuple(places[self.parents[n]] for n in nodes))
+
+
+NO_DRAFT = Draft()
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's share of a step: positions `[start, start + count)` are computed."""
+    """One sequence's share of a step: positions `[start, start + count)` are computed.
+
+    The last `len(draft)` of them are the draft's. A node's KV lies in the slot of its index, behind the sequence's own
+    tokens; its position, which rotations see, is that of its depth.
+    """
 
     seq: Seq
     start: int
     count: int
     samples: bool
-    """Whether the last position's logits yield a token."""
+    """Whether the logits behind the last own token, and those behind every drafted one, yield tokens."""
+    draft: Draft = NO_DRAFT
+
+    @property
+    def own(self) -> int:
+        """Tokens of the sequence itself among those that are computed."""
+        return self.count - len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work: rows of decoding sequences (count 1) first, then prefill chunks."""
+    """One step's work: rows of one token first, then those with drafts, then prefill chunks."""
 
     rows: tuple[Row, ...]
 
@@ -145,12 +239,18 @@ class Batch:
         return sum(row.count for row in self.rows)
 
 
+Picked = tuple[int | None, TokenLogprob | None]
+"""A token and its log-probability where that was asked for; no token where the model gave no numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What the runner returns for one row: the sampled token, and log-probabilities where asked."""
 
     token: int | None
-    """None when the row does not sample, or when its logits were not finite."""
+    """Behind the last own token. None when the row does not sample, or when its logits were not finite."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For prompt positions `start + 1 .. start + count` (those that exist), when the request asked for them."""
+    nodes: tuple[Picked, ...] = ()
+    """Behind each node of the row's draft: what would be sampled there if the draft's tokens up to it were real."""

@@ -8,6 +8,7 @@ import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
+from tandem.engine.sequence import ROOT, Draft
 from tandem.types import TokenIds
 
 Bitmask = NDArray[np.int32]
@@ -78,6 +79,37 @@ class GrammarConstraint:
             taken.append(token)
             rest = rest[len(spelled) :]
         return taken
+
+    def prune(self, draft: Draft) -> Draft:
+        """See `TokenConstraint`. Nor does a draft reach beyond the end of the text, or the token that ends thinking."""
+        kept: list[int] = []
+        if self.active:
+            self._walk(draft, ROOT, kept.append)
+        else:
+            for node, token in enumerate(draft.tokens):
+                if token != self._after[-1] and (draft.parent(node) == ROOT or draft.parent(node) in kept):
+                    kept.append(node)
+        return draft if len(kept) == len(draft) else draft.keep(sorted(kept))
+
+    def fill_draft(self, draft: Draft, mask: Bitmask, row: int) -> None:
+        """See `TokenConstraint`. Behind the end of a text nothing is hidden: what is sampled there is never taken."""
+
+        def fill(node: int) -> None:
+            if self.finished or not self._matcher.fill_next_token_bitmask(mask, row + node):
+                mask[row + node] = -1
+
+        self._walk(draft, ROOT, fill)
+
+    def _walk(self, draft: Draft, node: int, visit: Callable[[int], None]) -> None:
+        """Calls `visit` with every node behind `node` that is allowed, the matcher being where the node leads."""
+        if self.finished:
+            return
+        for after in draft.children(node):
+            if not self._matcher.accept_token(draft.tokens[after]):
+                continue
+            visit(after)
+            self._walk(draft, after, visit)
+            self._matcher.rollback(1)
 
     def _forced_text(self) -> str:
         """What the grammar leaves no choice about, up to where it ends within a character; none from within one on."""
