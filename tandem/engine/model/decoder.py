@@ -24,6 +24,7 @@ from tandem.engine.model.layers import (
 )
 from tandem.engine.model.qk_norm import make_qk_norm
 from tandem.engine.model.rope import Angles, RotaryEmbedding, turn
+from tandem.engine.model.taps import HiddenTaps
 from tandem.kv import KvLayout, LayerGroup, Plane
 
 
@@ -143,7 +144,12 @@ class Decoder:
         self.layout = KvLayout(planes, layer_groups(config.layers))
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        plan: AttentionPlan,
+        keep: torch.Tensor | None = None,
+        taps: HiddenTaps | None = None,
     ) -> torch.Tensor:
         """See `CausalLM.forward`."""
         x = self.embedding(tokens)
@@ -151,9 +157,15 @@ class Decoder:
             x = x * self.config.embedding_scale
         angles = [rope.angles(positions, x.dtype) for rope in self.ropes]
         *blocks, last = self.blocks
-        for block in blocks:
+        for layer, block in enumerate(blocks):
             x = block(x, angles, plan)
-        return last(x, angles, plan, keep)
+            if taps is not None:
+                taps.take(layer, x)
+        if taps is None or len(blocks) not in taps.layers:
+            return last(x, angles, plan, keep)
+        x = last(x, angles, plan)
+        taps.take(len(blocks), x)
+        return _kept(x, keep)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `CausalLM.logits`."""

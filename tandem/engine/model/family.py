@@ -13,6 +13,7 @@ from tandem.engine.model.config import ModelConfig
 from tandem.engine.model.decoder import Decoder
 from tandem.engine.model.fields import Fields
 from tandem.engine.model.layers import Place, Tensors
+from tandem.engine.model.taps import HiddenTaps
 from tandem.kv import KvLayout
 
 
@@ -22,11 +23,17 @@ class CausalLM(Protocol):
     layout: KvLayout
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        plan: AttentionPlan,
+        keep: torch.Tensor | None = None,
+        taps: HiddenTaps | None = None,
     ) -> torch.Tensor:
         """`[tokens]`, `[tokens]` (int64) -> `[kept tokens, hidden]` before the last norm; KV of all goes to the pool.
 
         keep: indices of the tokens whose result is wanted, which spares the last layer the others; None: all.
+        taps: takes the hidden states of all tokens after some layers.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
