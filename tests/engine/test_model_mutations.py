@@ -16,6 +16,7 @@ import torch
 from tandem.engine.attention.base import AttentionPlan
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.model.family import CausalLM
+from tandem.engine.model.taps import HiddenTaps
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Seq
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
@@ -38,9 +39,14 @@ class Shifted:
         self._model = model
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, keep: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        plan: AttentionPlan,
+        keep: torch.Tensor | None = None,
+        taps: HiddenTaps | None = None,
     ) -> torch.Tensor:
-        return self._model.forward(tokens, positions + 1, plan, keep)
+        return self._model.forward(tokens, positions + 1, plan, keep, taps)
 
 
 def wrong_offset(loop: RunnerLoop, seqs: list[Seq]) -> None:
