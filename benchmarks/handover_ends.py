@@ -69,9 +69,13 @@ class Case:
 class NoForward:
     """A `RunnerLike` that leaves the KV as it is."""
 
-    def run(self, batch: Batch) -> list[Sampled]:
+    def launch(self, batch: Batch) -> Batch:
+        """Nothing is computed."""
+        return batch
+
+    def collect(self, flight: Batch) -> list[Sampled]:
         """Nothing is sampled."""
-        return [Sampled(None) for _ in batch.rows]
+        return [Sampled(None) for _ in flight.rows]
 
 
 def make_engine(case: Case, cached: bool) -> tuple[Engine, KvPool]:

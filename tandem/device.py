@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -72,6 +72,33 @@ def set_compute_threads(threads: int) -> int:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the calling thread's current one while the context lasts; libraries launch their kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for what the device was told before.
+
+    A GPU copies from pinned memory, which torch keeps until that is done: `values` may be changed at once.
+    """
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Tensors on their way from a device to the host: copied behind what the device was told before."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors: Sequence[torch.Tensor] = tensors
+        self._done: torch.cuda.Event | None = None
+        if tensors and tensors[0].device.type == "cuda":
+            pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+            self._tensors = [to.copy_(each, non_blocking=True) for to, each in zip(pinned, tensors, strict=True)]
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> Sequence[torch.Tensor]:
+        """The tensors on the host. The one place where a step waits for the device."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensors
 
 
 class CudaCapture:

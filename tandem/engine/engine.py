@@ -100,7 +100,7 @@ class Engine:
         plan = self.scheduler.schedule(started, self._timing.fit() if self.config.inter_token_ms else None)
         batch = plan.batch
         scheduled = self._clock()
-        sampled = self._runner.run(batch) if batch.rows else []
+        sampled = self._runner.collect(self._runner.launch(batch)) if batch.rows else []
         computed = self._clock()
         outputs, progress = self._commit(plan, sampled)
         ended = self._clock()

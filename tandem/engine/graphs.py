@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from tandem.device import upload
 from tandem.engine.attention.base import AttentionPlan, IntArray
 from tandem.engine.attention.triton_fixed import DoesNotFit, FixedDecodePlan
 from tandem.engine.attention.triton_paged import TritonPagedAttention, TritonPagedPlan
@@ -76,10 +77,10 @@ class GraphReplay:
         for rows in reversed(self.sizes):
             self._graph(rows, self._plan.load(None, rows))
 
-    def logits(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        None when the step has to be computed in the usual way.
+        tokens: `[rows]`, on the device. None when the step has to be computed in the usual way.
         """
         count = len(tokens)
         if not self._working or count > self.sizes[-1] or not isinstance(plan, TritonPagedPlan):
@@ -92,8 +93,8 @@ class GraphReplay:
         if graph is None:
             return None
         # What is behind the batch's own rows stays from earlier steps: real tokens, and nobody looks at what they give.
-        self._tokens[:count].copy_(torch.tensor(tokens))
-        self._positions[:count].copy_(torch.from_numpy(positions))
+        self._tokens[:count].copy_(tokens)
+        self._positions[:count].copy_(upload(torch.from_numpy(positions), tokens.device))
         graph.launch()
         return graph.logits[:count]
 

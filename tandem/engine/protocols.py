@@ -44,7 +44,13 @@ class PoolLike(Protocol):
 
 
 class RunnerLike(Protocol):
-    """Forward and sampling of one batch."""
+    """Forward and sampling of batches."""
 
-    def run(self, batch: Batch) -> list[Sampled]:
-        """Writes the KV of every computed position and returns one entry for each row, in order."""
+    def launch(self, batch: Batch) -> Any:
+        """Tells the device to write the KV of every computed position and to sample; waits for nothing.
+
+        Returns the step in flight. What a device is told to do happens in that order.
+        """
+
+    def collect(self, flight: Any) -> list[Sampled]:
+        """Waits for a step in flight; one entry for each row of its batch, in order."""

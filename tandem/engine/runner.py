@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from tandem.device import upload
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan, IntArray
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.grammar.masks import MaskFiller
 from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
-from tandem.engine.sampler import sample, top_logprobs
+from tandem.engine.sampler import Drawn, Scores, sample
 from tandem.engine.sequence import Batch, Row, Sampled
-from tandem.types import TokenLogprob
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
@@ -39,6 +40,19 @@ def _wanted(batch: Batch) -> _Wanted:
         tokens += range(end - row.count, end) if scored else range(end - 1, end) if row.samples else ()
         firsts.append(len(tokens))
     return _Wanted(tokens, firsts)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step that the device was told to do; what it gives is looked at by `Runner.collect` alone."""
+
+    batch: Batch
+    sampling: list[int]
+    """Indices of the rows that sample."""
+    drawn: Drawn | None
+    """Their tokens; None where no row samples."""
+    prompts: dict[int, list[Scores]]
+    """By index, of rows that score their prompt."""
 
 
 class Runner:
@@ -68,14 +82,21 @@ class Runner:
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         return self.model.logits(self.model.forward(tokens, positions, plan))
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
-        """Computes every position of every row, writes its KV, samples where asked; one result per row."""
+        """Launches one step and waits for it."""
+        return self.collect(self.launch(batch))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> InFlight:
+        """Tells the device to compute every position of every row, to write its KV, and to sample where asked.
+
+        Nothing is waited for but the masks of grammars, which this processor fills.
+        """
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
-        masks = self._masks.start([batch.rows[index].seq for index in sampling])
+        seqs = [batch.rows[index].seq for index in sampling]
+        masks = self._masks.start(seqs)
         inputs = self._inputs(batch)
-        results = [Sampled(None)] * len(batch.rows)
-        hidden, logits = None, self._replayed(batch, *inputs)
+        hidden, logits, drawn = None, self._replayed(batch, *inputs), None
         wanted = _wanted(batch)
         if logits is None:
             hidden = self._hidden(*inputs, wanted)
@@ -83,20 +104,29 @@ class Runner:
             logits = self._logits_of(hidden, np.array(lasts)) if sampling else None
         if logits is not None:
             allowed = masks.result() if masks is not None else None
-            picked = sample(logits[:, : self.vocab_size], [batch.rows[index].seq for index in sampling], allowed)
-            for index, (token, logprob) in zip(sampling, picked, strict=True):
-                results[index] = Sampled(token, logprob)
+            drawn = sample(logits[:, : self.vocab_size], seqs, allowed)
+        prompts = {}
         for index, row in enumerate(batch.rows):
             if hidden is not None and row.seq.sampling.prompt_logprobs is not None:
-                found = self._prompt_logprobs(row, hidden[wanted.firsts[index] : wanted.firsts[index + 1]])
-                results[index] = Sampled(results[index].token, results[index].logprob, found)
+                prompts[index] = self._prompt_scores(row, hidden[wanted.firsts[index] : wanted.firsts[index + 1]])
+        return InFlight(batch, sampling, drawn, prompts)
+
+    def collect(self, flight: InFlight) -> list[Sampled]:
+        """Waits for a step; one result per row."""
+        results = [Sampled(None)] * len(flight.batch.rows)
+        if flight.drawn is not None:
+            for index, (token, logprob) in zip(flight.sampling, flight.drawn.read(), strict=True):
+                results[index] = Sampled(token, logprob)
+        for index, parts in flight.prompts.items():
+            found = tuple(score for part in parts for score in part.read())
+            results[index] = Sampled(results[index].token, results[index].logprob, found)
         return results
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The forward pass alone: `[tokens, hidden]` of all rows, one after another."""
         return self._hidden(*self._inputs(batch))
 
-    def _inputs(self, batch: Batch) -> tuple[list[int], IntArray, AttentionPlan]:
+    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, IntArray, AttentionPlan]:
         """Tokens, their positions, and where their KV is."""
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -110,22 +140,21 @@ class Runner:
         before = np.cumsum(counts) - counts
         positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
         plan = self.attention.plan(AttentionBatch(starts, counts, pages))
-        return tokens, positions, plan
+        return upload(torch.from_numpy(np.array(tokens, dtype=np.int64)), self.device), positions, plan
 
     def _hidden(
-        self, tokens: list[int], positions: IntArray, plan: AttentionPlan, wanted: _Wanted | None = None
+        self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan, wanted: _Wanted | None = None
     ) -> torch.Tensor:
-        ids = torch.tensor(tokens, device=self.device)
         keep = None
         if wanted is not None and len(wanted.tokens) < len(tokens):
-            keep = torch.tensor(wanted.tokens, dtype=torch.int64, device=self.device)
-        return self.model.forward(ids, torch.from_numpy(positions).to(self.device), plan, keep)
+            keep = upload(torch.tensor(wanted.tokens, dtype=torch.int64), self.device)
+        return self.model.forward(tokens, upload(torch.from_numpy(positions), self.device), plan, keep)
 
     def _logits_of(self, hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
-        return self.model.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))
+        return self.model.logits(hidden.index_select(0, upload(torch.from_numpy(rows), self.device)))
 
     def _replayed(
-        self, batch: Batch, tokens: list[int], positions: IntArray, plan: AttentionPlan
+        self, batch: Batch, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan
     ) -> torch.Tensor | None:
         """The logits of a step that can be replayed: each row has one new token, and a token is sampled from each."""
         rows = batch.rows
@@ -135,13 +164,13 @@ class Runner:
             return None
         return self._replay.logits(tokens, positions, plan)
 
-    def _prompt_logprobs(self, row: Row, hidden: torch.Tensor) -> tuple[TokenLogprob, ...]:
+    def _prompt_scores(self, row: Row, hidden: torch.Tensor) -> list[Scores]:
         """Of prompt tokens `start + 1 .. start + count`: the logits at a position are those of the token behind it."""
         seq, alternatives = row.seq, row.seq.sampling.prompt_logprobs or 0
         targets = seq.tokens[row.start + 1 : min(row.start + row.count + 1, seq.prompt_len)]
-        found: list[TokenLogprob] = []
+        found: list[Scores] = []
         for first in range(0, len(targets), LOGIT_ROWS):
             part = targets[first : first + LOGIT_ROWS]
             logits = self.model.logits(hidden[first : first + len(part)])[:, : self.vocab_size]
-            found += top_logprobs(logits, torch.tensor(part, device=self.device), [alternatives] * len(part))
-        return tuple(found)
+            found.append(Scores(logits, upload(torch.tensor(part), self.device), [alternatives] * len(part)))
+        return found

@@ -1,4 +1,4 @@
-"""From logits to tokens, for a whole batch at once.
+"""From logits to tokens, for a whole batch at once, without a look at what lies on the device.
 
 Order: repetition, frequency and presence penalties, bias, the mask of `min_tokens` or that of a grammar; then, unless
 greedy, temperature, top-k, top-p (of what top-k left) and min-p; then one Philox uniform through the inverse of the
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tandem.device import HostCopy, upload
 from tandem.engine.grammar.masks import Allowed
 from tandem.engine.philox import uniform, uniforms
 from tandem.engine.sequence import Seq
@@ -40,55 +41,94 @@ class Filters(NamedTuple):
     top_p: torch.Tensor
     """float64"""
     min_p: torch.Tensor
+    best: int
+    """So many of a row's likeliest tokens are looked at first; 0: of no row."""
+    nucleus: bool
+    """Whether these may be too few: some row is cut by top-p alone."""
+    floored: bool
+    """Whether some row is cut by min-p."""
 
 
 Picked = tuple[int | None, TokenLogprob | None]
 """A token and its log-probability where that was asked for; no token where the model gave no numbers."""
 
 
-def sample(logits: torch.Tensor, seqs: Sequence[Seq], allowed: Allowed | None = None) -> list[Picked]:
+class Scores:
+    """Log-probabilities on their way to the host: of each row's token and of its likeliest alternatives."""
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+        """logits: `[rows, vocabulary]`. tokens: `[rows]`. counts: alternatives of each row."""
+        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        own = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0]
+        best = logits.topk(min(max(counts), logits.shape[1]), dim=-1)
+        self._counts = counts
+        self._copy = HostCopy(tokens, own, best.indices, best.values - normaliser)
+
+    def read(self) -> list[TokenLogprob]:
+        """Each row's token with its log-probability and alternatives, best first. Waits for the device."""
+        tokens, own, ids, values = (part.tolist() for part in self._copy.wait())
+        return [
+            TokenLogprob(token, own[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
+            for row, (token, count) in enumerate(zip(tokens, self._counts, strict=True))
+        ]
+
+
+class Drawn:
+    """The tokens of one batch, on the device and on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor, largest: torch.Tensor, scores: Scores | None, scored: list[int]) -> None:
+        """largest: each row's largest logit. scored: the rows that `scores` are of."""
+        self.tokens = tokens
+        """`[rows]`, int64, on the device. Some token of the vocabulary even where a row yields none."""
+        self._copy = HostCopy(tokens, largest)
+        self._scores = scores
+        self._scored = scored
+
+    def read(self) -> list[Picked]:
+        """One entry for each row. Waits for the device."""
+        tokens, largest = (part.tolist() for part in self._copy.wait())
+        picked: list[Picked] = [(token, None) for token in tokens]
+        if self._scores is not None:
+            for row, score in zip(self._scored, self._scores.read(), strict=True):
+                picked[row] = (tokens[row], score)
+        for row, value in enumerate(largest):
+            if not math.isfinite(value):
+                picked[row] = (None, None)
+        return picked
+
+
+def sample(
+    logits: torch.Tensor, seqs: Sequence[Seq], allowed: Allowed | None = None, places: Sequence[int] | None = None
+) -> Drawn:
     """The next token of each sequence.
 
     allowed: what grammars leave of some rows. A row of which nothing is left yields no token either.
     logits: `[len(seqs), vocabulary]`, float32; not changed. A row that holds a NaN or an infinity yields no token: that
     sequence cannot go on, and the others must not notice.
+    places: where each token will stand in its sequence's output; by default behind what that has now.
     """
+    if places is None:
+        places = [seq.output_len for seq in seqs]
     adjusted = logits
-    if allowed is not None or any(_adjusts(seq) for seq in seqs):
+    if allowed is not None or any(_adjusts(*each) for each in zip(seqs, places, strict=True)):
         adjusted = logits.clone()
         _penalise(adjusted, seqs)
-        _bias(adjusted, seqs)
+        _bias(adjusted, seqs, places)
         if allowed is not None:
             allowed.apply(adjusted)
     # A NaN is larger than any number here, so the largest logit tells for its whole row.
     largest, tokens = adjusted.max(dim=-1)
-    lost = [row for row, value in enumerate(largest.tolist()) if not math.isfinite(value)]
-    if lost:
-        broken = ~largest.isfinite()[:, None]
-        adjusted, logits = adjusted.masked_fill(broken, 0.0), logits.masked_fill(broken, 0.0)
     drawing = [row for row, seq in enumerate(seqs) if not seq.sampling.greedy]
     if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        chosen = [seqs[row] for row in drawing]
-        part = adjusted if len(drawing) == len(seqs) else adjusted[rows]
-        tokens[rows] = draw(part, _filters(chosen, logits), _noise(chosen).to(logits.device))
-    picked: list[Picked] = list(zip(tokens.tolist(), _output_logprobs(logits, tokens, seqs), strict=True))
-    for row in lost:
-        picked[row] = (None, None)
-    return picked
-
-
-def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """Each row's token with its log-probability and the row's `counts[row]` likeliest alternatives, best first."""
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    own: list[float] = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0].tolist()
-    most = min(max(counts), logits.shape[1])
-    best = logits.topk(most, dim=-1)
-    values, ids = (best.values - normaliser).tolist(), best.indices.tolist()
-    return [
-        TokenLogprob(token, own[row], tuple(zip(ids[row][: counts[row]], values[row][: counts[row]], strict=True)))
-        for row, token in enumerate(tokens.tolist())
-    ]
+        chosen, noise = [seqs[row] for row in drawing], _noise([(seqs[row], places[row]) for row in drawing])
+        filters, noise = _filters(chosen, logits), upload(noise, logits.device)
+        if len(drawing) == len(seqs):
+            tokens = draw(adjusted, filters, noise)
+        else:
+            rows = _on(logits.device, drawing)
+            tokens[rows] = draw(adjusted[rows], filters, noise)
+    scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+    return Drawn(tokens, largest, _scores(logits, tokens, seqs, scored), scored)
 
 
 def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.Tensor:
@@ -102,7 +142,8 @@ def draw(logits: torch.Tensor, filters: Filters, noise: torch.Tensor) -> torch.T
     cumulative = weights.double().cumsum_(dim=-1)
     # Noise of at most 1 - 2^-53 keeps the product below the total. `right` passes over tokens of no weight.
     target = noise * cumulative[:, -1]
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return drawn.clamp_(max=logits.shape[1] - 1)  # behind all tokens where a row's logits are no numbers
 
 
 def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
@@ -110,20 +151,15 @@ def _floor(scaled: torch.Tensor, filters: Filters) -> torch.Tensor | None:
 
     scaled: each row's largest is 0.
     """
-    vocab = scaled.shape[1]
-    by_k = filters.top_k < vocab
-    by_p_alone = (filters.top_p < 1.0) & ~by_k
-    sizes = torch.where(by_k, filters.top_k, by_p_alone * TOP_CANDIDATES)
-    size = min(vocab, int(sizes.max()))
-    floor = None
+    vocab, size, floor = scaled.shape[1], filters.best, None
     if size:
         floor, settled = _floor_of_best(scaled.topk(size, dim=-1).values, scaled, filters)
-        while not bool(settled.all()):
+        while filters.nucleus and size < vocab and not bool(settled.all()):
             size = min(vocab, size * WIDENING)
             rows = torch.nonzero(~settled)[:, 0]
-            part, kept = scaled[rows], Filters(*(values[rows] for values in filters))
+            part, kept = scaled[rows], filters._replace(top_k=filters.top_k[rows], top_p=filters.top_p[rows])
             floor[rows], settled[rows] = _floor_of_best(part.topk(size, dim=-1).values, part, kept)
-    if bool((filters.min_p > 0.0).any()):
+    if filters.floored:
         least = filters.min_p.log()
         floor = least if floor is None else torch.maximum(floor, least)
     return floor
@@ -148,17 +184,28 @@ def _floor_of_best(best: torch.Tensor, scaled: torch.Tensor, filters: Filters) -
 def _filters(seqs: Sequence[Seq], logits: torch.Tensor) -> Filters:
     vocab, device = logits.shape[1], logits.device
     params = [seq.sampling for seq in seqs]
+    top_k = [min(p.top_k or vocab, vocab) for p in params]
+    nucleus = any(p.top_p < 1.0 and k == vocab for p, k in zip(params, top_k, strict=True))
+    # To see whether a nucleus is wider than the first candidates would be to wait for a GPU, which sorts them all.
+    candidates = (TOP_CANDIDATES if device.type == "cpu" else vocab) if nucleus else 0
     return Filters(
-        temperature=torch.tensor([max(p.temperature, TINIEST) for p in params], device=device),
-        top_k=torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-        min_p=torch.tensor([p.min_p for p in params], device=device),
+        temperature=_on(device, [max(p.temperature, TINIEST) for p in params]),
+        top_k=_on(device, top_k),
+        top_p=_on(device, [p.top_p for p in params], torch.float64),
+        min_p=_on(device, [p.min_p for p in params]),
+        best=min(vocab, max(candidates, *(k for k in top_k if k < vocab), 0)),
+        nucleus=nucleus,
+        floored=any(p.min_p > 0.0 for p in params),
     )
 
 
-def _noise(seqs: Sequence[Seq]) -> torch.Tensor:
-    """One uniform per sequence, keyed by its seed, the index of the output token, and its choice."""
-    draws = [(seq.sampling.seed, seq.output_len, seq.choice) for seq in seqs]
+def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
+    return upload(torch.tensor(values, dtype=dtype), device)
+
+
+def _noise(seqs: Sequence[tuple[Seq, int]]) -> torch.Tensor:
+    """One uniform per sequence, keyed by its seed, the token's place in the output, and its choice."""
+    draws = [(seq.sampling.seed, place, seq.choice) for seq, place in seqs]
     if len(draws) <= FEW_DRAWS:
         return torch.tensor([uniform(*each) for each in draws], dtype=torch.float64)
     words = np.array(draws, dtype=np.uint64)
@@ -169,9 +216,9 @@ def _penalised(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
-def _adjusts(seq: Seq) -> bool:
+def _adjusts(seq: Seq, place: int) -> bool:
     params = seq.sampling
-    return bool(params.logit_bias) or _penalised(params) or seq.output_len < params.min_tokens
+    return bool(params.logit_bias) or _penalised(params) or place < params.min_tokens
 
 
 def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
@@ -190,7 +237,7 @@ def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
         logits[row, ids] -= torch.from_numpy(counts * params.frequency_penalty + params.presence_penalty).to(logits)
 
 
-def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
+def _bias(logits: torch.Tensor, seqs: Sequence[Seq], places: Sequence[int]) -> None:
     """Adds the biases, then hides the ids that would end a sequence before its `min_tokens`; in place.
 
     Ids outside the vocabulary can never be sampled, so that there is nothing to do for them.
@@ -201,24 +248,24 @@ def _bias(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
     ]
     if biases:
         rows, tokens, values = zip(*biases, strict=True)
-        where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
-        logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
-    early = [row for row, seq in enumerate(seqs) if seq.output_len < seq.sampling.min_tokens and not _bound(seq)]
+        where = (_on(logits.device, rows), _on(logits.device, tokens))
+        logits.index_put_(where, _on(logits.device, values, logits.dtype), accumulate=True)
+    early = [row for row, seq in enumerate(seqs) if places[row] < seq.sampling.min_tokens and not _bound(seq)]
     ends = [(row, token) for row in early for token in seqs[row].eos_ids if token in vocab]
     if ends:
         rows, tokens = zip(*ends, strict=True)
-        logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = -torch.inf
+        least = logits.new_full((len(ends),), -torch.inf)
+        logits.index_put_((_on(logits.device, rows), _on(logits.device, tokens)), least)
 
 
 def _bound(seq: Seq) -> bool:
     return seq.constraint is not None and seq.constraint.active
 
 
-def _output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq]) -> list[TokenLogprob | None]:
-    asked = {row: seq.sampling.logprobs for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
-    found: list[TokenLogprob | None] = [None] * len(seqs)
-    if asked:
-        rows = torch.tensor(list(asked), device=logits.device)
-        for row, logprob in zip(asked, top_logprobs(logits[rows], tokens[rows], list(asked.values())), strict=True):
-            found[row] = logprob
-    return found
+def _scores(logits: torch.Tensor, tokens: torch.Tensor, seqs: Sequence[Seq], asked: list[int]) -> Scores | None:
+    if not asked:
+        return None
+    if len(asked) < len(seqs):
+        rows = _on(logits.device, asked)
+        logits, tokens = logits[rows], tokens[rows]
+    return Scores(logits, tokens, [seqs[row].sampling.logprobs or 0 for row in asked])

@@ -94,10 +94,14 @@ class FakeRunner:
         self.batches: list[tuple[tuple[str, int, int], ...]] = []
         """(seq_id, start, count) of every row of every batch."""
 
-    def run(self, batch: Batch) -> list[Sampled]:
-        """One entry for each row, in order."""
+    def launch(self, batch: Batch) -> list[Sampled]:
+        """Computes the batch at once."""
         self.batches.append(tuple((row.seq.seq_id, row.start, row.count) for row in batch.rows))
         return [self._row(row.seq, row.start, row.start + row.count, row.samples) for row in batch.rows]
+
+    def collect(self, flight: list[Sampled]) -> list[Sampled]:
+        """One entry for each row, in order."""
+        return flight
 
     def _row(self, seq: Seq, start: int, end: int, samples: bool) -> Sampled:
         seen = [self._compute(seq, group, start, end) for group in range(len(self._pool.slots))]

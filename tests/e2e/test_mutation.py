@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.sequence import Batch, Sampled
+from tandem.engine.sequence import Batch
 from tandem.kv import Span
 from tandem.testing.checkpoints import CheckpointSpec, make_model
 from tandem.testing.pair import Pair, pair
@@ -46,19 +46,19 @@ async def foreign_page(workers: Pair, patch: Patch) -> None:
     await workers.generate(DONOR, GREEDY, salt="donor")
     engine = workers.decode.engine
     root, node = next((root, node) for root, node in engine.memory.cache.nodes() if node.num_tokens)
-    donor, run = node.pages[0][0], engine._runner.run
+    donor, launch = node.pages[0][0], engine._runner.launch
     assert engine.memory.cache.match(root, node.key, PAGE).tokens == PAGE
 
-    def mistaken(batch: Batch) -> list[Sampled]:
+    def mistaken(batch: Batch) -> Any:
         own = [row.seq.pages[0][0] for row in batch.rows]
         for row in batch.rows:
             row.seq.pages[0][0] = donor
-        results = run(batch)
+        flight = launch(batch)
         for row, page in zip(batch.rows, own, strict=True):
             row.seq.pages[0][0] = page
-        return results
+        return flight
 
-    patch.setattr(engine._runner, "run", mistaken)
+    patch.setattr(engine._runner, "launch", mistaken)
 
 
 async def swapped_head(workers: Pair, patch: Patch) -> None:

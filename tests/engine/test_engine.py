@@ -258,8 +258,11 @@ def test_ids_are_unique_and_prompts_not_empty() -> None:
 
 
 class FailingRunner:
-    def run(self, batch: Batch) -> list[Sampled]:
+    def launch(self, batch: Batch) -> None:
         raise RuntimeError("device lost")
+
+    def collect(self, flight: None) -> list[Sampled]:
+        raise AssertionError("nothing was launched")
 
 
 def test_a_failed_forward_advances_nothing() -> None:

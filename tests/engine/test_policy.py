@@ -172,6 +172,6 @@ def test_a_grammar_that_fails_ends_its_own_sequence_alone() -> None:
 
     masks = MaskFiller(64).start([bound, free])
     assert masks is not None
-    picked = sample(torch.zeros(2, 64), [bound, free], masks.result())
+    picked = sample(torch.zeros(2, 64), [bound, free], masks.result()).read()
     assert picked[0][0] is None and picked[1][0] is not None
     assert bound.constraint is not None and bound.constraint.stuck

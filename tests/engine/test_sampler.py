@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tandem.engine import sampler
 from tandem.engine.philox import uniforms
-from tandem.engine.sampler import Filters, draw, sample
+from tandem.engine.sampler import Filters, Picked, draw
 from tandem.engine.sequence import Seq
 from tandem.types import SamplingParams
 
@@ -25,6 +25,10 @@ EOS = frozenset({2, 7})
 
 def seq_of(params: SamplingParams, prompt: list[int], output: list[int], choice: int = 0) -> Seq:
     return Seq("s", prompt + output, len(prompt), params, b"", EOS, choice=choice)
+
+
+def sample(logits: torch.Tensor, seqs: list[Seq]) -> list[Picked]:
+    return sampler.sample(logits, seqs).read()
 
 
 def naive_weights(logits: list[float], seq: Seq) -> list[float]:
@@ -126,7 +130,9 @@ def test_positions_and_choices_draw_as_distributed(params: SamplingParams, kept:
 def test_the_ends_of_the_noise_fall_on_tokens_that_are_kept(noise: float, expected: int) -> None:
     logits = torch.tensor([[-9.0, 1.0, -9.0, -9.0, 1.0, -9.0]]) * torch.linspace(0.9, 1.1, 500)[:, None]
     rows = len(logits)
-    keep_two = Filters(torch.ones(rows), torch.full((rows,), 2), torch.ones(rows).double(), torch.zeros(rows))
+    keep_two = Filters(
+        torch.ones(rows), torch.full((rows,), 2), torch.ones(rows).double(), torch.zeros(rows), 2, False, False
+    )
     drawn = draw(logits, keep_two, torch.full((rows,), noise, dtype=torch.float64))
     assert set(drawn.tolist()) == {expected}
 

@@ -81,13 +81,13 @@ def test_a_chunk_of_one_token_is_among_the_first_rows() -> None:
 
 def test_chunks_shrink_to_keep_the_time_between_tokens() -> None:
     bench = Bench(pages=400, max_batch_tokens=200, max_running=8, inter_token_ms=60.0)
-    run = bench.runner.run
+    launch = bench.runner.launch
 
     def timed(batch: Batch) -> list[Sampled]:
         bench.clock.now += 0.010 + 0.001 * batch.num_tokens
-        return run(batch)
+        return launch(batch)
 
-    bench.runner.run = timed  # type: ignore[method-assign]
+    bench.runner.launch = timed  # type: ignore[method-assign]
     talker = bench.add("talker", [1, 2, 3], max_tokens=60)
     for length in range(10, 30):
         bench.add(f"p{length}", list(range(100, 100 + length)), max_tokens=1)

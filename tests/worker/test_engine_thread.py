@@ -74,7 +74,7 @@ async def test_a_step_that_raises_ends_the_thread_and_whoever_waits(rig_maker: R
             go_on.wait()
             raise MemoryError("no room")
 
-        rig.runner.run = run
+        rig.runner.launch = run
         rig.thread.post(rig.engine.add, make_seq("a", range(10)))
         while not stepping.is_set():
             await asyncio.sleep(0.001)

@@ -66,7 +66,7 @@ async def test_an_engine_that_fails_ends_the_process_with_an_error(small_model: 
         def fail(batch: Any) -> Any:
             raise MemoryError("no room")
 
-        workers.decode.engine._runner.run = fail  # type: ignore[method-assign]
+        workers.decode.engine._runner.launch = fail  # type: ignore[method-assign]
         await workers.decode.stopping.wait()
         assert workers.decode.failed
         await workers.decode.services.finish()
@@ -81,7 +81,7 @@ async def test_a_prefill_worker_whose_engine_fails_is_made_up_for(small_model: P
         def fail(batch: Any) -> Any:
             raise MemoryError("no room")
 
-        workers.prefill[0].engine._runner.run = fail  # type: ignore[method-assign]
+        workers.prefill[0].engine._runner.launch = fail  # type: ignore[method-assign]
         name = await workers.submit(PROMPT, SHORT)
         await workers.prefill[0].stopping.wait()
         assert workers.prefill[0].failed

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tandem.device import on_device
+from tandem.device import on_device, upload
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
 from tandem.engine.attention.page_runs import token_slots, visible_pages
 from tandem.engine.kv_pool import KvPool
@@ -94,7 +94,8 @@ class FlashInferAttention:
         for group, pages, count in zip(groups, batch.pages, self.pool.group_pages, strict=True):
             table, firsts = visible_pages(batch, pages, group.window, self.pool.page_size, count)
             parts.append(self._parts(batch, table, firsts))
-            slots.append(torch.from_numpy(token_slots(batch, table, firsts, self.pool.page_size)).to(self.pool.device))
+            own = torch.from_numpy(token_slots(batch, table, firsts, self.pool.page_size))
+            slots.append(upload(own, self.pool.device))
         return FlashInferPlan(self, parts, slots)
 
     def _parts(self, batch: AttentionBatch, table: IntArray, firsts: IntArray) -> tuple[_Rows, _Rows]:

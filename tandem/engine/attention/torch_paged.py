@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tandem.device import upload
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
 from tandem.engine.attention.buckets import Pieces, cut_rows, page_table, split_rows
 from tandem.engine.kv_pool import KvPool
@@ -110,7 +111,7 @@ class TorchPagedAttention:
         if hidden is None:
             return None
         mask = torch.zeros(hidden.shape, dtype=self.pool.plane("k", 0).dtype)
-        return mask.masked_fill_(torch.from_numpy(hidden), -torch.inf)[:, None].to(self.pool.device)
+        return upload(mask.masked_fill_(torch.from_numpy(hidden), -torch.inf)[:, None], self.pool.device)
 
     def _room_for(self, slots: int) -> torch.Tensor:
         """`[2, slots, kv_heads, head_dim]` of the workspace, which all buckets and layers use one after another."""
@@ -120,7 +121,7 @@ class TorchPagedAttention:
         return self._workspace[: math.prod(shape)].view(shape)
 
     def _on_device(self, indices: IntArray) -> torch.Tensor:
-        return torch.from_numpy(indices).to(self.pool.device)
+        return upload(torch.from_numpy(indices), self.pool.device)
 
 
 class TorchPagedPlan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tandem.device import upload
 from tandem.engine.attention.base import AttentionBatch, IntArray
 from tandem.engine.attention.page_runs import token_slots
 from tandem.engine.attention.triton_paged import TritonPagedAttention, TritonPagedPlan
@@ -49,7 +50,7 @@ class _Arrays:
         self._put(3, parts)
         self._put(4, pages)
         used = self.begins[4] + len(pages)
-        self.device[:used].copy_(torch.from_numpy(self.host[:used]))
+        self.device[:used].copy_(upload(torch.from_numpy(self.host[:used]), self.device.device))
 
     def _put(self, section: int, values: IntArray) -> None:
         self.host[self.begins[section] : self.begins[section] + values.size] = values.ravel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tandem.device import upload
 from tandem.engine.attention.base import IntArray
 
 LEAST_LANES = 16
@@ -100,5 +101,5 @@ def pack(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]
         flat[at : at + array.size] = array.ravel()
         views.append((at, array))
         at += size
-    whole = torch.from_numpy(flat).to(device)
+    whole = upload(torch.from_numpy(flat), device)
     return [whole[at : at + array.size].view(array.shape) for at, array in views]

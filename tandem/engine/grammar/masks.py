@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
+from tandem.device import upload
 from tandem.engine.sequence import Seq, TokenConstraint
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Allowed:
 
     def apply(self, logits: torch.Tensor) -> None:
         """Hides every other token of these rows; in place. logits: `[batch rows, vocabulary]`."""
-        rows, tokens = self.rows.to(logits.device), self.tokens.to(logits.device)
+        rows, tokens = upload(self.rows, logits.device), upload(self.tokens, logits.device)
         logits[rows] = logits[rows].masked_fill_(~tokens, -torch.inf)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -27,10 +27,10 @@ Loaded = tuple[Ops, Callable[[KvPool], AttentionBackend]]
 class StepReplay(Protocol):
     """What runs decode steps that were recorded."""
 
-    def logits(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        None when the step has to be computed in the usual way.
+        tokens: `[rows]`, on the device. None when the step has to be computed in the usual way.
         """
 
 

@@ -72,10 +72,14 @@ class _Recording:
     def __init__(self, rows: int, arena: torch.Tensor) -> None:
         self.tokens = torch.zeros(rows, dtype=torch.int64)
         self.positions = torch.zeros(rows, dtype=torch.int64)
-        self.inputs: tuple[IntArray, IntArray] = (self.tokens.numpy(), self.positions.numpy())
+        self._inputs: tuple[IntArray, IntArray] = (self.tokens.numpy(), self.positions.numpy())
         self.tape = Tape(arena)
         self.logits = torch.empty(0)
         self.calls = (ctypes.c_int64 * 0)()
+
+    def load(self, tokens: torch.Tensor, positions: IntArray) -> None:
+        """Takes in one step."""
+        self._inputs[0][:], self._inputs[1][:] = tokens.numpy(), positions
 
     def close(self, logits: torch.Tensor) -> None:
         """Ends the recording whose result is `logits`."""
@@ -94,10 +98,10 @@ class Replay:
         self._recordings: dict[int, _Recording] = {}
         self._arena = torch.empty(0, dtype=torch.uint8)
 
-    def logits(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        None when the step has to be computed in the usual way.
+        tokens: `[rows]`. None when the step has to be computed in the usual way.
         """
         rows = len(tokens)
         if rows > self._most_rows:
@@ -106,15 +110,15 @@ class Replay:
         if recording is None:
             self._seen[rows] += 1
             return self._record(tokens, positions, plan) if self._seen[rows] > SEEN_BEFORE else None
-        recording.inputs[0][:], recording.inputs[1][:] = tokens, positions
+        recording.load(tokens, positions)
         self._library.replay(recording.calls)
         return recording.logits
 
-    def _record(self, tokens: Sequence[int], positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def _record(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         if not self._arena.numel():
             self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
         recording = _Recording(len(tokens), self._arena)
-        recording.inputs[0][:], recording.inputs[1][:] = tokens, positions
+        recording.load(tokens, positions)
         watch = _Watch()
         try:
             with self._library.recording(recording.tape), watch:
