@@ -34,6 +34,8 @@ class Outcome:
     """Tokens the last sender that took the ticket had cached."""
     tried: int = 0
     complete: bool = False
+    sender: str = ""
+    """The worker tried last."""
 
 
 class PrefillClient:
@@ -87,10 +89,10 @@ class PrefillClient:
                 result = FetchResult(landed_until=0, error=str(error))
             sender_cached = max(sender_cached, result.sender_cached)
             if not result.error:
-                return Outcome(sender_cached, tried, complete=True)
+                return Outcome(sender_cached, tried, complete=True, sender=target.incarnation)
             self._failed("hand_over")
             log.warning("hand-over of request %s from %s failed: %s", request.request_id, target.address, result.error)
-        return Outcome(sender_cached, len(targets), complete=False)
+        return Outcome(sender_cached, len(targets), complete=False, sender=targets[-1].incarnation if targets else "")
 
     def _ticket(self, request: GenerateRequest, target: Target) -> Ticket:
         return Ticket(

@@ -65,6 +65,8 @@ class Choice:
             cached_tokens=owner.cached_tokens,
             decode_cached_tokens=owner.decode_cached,
             moved_tokens=owner.moved_tokens,
+            sender=owner.sender,
+            hand_over_ms=owner.hand_over_ms,
         )
 
 
@@ -80,6 +82,9 @@ class Request:
     sender_cached: int = 0
     """Prompt tokens that the prefill worker had cached and whose KV arrived."""
     moved_tokens: int = 0
+    sender: str = ""
+    """The prefill worker that was asked last."""
+    hand_over_ms: float = 0.0
     finished_at: float | None = None
 
     @property

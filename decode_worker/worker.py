@@ -147,7 +147,9 @@ class DecodeWorker:
             self._publisher.poke()
         if targets:
             sink = PageSink(seq, self._engine, self._thread, self._reservations)
+            asked_at = self._loop.time()
             outcome = await self._prefill.fetch(record.request, record.request.prompt[:-1], targets, sink)
+            record.sender, record.hand_over_ms = outcome.sender, (self._loop.time() - asked_at) * 1000
             record.sender_cached = min(outcome.sender_cached, sink.landed)
             record.moved_tokens = sink.moved_tokens
             record.decode_cached = sink.cached

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from tandem.cluster import Plan
+from tandem.cluster import Incarnation, Plan
 from tandem.types import Delta, GenerateRequest, ModelInfo
 
 
@@ -15,6 +15,11 @@ class Reply(Protocol):
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens it had cached."""
+        ...
+
+    @property
+    def prefill(self) -> Incarnation | None:
+        """The prefill worker it asked; None: it prefills itself."""
         ...
 
 
@@ -47,6 +52,10 @@ class Dispatcher(Protocol):
     @property
     def model(self) -> ModelInfo | None:
         """The model served; None until a decode worker is known."""
+        ...
+
+    def address_of(self, incarnation: Incarnation) -> str | None:
+        """host:port of a worker; None when it is gone."""
         ...
 
     def ready(self) -> bool:

@@ -9,6 +9,8 @@ import grpc.aio
 
 from router.cache.prefix_index import PrefixIndex
 from router.dispatch import Dispatcher
+from router.explain.ladder import HitLadder
+from router.explain.recorder import Recorder
 from router.policies import POLICIES
 from router.workers.fleet import Fleet
 from router.workers.registry import serve_registry
@@ -24,7 +26,12 @@ class ControlPlane:
     def __init__(self, config: RouterConfig) -> None:
         self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, time.monotonic)
         self.fleet = Fleet(new_id(), self.index, config.workers, config.lease_s, time.monotonic)
-        self.dispatcher = Dispatcher(config, self.fleet, self.index, POLICIES[config.policy](), time.monotonic)
+        self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, time.monotonic)
+        self.recorder = Recorder(
+            config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, time.monotonic
+        )
+        policy = POLICIES[config.policy]()
+        self.dispatcher = Dispatcher(config, self.fleet, self.index, policy, self.recorder, self.ladder, time.monotonic)
         self.port = 0
         """The control port taken."""
         self._config = config

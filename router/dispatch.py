@@ -15,6 +15,8 @@ from router.admission import Admission
 from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
 from router.dispatch_stream import WorkerStream
+from router.explain.ladder import HitLadder
+from router.explain.recorder import Recorder
 from router.open_request import Chain, OpenRequest
 from router.placement import book
 from router.policies import Policy, RequestInfo
@@ -102,13 +104,22 @@ class Dispatcher:
     """The cluster as one endpoint: plans, submits, streams, cancels. All methods run on the event loop."""
 
     def __init__(
-        self, config: RouterConfig, fleet: Fleet, index: PrefixIndex, policy: Policy, clock: Callable[[], float]
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        index: PrefixIndex,
+        policy: Policy,
+        recorder: Recorder,
+        ladder: HitLadder,
+        clock: Callable[[], float],
     ) -> None:
         self.fleet = fleet
         self.tails = TailMemory(MAX_TAILS, clock)
         self._config = config
         self._index = index
         self._policy = policy
+        self._recorder = recorder
+        self._ladder = ladder
         self._clock = clock
         self._admission = Admission(config.max_inflight)
         self._open: dict[str, OpenRequest] = {}
@@ -128,6 +139,11 @@ class Dispatcher:
         """Requests admitted and not yet ended."""
         return self._admission.inflight
 
+    def address_of(self, incarnation: Incarnation) -> str | None:
+        """host:port of a worker; None when it is gone."""
+        worker = self.fleet.worker(incarnation)
+        return None if worker is None else worker.info.address
+
     def ready(self) -> bool:
         """Whether a request could be served now."""
         return any(not view.draining for view in self.fleet.snapshot().decode)
@@ -139,11 +155,13 @@ class Dispatcher:
         """
         reference = self._check(request)
         self._admission.enter(request.request_id)
-        record = OpenRequest(request, self._config.stream_queue, self._chain(request, reference))
+        chain, story = self._chain(request, reference), self._recorder.begin(request)
+        record = OpenRequest(request, self._config.stream_queue, chain, story, self._clock)
         self._open[request.request_id] = record
         try:
             plan, reply = await self._place(record)
-        except BaseException:
+        except BaseException as error:
+            record.story.error = str(error)
             self._close(record)
             raise
         return Accepted(record, plan, reply, self)
@@ -187,10 +205,15 @@ class Dispatcher:
             matches = {} if scores else self._matches(record)
             plan = self._policy.plan(info, fleet, matches, self._clock())
             log.debug("plan of %s, cached %s: %s", request.request_id, matches, plan.candidates)
+            self._recorder.planned(record.story, plan, matches)
+            if record.rungs is None and self._ladder.on and not scores:
+                best, capacity = max(matches.values(), default=0), fleet.capacity_tokens
+                record.rungs = self._ladder.planned(record.chain.hashes, len(request.prompt), best, capacity)
             try:
                 return plan, await self._submit(record, info, plan)
             except Elsewhere as error:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
+                record.story.refused(error)
                 refused[plan.decode] = error
                 record.next_attempt()
             if sum(isinstance(error, WorkerLost) for error in refused.values()) == MAX_CRASHES:
@@ -215,6 +238,7 @@ class Dispatcher:
             self._release(record)
             raise
         record.answered = True
+        record.story.taken(reply.cached_tokens, reply.prefill, self._clock())
         if plan.prefill is not None and reply.prefill != plan.prefill:
             self.fleet.release(record.prefill_booking)
         request_id = record.request.request_id
@@ -279,12 +303,25 @@ class Dispatcher:
             return
         del self._open[request.request_id]
         self._admission.leave(request.request_id)
+        record.story.ended_s = self._clock()
+        self._climb(record)
         if record.answered and record.decode is not None and self.fleet.worker(record.decode) is not None:
             for sequence in record.sequences():
                 # The last sampled token has no KV.
                 self.tails.remember(record.decode, record.chain, len(request.prompt), sequence[:-1])
             if not unreported:
                 self.fleet.ended(record.decode, Load(sequences=request.choices))
+
+    def _climb(self, record: OpenRequest) -> None:
+        """Puts an ended request on the hit ladder, and its answer among what could be reused."""
+        usage = record.story.usage.get(0)
+        if record.rungs is None or usage is None:
+            return
+        self._ladder.ended(record.rungs, usage.cached_tokens)
+        known, chain = len(record.chain.hashes), record.chain
+        for sequence in record.sequences():
+            made = block_hashes(chain.root, sequence[known * BLOCK_TOKENS : -1], parent=(chain.hashes or (b"",))[-1])
+            self._ladder.stored(made, self.fleet.snapshot().capacity_tokens)
 
     async def cancel(self, record: OpenRequest) -> None:
         """Ends a request here at once, and returns when its worker has let go of it; nothing if it has ended."""

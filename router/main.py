@@ -63,8 +63,9 @@ async def _serve(config: RouterConfig, listener: socket.socket) -> int:
     metrics = RouterMetrics()
     async with ControlPlane(config) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
+        metrics.add_collector(control.ladder.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
-        server = HttpServer(create_app(config, control.dispatcher, texts, metrics))
+        server = HttpServer(create_app(config, control.dispatcher, texts, metrics, control.recorder))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)

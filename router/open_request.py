@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
+from router.explain.ladder import Rungs
+from router.explain.story import Story
 from router.workers.load import Booking
 from tandem.cluster import Incarnation
 from tandem.kv import BlockHash
@@ -38,8 +40,14 @@ class OpenRequest(AsyncIterator[Delta]):
     worker merges what it made while this process had no time to read.
     """
 
-    def __init__(self, request: GenerateRequest, max_buffered: int, chain: Chain) -> None:
+    def __init__(
+        self, request: GenerateRequest, max_buffered: int, chain: Chain, story: Story, clock: Callable[[], float]
+    ) -> None:
         self.chain = chain
+        self.story = story
+        """What is remembered of it once it has ended."""
+        self.rungs: Rungs | None = None
+        """How much of its prompt could have been cached; None until it was planned."""
         self.request = request
         """The current attempt; deltas of older ones are fenced."""
         self.decode: Incarnation | None = None
@@ -48,6 +56,7 @@ class OpenRequest(AsyncIterator[Delta]):
         """Whether that worker has taken it."""
         self.decode_booking: Booking | None = None
         self.prefill_booking: Booking | None = None
+        self._clock = clock
         self._max_buffered = max_buffered * request.choices
         self._choices = [_Choice() for _ in range(request.choices)]
         self._buffer: deque[Delta] = deque()
@@ -91,8 +100,19 @@ class OpenRequest(AsyncIterator[Delta]):
             return f"the client reads too slowly: more than {self._max_buffered} tokens wait for it"
         choice.tokens += delta.tokens
         choice.finished = delta.finish is not None
+        self._tell(delta)
         self._put(delta)
         return ""
+
+    def _tell(self, delta: Delta) -> None:
+        story = self.story
+        if story.first_token_s is None and delta.tokens:
+            story.first_token_s = self._clock()
+        if delta.usage is not None:
+            story.usage[delta.choice] = delta.usage
+        if delta.finish is not None:
+            story.finish[delta.choice] = delta.finish
+            story.error = story.error or delta.error
 
     def end(self, reason: FinishReason, error: str = "") -> None:
         """Ends every choice that has not ended."""
@@ -100,9 +120,9 @@ class OpenRequest(AsyncIterator[Delta]):
             if not choice.finished:
                 choice.finished = True
                 request = self.request
-                self._put(
-                    Delta(request.request_id, request.attempt, number, choice.next_index, finish=reason, error=error)
-                )
+                last = Delta(request.request_id, request.attempt, number, choice.next_index, finish=reason, error=error)
+                self._tell(last)
+                self._put(last)
 
     def _put(self, delta: Delta) -> None:
         self._buffer.append(delta)

@@ -78,6 +78,22 @@ class MoveStat:
     """Seconds with bytes under way."""
     tickets: int = 0
     """Hand-overs that landed something; one that goes on with another sender counts for each pair."""
+    failures: int = 0
+    """Hand-overs that this pair did not bring to their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUse:
+    """What one tenant used of a worker through one router since the worker remembers it."""
+
+    tenant: str
+    router_id: str
+    requests: int = 0
+    """Admitted."""
+    tokens: int = 0
+    """Prompt tokens of these, and output tokens."""
+    running: int = 0
+    """Admitted and not yet ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +118,8 @@ class Status:
     """Per router id, the sequence number of the last dispatch this status includes: load is never counted twice."""
     draining: bool = False
     moves: tuple[MoveStat, ...] = ()
+    tenants: tuple[TenantUse, ...] = ()
+    """Of tenants that had a request here lately, so that all routers keep one quota."""
 
 
 class EventKind(Enum):

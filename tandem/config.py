@@ -121,6 +121,14 @@ class RouterConfig(_Settings):
     index_max_age_s: Annotated[float, Field(gt=0)] = Field(
         14_400.0, description="seconds an unused index entry is kept"
     )
+    explain_requests: Annotated[int, Field(ge=0)] = Field(
+        4096, description="recent requests of which plan and outcome are remembered; 0 is none"
+    )
+    explain_mib: Annotated[float, Field(gt=0)] = Field(32.0, description="memory for them, MiB")
+    explain_age_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="seconds for which they are remembered")
+    ladder_blocks: Annotated[int, Field(ge=0)] = Field(
+        131_072, description="blocks that the hit ladder remembers, about 350 bytes each; 0 computes none"
+    )
     lease_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds after which a silent worker is forgotten")
     stream_queue: Annotated[int, Field(ge=1)] = Field(
         4096, description="tokens buffered for one slow reader before it is cut"

@@ -4,6 +4,7 @@ TandemError
 ├── BadRequest            the client's fault: 400
 │   ├── ContextTooLong
 │   ├── UnknownModel      404
+│   ├── NotFound          404
 │   └── TooLarge          413
 ├── Overloaded            429: try again later
 ├── Unavailable           503: no worker can serve this now
@@ -53,6 +54,14 @@ class UnknownModel(BadRequest):
     http_status = 404
     grpc_code = "NOT_FOUND"
     code = "model_not_found"
+
+
+class NotFound(BadRequest):
+    """What the path names is not known here."""
+
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    code = "not_found"
 
 
 class TooLarge(BadRequest):

@@ -152,6 +152,10 @@ class GenerateRequest:
     """Name of the LoRA adapter, empty for none; part of the root of every block hash."""
     priority: int = 0
     """Higher is served sooner."""
+    tenant: str = ""
+    """Whose it is: workers share their time fairly among tenants. Empty where no keys are configured."""
+    cost: int = 0
+    """Tokens, prompt and output, that it is expected to take; what a tenant's share is charged with."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field."""
@@ -207,6 +211,10 @@ class Usage:
     """Of those, found in the decode worker's own cache."""
     moved_tokens: int = 0
     """Prompt tokens whose KV was handed over."""
+    sender: str = ""
+    """Incarnation of the worker that handed it over, the last one tried; empty when none was asked."""
+    hand_over_ms: float = 0.0
+    """Milliseconds from asking for the prompt's KV to the end of the hand-over."""
 
 
 @dataclass(frozen=True, slots=True)

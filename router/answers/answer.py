@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from router.answers.stream import ChoiceStream, Piece
 from router.backend import Accepted, Dispatcher
+from router.explain.story import route
 from router.metrics import RequestTimer
 from router.requests.job import Job
 from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
 from tandem.text.prompt import Prompt, PromptTokenizer
 
+MAX_ROUTES = 4
+"""Prompts of one request whose route its answer's header names."""
 CANCEL_GRACE_S = 1.0
 """Seconds to wait for the usage of a request whose last choice was ended here, by a stop string."""
 
@@ -63,6 +66,12 @@ class Answer:
                     await result.cancel()
             raise
         return cls(job, accepted, text, timer)
+
+    def route(self) -> str:
+        """Where the requests went: the value of `x-tandem-route`, one element for each of the first few prompts."""
+        pairs = list(zip(self._accepted, self.job.requests, strict=True))
+        said = [route(a.plan, a.reply.cached_tokens, len(r.prompt), a.reply.prefill) for a, r in pairs[:MAX_ROUTES]]
+        return ", ".join(said if len(pairs) == len(said) else [*said, f"and {len(pairs) - len(said)} more"])
 
     async def run(self, give: Give) -> None:
         """Gives pieces out until every choice has ended.

@@ -15,6 +15,8 @@ from router.answers.completion_format import CompletionFormat
 from router.answers.responses import DONE, ChatFormat, Format, Json, event, list_json, to_json, with_usage
 from router.answers.stream import Piece
 from router.backend import Dispatcher
+from router.explain.recorder import Recorder
+from router.explain.story import explanation
 from router.http.body import ClientGone, read_body, while_connected
 from router.http.problems import envelope, public
 from router.http.sse import EventBuffer, EventStream, SlowClient
@@ -26,12 +28,22 @@ from router.requests.messages import chat_turns
 from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
 from router.requests.tools import declarations, template_values
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, ContextTooLong, Internal, Overloaded, TandemError, Unavailable, UnknownModel
+from tandem.errors import (
+    BadRequest,
+    ContextTooLong,
+    Internal,
+    NotFound,
+    Overloaded,
+    TandemError,
+    Unavailable,
+    UnknownModel,
+)
 from tandem.text.prompt import PromptTokenizer
 from tandem.types import ModelInfo
 
 log = logging.getLogger(__name__)
 
+ROUTE_HEADER = "x-tandem-route"
 MANY = 4096
 """Tokens from which what is said of each is written in a thread."""
 
@@ -51,11 +63,19 @@ class TextSource(Protocol):
 class Api:
     """The routes. Holds what they share; keeps no state of its own."""
 
-    def __init__(self, config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        dispatcher: Dispatcher,
+        texts: TextSource,
+        metrics: RouterMetrics,
+        stories: Recorder,
+    ) -> None:
         self._config = config
         self._dispatcher = dispatcher
         self._texts = texts
         self._metrics = metrics
+        self._stories = stories
         self._formats = FormatChoice(config)
         self._max_body = int(config.max_body_mib * (1 << 20))
 
@@ -130,6 +150,15 @@ class Api:
             return _json({"status": "ready"})
         return _json({"status": "not ready", "reason": "no decode worker can take a request"}, 503)
 
+    async def explain(self, request: Request) -> Response:
+        """`GET /v1/explain/{id}`: why a recent request went where it went, and what came of it."""
+        name = request.path_params["id"]
+        found = self._stories.find(name, None)
+        if not found:
+            raise NotFound(f"nothing is known of a request {name[:64]!r}; only recent ones are remembered", "id")
+        said = [explanation(story, self._dispatcher.address_of) for story in found]
+        return _json({"object": "tandem.explanation", "id": name, "requests": said})
+
     async def metrics_page(self, request: Request) -> Response:
         """`GET /metrics`"""
         return Response(self._metrics.page(), media_type=CONTENT_TYPE)
@@ -146,7 +175,9 @@ class Api:
             raw = await read_body(request, self._max_body)
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
-                return EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue)
+                events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue)
+                events.headers[ROUTE_HEADER] = answer.route()
+                return events
             whole = await while_connected(request.receive, _collect(answer, out))
         except BaseException as error:
             _account(timer, error)
@@ -154,7 +185,9 @@ class Api:
         usage = answer.usage()
         timer.prompt(usage.prompt_tokens, usage.cached_tokens)
         timer.end("ok")
-        return _body(whole)
+        response = _body(whole)
+        response.headers[ROUTE_HEADER] = answer.route()
+        return response
 
     async def _start(
         self, raw: bytes, job_from: Callable[[bytes], Awaitable[Job]], form: Callable[..., Format], timer: RequestTimer
@@ -173,6 +206,8 @@ class Api:
                 error.param = job.grammar_field
             raise
         timer.accepted()
+        if len(job.requests) > 1:
+            self._stories.link([each.request_id for each in job.requests])
         return answer, form(job, text.tokenizer)
 
     async def _endpoint(self, request: Request, name: str | None) -> Endpoint:

@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.backend import Dispatcher
+from router.explain.recorder import Recorder
 from router.http import problems
 from router.http.api import Api, TextSource
 from router.metrics import RouterMetrics
@@ -19,15 +20,18 @@ from tandem.config import RouterConfig
 log = logging.getLogger(__name__)
 
 
-def create_app(config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics) -> FastAPI:
+def create_app(
+    config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics, stories: Recorder
+) -> FastAPI:
     """The router's HTTP application."""
     app = FastAPI(title="Tandem", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api = Api(config, dispatcher, texts, metrics)
+    api = Api(config, dispatcher, texts, metrics, stories)
     for method, path, handler in (
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.completion),
         ("GET", "/v1/models", api.models),
         ("GET", "/v1/models/{name:path}", api.model_card),
+        ("GET", "/v1/explain/{id}", api.explain),
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health),
@@ -45,7 +49,7 @@ def create_app(config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, 
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "x-tandem-request-id", "x-tandem-route", "retry-after"],
         )
     return app
 

@@ -68,6 +68,11 @@ class FleetSnapshot:
     prefill: tuple[WorkerView, ...] = ()
     decode: tuple[WorkerView, ...] = ()
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the pages of all workers hold together."""
+        return sum(view.info.capacity_tokens for view in (*self.prefill, *self.decode))
+
     def without(self, incarnations: Collection[Incarnation]) -> FleetSnapshot:
         """The same fleet without some workers: those that already refused a request."""
         return replace(self, prefill=_without(self.prefill, incarnations), decode=_without(self.decode, incarnations))

@@ -63,6 +63,18 @@ def _doctor(
     doctor(as_json)
 
 
+def _explain(
+    request_id: Annotated[str, typer.Argument(help="the answer's x-tandem-request-id, or else x-request-id")] = "",
+    url: Annotated[str, typer.Option("--url", help="address of the router")] = "http://127.0.0.1:8000",
+    ladder: Annotated[bool, typer.Option("--ladder", help="the hit ladder of all requests so far")] = False,
+    api_key: Annotated[str, typer.Option("--api-key", help="where the router asks for one")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of tables")] = False,
+) -> None:
+    from tandem.cli.explain import explain
+
+    explain(request_id, url, ladder, api_key, as_json)
+
+
 def _with_folder(config: W) -> W:
     """The settings with the model's folder in place of its name, and the name that was lost by that."""
     name = config.served_model_name or served_name(config.model)
@@ -83,6 +95,7 @@ def make_app() -> typer.Typer:
     app.command("prefill", help="Start one prefill worker.")(command(PrefillConfig, _prefill))
     app.command("decode", help="Start one decode worker.")(command(DecodeConfig, _decode))
     app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
+    app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
     return app
 
 

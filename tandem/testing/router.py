@@ -19,6 +19,7 @@ class FakeReply:
     """See `router.backend.Reply`."""
 
     cached_tokens: int
+    prefill: str | None = None
 
 
 class FakeAccepted:
@@ -123,6 +124,10 @@ class FakeDispatcher:
         """Streams wait before this token until `release` is set."""
         self.release = asyncio.Event()
         self.held = asyncio.Event()
+
+    def address_of(self, incarnation: str) -> str | None:
+        """See `router.backend.Dispatcher`."""
+        return None
 
     def ready(self) -> bool:
         """See `router.backend.Dispatcher`."""

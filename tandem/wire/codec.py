@@ -18,6 +18,7 @@ from tandem.cluster import (
     Role,
     Status,
     StepTiming,
+    TenantUse,
     WorkerInfo,
     WorkerUpdate,
 )
@@ -165,6 +166,8 @@ def generate_request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
         salt=request.salt,
         adapter=request.adapter,
         priority=request.priority,
+        tenant=request.tenant,
+        cost=request.cost,
     )
 
 
@@ -184,6 +187,8 @@ def generate_request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
             salt=message.salt,
             adapter=message.adapter,
             priority=message.priority,
+            tenant=message.tenant,
+            cost=_not_negative("cost", message.cost),
         )
     except ValueError as error:
         # Every such text starts with the field's name, here and in tandem.types.
@@ -223,6 +228,8 @@ def usage_to_wire(usage: Usage) -> pb.Usage:
         cached_tokens=usage.cached_tokens,
         decode_cached_tokens=usage.decode_cached_tokens,
         moved_tokens=usage.moved_tokens,
+        sender=usage.sender,
+        hand_over_ms=usage.hand_over_ms,
     )
 
 
@@ -234,6 +241,8 @@ def usage_from_wire(message: pb.Usage) -> Usage:
         cached_tokens=message.cached_tokens,
         decode_cached_tokens=message.decode_cached_tokens,
         moved_tokens=message.moved_tokens,
+        sender=message.sender,
+        hand_over_ms=message.hand_over_ms,
     )
 
 
@@ -400,8 +409,19 @@ def status_to_wire(status: Status) -> pb.Status:
                 bytes=move.bytes,
                 seconds=move.seconds,
                 tickets=move.tickets,
+                failures=move.failures,
             )
             for move in status.moves
+        ],
+        tenants=[
+            pb.TenantUse(
+                tenant=use.tenant,
+                router_id=use.router_id,
+                requests=use.requests,
+                tokens=use.tokens,
+                running=use.running,
+            )
+            for use in status.tenants
         ],
     )
 
@@ -421,8 +441,11 @@ def status_from_wire(message: pb.Status) -> Status:
         dispatches=dict(message.dispatches),
         draining=message.draining,
         moves=tuple(
-            MoveStat(move.sender, move.receiver, move.transport, move.bytes, move.seconds, move.tickets)
+            MoveStat(move.sender, move.receiver, move.transport, move.bytes, move.seconds, move.tickets, move.failures)
             for move in message.moves
+        ),
+        tenants=tuple(
+            TenantUse(use.tenant, use.router_id, use.requests, use.tokens, use.running) for use in message.tenants
         ),
     )
 

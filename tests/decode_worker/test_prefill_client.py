@@ -75,7 +75,7 @@ class Rig:
 
 async def test_the_first_target_that_manages_is_enough() -> None:
     rig = Rig(FakePair(A.incarnation, [FetchResult(9, sender_cached=4)]), FakePair(B.incarnation))
-    assert await rig.fetch([A, B]) == Outcome(sender_cached=4, tried=1, complete=True)
+    assert await rig.fetch([A, B]) == Outcome(sender_cached=4, tried=1, complete=True, sender=A.incarnation)
     assert (rig.made, rig.failures) == ([A.address], [])
     ((ticket, tokens, salt, adapter, priority),) = rig.pairs[A.incarnation].asked
     assert (ticket.request_id, ticket.attempt, ticket.sender, ticket.receiver) == ("a" * 32, 3, "a" * 32, "d" * 32)
@@ -86,14 +86,14 @@ async def test_the_first_target_that_manages_is_enough() -> None:
 @pytest.mark.parametrize("refusal", [Unavailable("not there"), Overloaded("slab cap")])
 async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception) -> None:
     rig = Rig(FakePair(A.incarnation, refuse=refusal), FakePair(B.incarnation, [FetchResult(9)]))
-    assert await rig.fetch([A, B]) == Outcome(0, 2, complete=True)
+    assert await rig.fetch([A, B]) == Outcome(0, 2, complete=True, sender=B.incarnation)
     assert rig.failures == ["hand_over"]
 
 
 async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:
     first = FakePair(A.incarnation, [FetchResult(5, sender_cached=6, error="the sender died")])
     rig = Rig(first, FakePair(B.incarnation, [FetchResult(9, sender_cached=2)]))
-    assert await rig.fetch([A, B]) == Outcome(sender_cached=6, tried=2, complete=True)
+    assert await rig.fetch([A, B]) == Outcome(sender_cached=6, tried=2, complete=True, sender=B.incarnation)
     assert first.asked[0][0].ticket_id != rig.pairs[B.incarnation].asked[0][0].ticket_id
 
 
@@ -103,7 +103,7 @@ async def test_when_all_fail_the_request_goes_on_without_them() -> None:
         FakePair(B.incarnation, [FetchResult(3, error="digest")]),
         FakePair(C.incarnation, [FetchResult(0, error="refused")]),
     )
-    assert await rig.fetch([A, B, C]) == Outcome(0, 3, complete=False)
+    assert await rig.fetch([A, B, C]) == Outcome(0, 3, complete=False, sender=C.incarnation)
     assert rig.failures == ["hand_over"] * 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
+from router.explain.recorder import Recorder
 from router.http.app import create_app
 from router.metrics import RouterMetrics
 from router.requests.defaults import GenerationDefaults
@@ -36,6 +38,10 @@ class OneText:
         return self.recommended
 
 
+def recorder() -> Recorder:
+    return Recorder(64, 1 << 20, 60.0, time.monotonic)
+
+
 @dataclass
 class World:
     """All parts of a router under test."""
@@ -46,6 +52,7 @@ class World:
     dispatcher: FakeDispatcher
     metrics: RouterMetrics
     source: OneText
+    stories: Recorder
     app: FastAPI
     answers: list[str]
     """What the model says, by choice; the last one repeats. `<|end|>` is sampled after it."""
@@ -72,9 +79,10 @@ def build_world(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Wo
     text = PromptTokenizer(tokenizer)
     dispatcher = FakeDispatcher(info, script)
     metrics = RouterMetrics()
+    stories = recorder()
     source = OneText(text)
-    app = create_app(config, dispatcher, source, metrics)
-    return World(config, tokenizer, text, dispatcher, metrics, source, app, answers)
+    app = create_app(config, dispatcher, source, metrics, stories)
+    return World(config, tokenizer, text, dispatcher, metrics, source, stories, app, answers)
 
 
 @pytest.fixture

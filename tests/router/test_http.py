@@ -23,7 +23,7 @@ PAGE = "https://chat.example"
 
 def at(world: Any, **settings: Any) -> httpx.AsyncClient:
     """A client of the world's router under other settings."""
-    app = create_app(RouterConfig(**settings), world.dispatcher, world.source, RouterMetrics())
+    app = create_app(RouterConfig(**settings), world.dispatcher, world.source, RouterMetrics(), world.stories)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
 
 

@@ -7,6 +7,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.explain.story import Story
 from router.open_request import Chain, OpenRequest
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
@@ -18,7 +19,7 @@ SLICES = st.lists(
 
 def make(choices: int = 2, max_buffered: int = 10_000) -> OpenRequest:
     request = GenerateRequest("r", "m", (1,), SamplingParams(), choices=choices, attempt=1)
-    return OpenRequest(request, max_buffered, Chain(b"root", ()))
+    return OpenRequest(request, max_buffered, Chain(b"root", ()), Story.of(request, 0.0, 0.0), lambda: 0.0)
 
 
 async def drain(record: OpenRequest) -> list[Delta]:

@@ -18,6 +18,7 @@ from tandem.cluster import (
     Role,
     Status,
     StepTiming,
+    TenantUse,
     WorkerInfo,
     WorkerUpdate,
 )
@@ -81,9 +82,11 @@ REQUEST = st.builds(
     salt=TEXT,
     adapter=TEXT,
     priority=st.integers(-(2**31), 2**31 - 1),
+    tenant=TEXT,
+    cost=BIG,
 )
 LOGPROB = st.builds(TokenLogprob, token=U32, logprob=F32, top=st.lists(st.tuples(U32, F32), max_size=3).map(tuple))
-USAGE = st.builds(Usage, BIG, BIG, BIG, BIG, BIG)
+USAGE = st.builds(Usage, BIG, BIG, BIG, BIG, BIG, TEXT, F64)
 HEAD = {
     "request_id": NAME,
     "attempt": COUNT,
@@ -160,7 +163,8 @@ STATUS = st.builds(
     move_bytes_per_ms=F64,
     dispatches=st.dictionaries(TEXT, BIG, max_size=3),
     draining=st.booleans(),
-    moves=st.lists(st.builds(MoveStat, NAME, NAME, TEXT, BIG, F64, BIG), max_size=3).map(tuple),
+    moves=st.lists(st.builds(MoveStat, NAME, NAME, TEXT, BIG, F64, BIG, BIG), max_size=3).map(tuple),
+    tenants=st.lists(st.builds(TenantUse, TEXT, NAME, BIG, BIG, COUNT), max_size=3).map(tuple),
 )
 EVENT = st.builds(
     CacheEvent,

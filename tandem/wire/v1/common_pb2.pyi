@@ -123,7 +123,7 @@ class LogitBias(_message.Message):
     def __init__(self, token: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "sampling", "choices", "attempt", "output_kind", "salt", "adapter", "priority")
+    __slots__ = ("request_id", "model", "prompt", "sampling", "choices", "attempt", "output_kind", "salt", "adapter", "priority", "tenant", "cost")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,8 @@ class GenerateRequest(_message.Message):
     SALT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -144,7 +146,9 @@ class GenerateRequest(_message.Message):
     salt: str
     adapter: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[int] = ..., attempt: _Optional[int] = ..., output_kind: _Optional[_Union[OutputKind, str]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    tenant: str
+    cost: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[int] = ..., attempt: _Optional[int] = ..., output_kind: _Optional[_Union[OutputKind, str]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cost: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token", "logprob", "top_tokens", "top_logprobs", "absent")
@@ -161,18 +165,22 @@ class TokenLogprob(_message.Message):
     def __init__(self, token: _Optional[int] = ..., logprob: _Optional[float] = ..., top_tokens: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., absent: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "decode_cached_tokens", "moved_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "decode_cached_tokens", "moved_tokens", "sender", "hand_over_ms")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MOVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_MS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     decode_cached_tokens: int
     moved_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ..., moved_tokens: _Optional[int] = ...) -> None: ...
+    sender: str
+    hand_over_ms: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ..., moved_tokens: _Optional[int] = ..., sender: _Optional[str] = ..., hand_over_ms: _Optional[float] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("request_id", "attempt", "choice", "first_index", "tokens", "logprobs", "prompt_logprobs", "finish", "stop_token", "error", "usage")
@@ -285,23 +293,39 @@ class StepTiming(_message.Message):
     def __init__(self, base_ms: _Optional[float] = ..., per_token_ms: _Optional[float] = ...) -> None: ...
 
 class MoveStat(_message.Message):
-    __slots__ = ("sender", "receiver", "transport", "bytes", "seconds", "tickets")
+    __slots__ = ("sender", "receiver", "transport", "bytes", "seconds", "tickets", "failures")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     TICKETS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
     sender: str
     receiver: str
     transport: str
     bytes: int
     seconds: float
     tickets: int
-    def __init__(self, sender: _Optional[str] = ..., receiver: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., tickets: _Optional[int] = ...) -> None: ...
+    failures: int
+    def __init__(self, sender: _Optional[str] = ..., receiver: _Optional[str] = ..., transport: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., tickets: _Optional[int] = ..., failures: _Optional[int] = ...) -> None: ...
+
+class TenantUse(_message.Message):
+    __slots__ = ("tenant", "router_id", "requests", "tokens", "running")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    router_id: str
+    requests: int
+    tokens: int
+    running: int
+    def __init__(self, tenant: _Optional[str] = ..., router_id: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("incarnation", "running", "waiting", "queued_tokens", "free_pages", "total_pages", "timing", "move_bytes_per_ms", "dispatches", "draining", "moves")
+    __slots__ = ("incarnation", "running", "waiting", "queued_tokens", "free_pages", "total_pages", "timing", "move_bytes_per_ms", "dispatches", "draining", "moves", "tenants")
     class DispatchesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +344,7 @@ class Status(_message.Message):
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     running: int
     waiting: int
@@ -331,7 +356,8 @@ class Status(_message.Message):
     dispatches: _containers.ScalarMap[str, int]
     draining: bool
     moves: _containers.RepeatedCompositeFieldContainer[MoveStat]
-    def __init__(self, incarnation: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., timing: _Optional[_Union[StepTiming, _Mapping]] = ..., move_bytes_per_ms: _Optional[float] = ..., dispatches: _Optional[_Mapping[str, int]] = ..., draining: _Optional[bool] = ..., moves: _Optional[_Iterable[_Union[MoveStat, _Mapping]]] = ...) -> None: ...
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantUse]
+    def __init__(self, incarnation: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., timing: _Optional[_Union[StepTiming, _Mapping]] = ..., move_bytes_per_ms: _Optional[float] = ..., dispatches: _Optional[_Mapping[str, int]] = ..., draining: _Optional[bool] = ..., moves: _Optional[_Iterable[_Union[MoveStat, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[TenantUse, _Mapping]]] = ...) -> None: ...
 
 class CacheEvent(_message.Message):
     __slots__ = ("kind", "hashes", "parent", "tier")

@@ -73,7 +73,7 @@ class Welcome(_message.Message):
     def __init__(self, sender: _Optional[str] = ..., transport: _Optional[str] = ..., max_span_bytes: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s")
+    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s", "tenant")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class Open(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     request_id: str
     attempt: int
@@ -92,7 +93,8 @@ class Open(_message.Message):
     adapter: str
     priority: int
     queue_deadline_s: float
-    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ...) -> None: ...
+    tenant: str
+    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("ticket_id", "cached_tokens")

@@ -1,0 +1,127 @@
+"""`tandem explain`: why a request went where it went, and on which rung of the hit ladder tokens are lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from tandem.errors import BadRequest, ConfigError, TandemError, Unavailable
+
+TIMEOUT_S = 10.0
+LADDER = "tandem_hit_ladder_tokens"
+RUNGS = {
+    "prompt": "tokens of whole blocks in prompts",
+    "ideal": "an infinite cache shared by all workers would have had",
+    "capacity": "one shared cache of the fleet's size would have had",
+    "perfect_routing": "some one worker was believed to have",
+    "achieved": "were not computed again",
+}
+SHORT_ID = 8
+
+
+def explain(request_id: str, url: str, ladder: bool, api_key: str, as_json: bool) -> None:
+    """Asks a router and prints. Raises ConfigError for wrong arguments, Unavailable when the router does not answer."""
+    if bool(request_id) == ladder:
+        raise ConfigError("give either the id of a request or --ladder")
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    path = "/metrics" if ladder else f"/v1/explain/{request_id}"
+    try:
+        response = httpx.get(url.rstrip("/") + path, headers=headers, timeout=TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(f"--url: the router at {url} does not answer: {error}") from None
+    if response.status_code != httpx.codes.OK:
+        raise _refusal(response)
+    console = Console(soft_wrap=True)
+    if ladder:
+        rungs = ladder_of(response.text)
+        console.print_json(json.dumps(rungs)) if as_json else console.print(ladder_table(rungs))
+    elif as_json:
+        console.print_json(response.text)
+    else:
+        for request in response.json()["requests"]:
+            for part in story_tables(request):
+                console.print(part)
+
+
+def _refusal(response: httpx.Response) -> TandemError:
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = "no reason given"
+    return BadRequest(f"the router answers {response.status_code}: {message}")
+
+
+def ladder_of(page: str) -> dict[str, int]:
+    """The rungs in a router's Prometheus page, in tokens. Raises BadRequest when the page has none."""
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    if LADDER not in families:
+        raise BadRequest("this router's metrics have no hit ladder")
+    found = {sample.labels["rung"]: int(sample.value) for sample in families[LADDER].samples}
+    return {rung: found.get(rung, 0) for rung in RUNGS}
+
+
+def ladder_table(rungs: Mapping[str, int]) -> Table:
+    """One line for each rung: tokens, share of the prompts, and what was lost from the rung before."""
+    table = Table("rung", "tokens", "share", "lost here", "what it counts", title="hit ladder", title_justify="left")
+    whole, before = max(rungs["prompt"], 1), None
+    for rung, text in RUNGS.items():
+        tokens = rungs[rung]
+        lost = "" if before is None else f"{(before - tokens) / whole:.1%}"
+        table.add_row(rung, str(tokens), f"{tokens / whole:.1%}", lost, text)
+        before = tokens
+    return table
+
+
+def story_tables(request: Mapping[str, Any]) -> list[Table | str]:
+    """What a person wants to see of one request: each attempt's candidates, then expectation beside outcome."""
+    parts: list[Table | str] = [
+        f"request {request['id']}: {request['prompt_tokens']} prompt tokens, up to {request['max_tokens']} more"
+    ]
+    for number, attempt in enumerate(request["attempts"], start=1):
+        end = f"refused: {attempt['refusal']}" if attempt["refusal"] else "taken by the first"
+        title = f"attempt {number} at {attempt['at_ms']:.1f} ms, policy {attempt['policy']}, {end}"
+        parts.append(_candidates(attempt["candidates"], title))
+    parts.append(_outcome(request["predicted"] or {}, request["happened"]))
+    return parts
+
+
+def _candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> Table:
+    terms = list(dict.fromkeys(term for each in candidates for term in each["costs_ms"]))
+    table = Table("decode", "cached", "prefill", "cached", *terms, "sum, ms", title=title, title_justify="left")
+    for each in candidates:
+        table.add_row(
+            _name(each["decode"]),
+            _cached(each, "decode"),
+            "local" if each["prefill"] is None else _name(each["prefill"]),
+            "" if each["prefill"] is None else _cached(each, "prefill"),
+            *(f"{each['costs_ms'].get(term, 0.0):.2f}" for term in terms),
+            f"{each['cost_ms']:.2f}",
+        )
+    return table
+
+
+def _outcome(predicted: Mapping[str, Any], happened: Mapping[str, Any]) -> Table:
+    ended = happened["state"] + (f": {happened['error']}" if happened["error"] else "")
+    table = Table("", "predicted", "happened", title=f"outcome: {ended}", title_justify="left")
+    for key in ("cached_tokens", "decode_cached_tokens", "moved_tokens", "hand_over_ms", "first_token_ms", "end_ms"):
+        table.add_row(key, _shown(predicted.get(key)), _shown(happened.get(key)))
+    table.add_row("prefill", "", "local" if happened["prefill"] is None else _name(happened["prefill"]))
+    return table
+
+
+def _name(worker: Mapping[str, Any]) -> str:
+    return " ".join(part for part in (worker["id"][:SHORT_ID], worker.get("address")) if part)
+
+
+def _cached(candidate: Mapping[str, Any], end: str) -> str:
+    return f"{candidate[f'{end}_cached_tokens']} ({candidate[f'{end}_matched_blocks']} blocks)"
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

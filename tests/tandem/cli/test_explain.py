@@ -1,0 +1,116 @@
+"""`tandem explain`: what it prints of a story and of the ladder, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from rich.console import Console
+
+from tandem.cli.app import run
+from tandem.cli.explain import ladder_of, ladder_table, story_tables
+from tandem.errors import BadRequest
+
+PAGE = """# TYPE tandem_hit_ladder_tokens_total counter
+tandem_hit_ladder_tokens_total{rung="prompt"} 1000.0
+tandem_hit_ladder_tokens_total{rung="ideal"} 800.0
+tandem_hit_ladder_tokens_total{rung="capacity"} 700.0
+tandem_hit_ladder_tokens_total{rung="perfect_routing"} 650.0
+tandem_hit_ladder_tokens_total{rung="achieved"} 600.0
+"""
+WORKER = {"id": "d" * 32, "address": "10.0.0.1:5000"}
+STORY = {
+    "id": "a" * 32,
+    "prompt_tokens": 300,
+    "max_tokens": 16,
+    "attempts": [
+        {
+            "at_ms": 1.5,
+            "policy": "cost",
+            "refusal": None,
+            "candidates": [
+                {
+                    "decode": WORKER,
+                    "prefill": None,
+                    "decode_cached_tokens": 130,
+                    "decode_matched_blocks": 2,
+                    "prefill_cached_tokens": 0,
+                    "prefill_matched_blocks": 0,
+                    "costs_ms": {"queue": 1.25, "prefill": 7.5},
+                    "cost_ms": 8.75,
+                }
+            ],
+        }
+    ],
+    "predicted": {"cached_tokens": 130, "first_token_ms": 8.75},
+    "happened": {"state": "finished", "error": None, "prefill": None, "cached_tokens": 128, "first_token_ms": 11.0},
+}
+
+
+def shown(*parts: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(*parts)
+    return out.getvalue()
+
+
+def test_a_story_shows_costs_and_outcome() -> None:
+    text = shown(*story_tables(STORY))
+    for expected in ("dddddddd 10.0.0.1:5000", "130 (2 blocks)", "local", "1.25", "7.50", "8.75", "11.00", "128"):
+        assert expected in text
+
+
+def test_the_ladder_shows_shares_and_losses() -> None:
+    rungs = ladder_of(PAGE)
+    assert rungs == {"prompt": 1000, "ideal": 800, "capacity": 700, "perfect_routing": 650, "achieved": 600}
+    lines = {line.split()[1]: line for line in shown(ladder_table(rungs)).splitlines() if "%" in line}
+    assert "60.0%" in lines["achieved"] and " 5.0%" in lines["achieved"]
+    with pytest.raises(BadRequest, match="no hit ladder"):
+        ladder_of("# nothing\n")
+
+
+@pytest.fixture
+def router() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """A server that knows one story and notes who asks."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("authorization")))
+            known = self.path in ("/metrics", f"/v1/explain/{STORY['id']}")
+            page = PAGE if self.path == "/metrics" else json.dumps({"requests": [STORY]})
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write((page if known else '{"error": {"message": "not known"}}').encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_the_command_asks_the_router(
+    router: tuple[str, list[tuple[str, str | None]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, asked = router
+    assert run(["explain", "a" * 32, "--url", url, "--api-key", "k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"][0]["id"] == "a" * 32
+    assert run(["explain", "--ladder", "--url", url]) == 0
+    assert "perfect_routing" in capsys.readouterr().out
+    assert asked == [(f"/v1/explain/{'a' * 32}", "Bearer k"), ("/metrics", None)]
+    assert run(["explain", "b", "--url", url]) == 1
+    assert "404: not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["explain"], ["explain", "a", "--ladder"]])
+def test_one_thing_at_a_time(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "either the id of a request or --ladder" in capsys.readouterr().err
