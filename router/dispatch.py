@@ -26,7 +26,7 @@ from router.workers.snapshot import Load
 from tandem.cluster import Incarnation, Plan, Role, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
-from tandem.kv import HashRoot, block_hashes
+from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
