@@ -1,24 +1,25 @@
-"""What a sampled token does to its sequence: pure bookkeeping after the forward pass."""
+"""What sampled tokens do to their sequence: pure bookkeeping after the forward pass."""
 
 from __future__ import annotations
 
 import logging
 
 from tandem.engine.output import SeqOutput
-from tandem.engine.sequence import Row, Sampled, Seq
-from tandem.types import FinishReason
+from tandem.engine.sequence import ROOT, Row, Sampled, Seq
+from tandem.types import FinishReason, TokenLogprob
 
 log = logging.getLogger(__name__)
 
 
 def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
-    """Counts the row's positions as computed and appends the sampled token; returns what the sequence got, if anything.
+    """Counts the row's own positions as computed and appends the sampled token; returns what the sequence got, if any.
 
-    Sets `finish` with the last token, or where there was nothing to sample from, but frees nothing. The last sampled
-    token never gets KV.
+    Where that token, and what the grammar forces behind it, are the next tokens of the row's draft, these count as
+    computed too, and the token sampled behind them follows. Sets `finish` with the last token, or where there was
+    nothing to sample from, but frees nothing. The last token is never computed.
     """
     seq = row.seq
-    seq.computed = row.start + row.count
+    seq.computed = row.start + row.own
     _take_prompt_logprobs(seq, sampled)
     if not row.samples:
         return None
@@ -30,23 +31,49 @@ def commit_row(row: Row, sampled: Sampled) -> SeqOutput | None:
         # Only the prompt was asked for: what was drawn behind it is dropped.
         seq.finish = FinishReason.LENGTH
         return SeqOutput(seq, first_index, (), (), seq.finish, None)
-    try:
-        forced = _constrain(seq, sampled.token)
-    except Exception:  # whatever a grammar's library raises, the other sequences must not notice
-        log.exception("the grammar of %s failed; it ends", seq.seq_id)
-        seq.finish = FinishReason.ERROR
-        return SeqOutput(seq, first_index, (), (), seq.finish, None)
-    taken: list[int] = []
-    for token in (sampled.token, *forced):
-        taken.append(token)
-        seq.tokens.append(token)
-        seq.finish = _finish(seq, token, first_index + len(taken) - 1)
-        if seq.finish is not None:
-            seq.stop_token = token if seq.finish is FinishReason.STOP else None
-            break
-    logprobs = () if sampled.logprob is None else (sampled.logprob,)
+    logprobs, forced, path = _follow(row, sampled)
+    seq.computed = min(seq.computed + len(path), len(seq.tokens) - 1)
     seq.output_logprobs += logprobs
-    return SeqOutput(seq, first_index, tuple(taken), logprobs, seq.finish, seq.stop_token, len(taken) - 1)
+    tokens = tuple(seq.tokens[seq.prompt_len + first_index :])
+    stop = seq.tokens[-1] if seq.finish is FinishReason.STOP else None
+    seq.stop_token = stop
+    return SeqOutput(seq, first_index, tokens, tuple(logprobs), seq.finish, stop, forced, tuple(path))
+
+
+def _follow(row: Row, sampled: Sampled) -> tuple[list[TokenLogprob], int, list[int]]:
+    """Appends tokens along the row's draft as far as they are what was sampled or forced, and the one behind.
+
+    Returns their log-probabilities, how many were forced, and the nodes that they are.
+    """
+    seq, node, forced = row.seq, ROOT, 0
+    logprobs: list[TokenLogprob] = []
+    path: list[int] = []
+    while True:
+        token, logprob = (sampled.token, sampled.logprob) if node == ROOT else sampled.nodes[node]
+        if token is None:
+            return logprobs, forced, path  # nothing behind a draft: the next step samples there, and sees to it
+        try:
+            taken = [token, *_constrain(seq, token)]
+        except Exception:  # whatever a grammar's library raises, the other sequences must not notice
+            log.exception("the grammar of %s failed; it ends", seq.seq_id)
+            seq.finish = FinishReason.ERROR
+            return logprobs, forced, path
+        if logprob is not None:
+            logprobs.append(logprob)
+        forced -= 1
+        followed: int | None = node
+        for each in taken:
+            seq.finish = _finish(seq, each, seq.output_len)
+            seq.tokens.append(each)
+            forced += 1
+            followed = None if followed is None else row.draft.child(followed, each)
+            if followed is not None:
+                path.append(followed)
+            if seq.finish is not None:
+                return logprobs, forced, path
+        if followed is None:
+            return logprobs, forced, path
+        node = followed
 
 
 def _constrain(seq: Seq, token: int) -> list[int]:

@@ -24,6 +24,8 @@ class SeqOutput:
     stop_token: int | None
     forced: int = 0
     """Of the tokens, those that a grammar put there without asking the model."""
+    accepted: tuple[int, ...] = ()
+    """The nodes of the row's draft that are tokens now: a path from its root."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +13,12 @@ import torch
 from tandem.device import upload
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan, IntArray
 from tandem.engine.attention.torch_paged import TorchPagedAttention
-from tandem.engine.grammar.masks import MaskFiller
+from tandem.engine.grammar.masks import Allowed, MaskFiller
 from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
 from tandem.engine.sampler import Drawn, Scores, sample
-from tandem.engine.sequence import Batch, Row, Sampled
+from tandem.engine.sequence import ROOT, Batch, Row, Sampled
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
@@ -30,14 +32,20 @@ class _Wanted(NamedTuple):
     firsts: list[int]
     """Where each row's begin among them, and where the last row's end."""
 
+    def sampled(self, batch: Batch) -> IntArray:
+        """Which of them tokens are sampled behind, row by row."""
+        ends = zip(batch.rows, self.firsts[1:], strict=True)
+        return np.array([at for row, end in ends if row.samples for at in range(end - 1 - len(row.draft), end)])
+
 
 def _wanted(batch: Batch) -> _Wanted:
-    """Each sampling row's last token, and all tokens of rows that score their prompt."""
+    """Each sampling row's last own token and its draft, and all tokens of rows that score their prompt."""
     tokens, firsts, end = list[int](), [0], 0
     for row in batch.rows:
         end += row.count
         scored = row.seq.sampling.prompt_logprobs is not None
-        tokens += range(end - row.count, end) if scored else range(end - 1, end) if row.samples else ()
+        first = row.count if scored else 1 + len(row.draft) if row.samples else 0
+        tokens += range(end - first, end)
         firsts.append(len(tokens))
     return _Wanted(tokens, firsts)
 
@@ -53,6 +61,15 @@ class InFlight:
     """Their tokens; None where no row samples."""
     prompts: dict[int, list[Scores]]
     """By index, of rows that score their prompt."""
+
+
+def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], allowed: Allowed | None) -> Drawn:
+    """A token for each row, and behind it one for each node of its draft."""
+    if not any(len(row.draft) for row in rows):
+        return sample(logits, [row.seq for row in rows], allowed)
+    nodes = [(row, node) for row in rows for node in range(ROOT, len(row.draft))]
+    ahead = [row.draft.ahead(node) for row, node in nodes]
+    return sample(logits, [row.seq for row, _ in nodes], allowed, ahead=ahead)
 
 
 class Runner:
@@ -93,18 +110,17 @@ class Runner:
         Nothing is waited for but the masks of grammars, which this processor fills.
         """
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
-        seqs = [batch.rows[index].seq for index in sampling]
-        masks = self._masks.start(seqs)
+        rows = [batch.rows[index] for index in sampling]
+        masks = self._masks.start([row.seq for row in rows], [row.draft for row in rows])
         inputs = self._inputs(batch)
         hidden, logits, drawn = None, self._replayed(batch, *inputs), None
         wanted = _wanted(batch)
         if logits is None:
             hidden = self._hidden(*inputs, wanted)
-            lasts = [wanted.firsts[index + 1] - 1 for index in sampling]
-            logits = self._logits_of(hidden, np.array(lasts)) if sampling else None
+            logits = self._logits_of(hidden, wanted.sampled(batch)) if sampling else None
         if logits is not None:
             allowed = masks.result() if masks is not None else None
-            drawn = sample(logits[:, : self.vocab_size], seqs, allowed)
+            drawn = _sample_rows(logits[:, : self.vocab_size], rows, allowed)
         prompts = {}
         for index, row in enumerate(batch.rows):
             if hidden is not None and row.seq.sampling.prompt_logprobs is not None:
@@ -115,11 +131,14 @@ class Runner:
         """Waits for a step; one result per row."""
         results = [Sampled(None)] * len(flight.batch.rows)
         if flight.drawn is not None:
-            for index, (token, logprob) in zip(flight.sampling, flight.drawn.read(), strict=True):
-                results[index] = Sampled(token, logprob)
+            picked = iter(flight.drawn.read())
+            for index in flight.sampling:
+                token, logprob = next(picked)
+                nodes = tuple(islice(picked, len(flight.batch.rows[index].draft)))
+                results[index] = Sampled(token, logprob, nodes=nodes)
         for index, parts in flight.prompts.items():
             found = tuple(score for part in parts for score in part.read())
-            results[index] = Sampled(results[index].token, results[index].logprob, found)
+            results[index] = replace(results[index], prompt_logprobs=found)
         return results
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -131,7 +150,7 @@ class Runner:
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
-        tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.count]]
+        tokens = [t for row in rows for t in (*row.seq.tokens[row.start : row.start + row.own], *row.draft.tokens)]
         needed = (-(-(starts + counts) // page)).tolist()
         pages = [
             [np.array(row.seq.pages[group][:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]

@@ -18,8 +18,8 @@ import torch
 from tandem.device import HostCopy, upload
 from tandem.engine.grammar.masks import Allowed
 from tandem.engine.philox import uniform, uniforms
-from tandem.engine.sequence import Seq
-from tandem.types import SamplingParams, TokenLogprob
+from tandem.engine.sequence import Picked, Seq
+from tandem.types import SamplingParams, TokenIds, TokenLogprob
 
 TOP_CANDIDATES = 1024
 """Top-p looks at so many of the likeliest tokens first."""
@@ -47,10 +47,6 @@ class Filters(NamedTuple):
     """Whether these may be too few: some row is cut by top-p alone."""
     floored: bool
     """Whether some row is cut by min-p."""
-
-
-Picked = tuple[int | None, TokenLogprob | None]
-"""A token and its log-probability where that was asked for; no token where the model gave no numbers."""
 
 
 class Scores:
@@ -98,21 +94,27 @@ class Drawn:
 
 
 def sample(
-    logits: torch.Tensor, seqs: Sequence[Seq], allowed: Allowed | None = None, places: Sequence[int] | None = None
+    logits: torch.Tensor,
+    seqs: Sequence[Seq],
+    allowed: Allowed | None = None,
+    places: Sequence[int] | None = None,
+    ahead: Sequence[TokenIds] = (),
 ) -> Drawn:
-    """The next token of each sequence.
+    """The next token of each sequence; one may occur several times, with different drafted tokens ahead.
 
     allowed: what grammars leave of some rows. A row of which nothing is left yields no token either.
     logits: `[len(seqs), vocabulary]`, float32; not changed. A row that holds a NaN or an infinity yields no token: that
     sequence cannot go on, and the others must not notice.
-    places: where each token will stand in its sequence's output; by default behind what that has now.
+    places: where each token will stand in its sequence's output; by default behind what that has now, and `ahead`.
+    ahead: for each row the tokens that would follow its sequence's own before it; for none at all by default.
     """
+    ahead = ahead or [()] * len(seqs)
     if places is None:
-        places = [seq.output_len for seq in seqs]
+        places = [seq.output_len + len(drafted) for seq, drafted in zip(seqs, ahead, strict=True)]
     adjusted = logits
     if allowed is not None or any(_adjusts(*each) for each in zip(seqs, places, strict=True)):
         adjusted = logits.clone()
-        _penalise(adjusted, seqs)
+        _penalise(adjusted, seqs, ahead)
         _bias(adjusted, seqs, places)
         if allowed is not None:
             allowed.apply(adjusted)
@@ -221,18 +223,19 @@ def _adjusts(seq: Seq, place: int) -> bool:
     return bool(params.logit_bias) or _penalised(params) or place < params.min_tokens
 
 
-def _penalise(logits: torch.Tensor, seqs: Sequence[Seq]) -> None:
+def _penalise(logits: torch.Tensor, seqs: Sequence[Seq], ahead: Sequence[TokenIds]) -> None:
     """Repetition (CTRL: Keskar et al. 2019, arXiv:1909.05858), then OpenAI's frequency and presence; in place."""
-    for row, seq in enumerate(seqs):
+    for row, (seq, drafted) in enumerate(zip(seqs, ahead, strict=True)):
         params = seq.sampling
         if not _penalised(params):
             continue
+        before = np.array([*seq.tokens, *drafted], dtype=np.int64)
         if params.repetition_penalty != 1.0:
-            seen = torch.from_numpy(np.unique(np.array(seq.tokens, dtype=np.int64))).to(logits.device)
+            seen = torch.from_numpy(np.unique(before)).to(logits.device)
             old, penalty = logits[row, seen], max(params.repetition_penalty, TINIEST)
             # At a penalty near 0 a quotient may be infinite, and two of them have no difference.
             logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty).clamp_(max=LARGEST)
-        output, counts = np.unique(np.array(seq.tokens[seq.prompt_len :], dtype=np.int64), return_counts=True)
+        output, counts = np.unique(before[seq.prompt_len :], return_counts=True)
         ids = torch.from_numpy(output).to(logits.device)
         logits[row, ids] -= torch.from_numpy(counts * params.frequency_penalty + params.presence_penalty).to(logits)
 
