@@ -19,6 +19,8 @@ from tandem.engine.protocols import PoolLike, RunnerLike
 from tandem.engine.radix import pack
 from tandem.engine.scheduler import Plan, Scheduler
 from tandem.engine.sequence import Sampled, Seq, SeqState
+from tandem.engine.spec.base import Drafter
+from tandem.engine.spec.speculation import Speculation
 from tandem.engine.timing import TimingFit
 from tandem.errors import ContextTooLong
 from tandem.kv import KvLayout, Span
@@ -29,8 +31,14 @@ class Engine:
     """Sequences in, tokens out. Knows a sequence from `add` or `reserve` until it ends, is released or cancelled."""
 
     def __init__(
-        self, runner: RunnerLike, pool: PoolLike, config: EngineConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        runner: RunnerLike,
+        pool: PoolLike,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None,
     ) -> None:
+        """drafter: None decodes a token a step."""
         self.config = config
         self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens)
         self.scheduler = Scheduler(self.memory, config)
@@ -40,6 +48,10 @@ class Engine:
         self._pool = pool
         self._clock = clock
         self._timing = TimingFit()
+        self.speculation: Speculation | None = None
+        if drafter is not None:
+            self.speculation = Speculation(drafter, self.memory, config.draft_tokens)
+            self.memory.on_close = drafter.forget
         self._admitted = 0
         self._retractions = 0
 
@@ -98,6 +110,8 @@ class Engine:
         """
         started = self._clock()
         plan = self.scheduler.schedule(started, self._timing.fit() if self.config.inter_token_ms else None)
+        if self.speculation is not None:
+            self.speculation.draft(plan)
         batch = plan.batch
         scheduled = self._clock()
         sampled = self._runner.collect(self._runner.launch(batch)) if batch.rows else []
@@ -125,6 +139,8 @@ class Engine:
             output = commit_row(row, result)
             if output is not None:
                 outputs.append(output)
+            if self.speculation is not None:
+                self.speculation.committed(row, output)
             if row.start < seq.prompt_len:
                 progress.append(Progress(seq, seq.computed))
                 self.memory.share(seq)

@@ -99,6 +99,19 @@ class KvPool:
             else:
                 memory.index_copy_(1, slots, source[layers].to(self.device))
 
+    def move_tokens(self, pages: Pages, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the KV of positions to others of the same sequence, in all groups; the two may overlap."""
+        before, after = np.array(sources), np.array(targets)
+        for number, group in enumerate(self.layout.groups):
+            run = np.asarray(pages[number], dtype=np.int64)
+            source, target = (
+                torch.from_numpy(run[where // self.page_size] * self.page_size + where % self.page_size).to(self.device)
+                for where in (before, after)
+            )
+            for plane in self.layout.planes_of(group):
+                memory = self._memory[plane.name, number]
+                memory.index_copy_(1, target, memory.index_select(1, source))
+
     def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of a group's page to the start of another, in all its planes and layers."""
         if not 0 <= count <= self.page_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tandem.engine.pages import PagePool
@@ -39,6 +39,8 @@ class KvMemory:
         """How often a sequence gave up more than it took, so that others may find pages."""
         self.windowed = tuple(number for number, group in enumerate(self.groups) if group.window is not None)
         """Groups with a window."""
+        self.on_close: Callable[[Seq], None] | None = None
+        """Told of every open sequence before it is closed."""
         self._pool = pool
         self._caching = caching
         self._most_running = [running_pages(group, chunk, pool.page_size) for group in self.groups]
@@ -204,6 +206,20 @@ class KvMemory:
         self._allocate(seq, needs)
         return True
 
+    def trim(self, seq: Seq) -> None:
+        """Gives back the pages of an open sequence that none of its tokens needs: a draft had them."""
+        stop = max(self.pages_for(len(seq.tokens)), seq.shared_pages)
+        for pool, run in zip(self.pools, seq.pages, strict=True):
+            pool.free(run[stop:])
+            del run[stop:]
+
+    def straighten(self, seq: Seq, path: Sequence[int], first: int) -> None:
+        """Moves the KV of a draft's accepted nodes, which lie from position `first` on, to where their tokens are."""
+        moved = [(first + node, first + place) for place, node in enumerate(path) if node != place]
+        if moved:
+            sources, targets = zip(*moved, strict=True)
+            self._pool.move_tokens(seq.pages, sources, targets)
+
     def slide(self, seq: Seq) -> int:
         """Gives up the pages that no window of an open sequence reaches any more; returns how many."""
         count = 0
@@ -251,6 +267,8 @@ class KvMemory:
         """Leaves computed whole pages to the cache and frees the rest. A closed sequence stays as it is."""
         if seq.node is None:
             return
+        if self.on_close is not None:
+            self.on_close(seq)
         self.share(seq)
         for pool, pages in zip(self.pools, seq.pages, strict=True):
             pool.free(page for page in pages[seq.shared_pages :] if page != NO_PAGE)

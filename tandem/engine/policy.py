@@ -29,6 +29,8 @@ class EngineConfig:
     """Seconds after which a waiting sequence goes before all younger ones, whatever they have cached."""
     prefix_cache: bool = True
     """Whether KV outlives its sequence."""
+    draft_tokens: int = 8
+    """Tokens of a draft at most, where there is a drafter."""
     inter_token_ms: float = 0.0
     """Milliseconds that a step may take while sequences generate: prompts are then computed in smaller chunks. 0: as
     long as `max_batch_tokens` take."""

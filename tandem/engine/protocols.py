@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,9 @@ class PoolLike(Protocol):
 
     def scatter(self, pages: Pages, span: Span, total: int, data: Any) -> None:
         """The inverse of `gather`."""
+
+    def move_tokens(self, pages: Pages, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies positions of a sequence to others of it, in all groups; the two may overlap."""
 
     def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of one page of a group to another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.cluster import StepTiming
 from tandem.engine.memory import KvMemory
@@ -20,7 +20,7 @@ from tandem.engine.policy import (
     spare_pages,
 )
 from tandem.engine.radix import pack
-from tandem.engine.sequence import Batch, Row, Seq, SeqState
+from tandem.engine.sequence import Batch, Draft, Row, Seq, SeqState
 
 REFRESHES = 8
 """Queued sequences whose cached prefix is looked up again in one step, once the cache has grown."""
@@ -58,6 +58,8 @@ class Plan:
 
     budget: int
     decodes: list[Row] = field(default_factory=list)
+    drafted: list[Row] = field(default_factory=list)
+    """Rows that were given drafts; they are in none of the others."""
     prefills: list[Row] = field(default_factory=list)
     retracted: list[Seq] = field(default_factory=list)
     """Sequences that lost their pages and wait again."""
@@ -74,6 +76,12 @@ class Plan:
         rows.append(Row(seq, seq.computed, count, samples))
         self.budget -= count
 
+    def draft(self, row: Row, draft: Draft) -> None:
+        """Gives a row a draft, for which its sequence's pages have room."""
+        (self.decodes if row in self.decodes else self.prefills).remove(row)
+        self.drafted.append(replace(row, count=row.count + len(draft), draft=draft))
+        self.budget -= len(draft)
+
     def drop(self, seq: Seq) -> None:
         """Takes a sequence's row out again."""
         for rows in (self.decodes, self.prefills):
@@ -86,7 +94,7 @@ class Plan:
     @property
     def batch(self) -> Batch:
         """The rows, single tokens first."""
-        return Batch((*self.decodes, *self.prefills))
+        return Batch((*self.decodes, *self.drafted, *self.prefills))
 
 
 class Scheduler:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.engine.radix import Pages
-from tandem.engine.sequence import Batch, Sampled, Seq
+from tandem.engine.sequence import ROOT, Batch, Picked, Row, Sampled, Seq
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 from tandem.types import SamplingParams, TokenLogprob
 
@@ -75,6 +75,16 @@ class FakePool:
             slots[self.slots_of(run, share.start, share.end)] = values[at : at + share.count]
             at += share.count
 
+    def move_tokens(self, pages: Pages, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies positions of a sequence to others of it, in all groups."""
+        for slots, run in zip(self.slots, pages, strict=True):
+            numbers = np.asarray(run, dtype=np.int64)
+            before, after = (
+                numbers[np.array(where) // self.page_size] * self.page_size + np.array(where) % self.page_size
+                for where in (sources, targets)
+            )
+            slots[after] = slots[before]
+
     def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of one page of a group to another."""
         source, target, slots = source_page * self.page_size, target_page * self.page_size, self.slots[group]
@@ -97,20 +107,40 @@ class FakeRunner:
     def launch(self, batch: Batch) -> list[Sampled]:
         """Computes the batch at once."""
         self.batches.append(tuple((row.seq.seq_id, row.start, row.count) for row in batch.rows))
-        return [self._row(row.seq, row.start, row.start + row.count, row.samples) for row in batch.rows]
+        return [self._row(row) for row in batch.rows]
 
     def collect(self, flight: list[Sampled]) -> list[Sampled]:
         """One entry for each row, in order."""
         return flight
 
-    def _row(self, seq: Seq, start: int, end: int, samples: bool) -> Sampled:
+    def _row(self, row: Row) -> Sampled:
+        seq, start, end, samples = row.seq, row.start, row.start + row.own, row.samples
         seen = [self._compute(seq, group, start, end) for group in range(len(self._pool.slots))]
+        nodes = self._nodes(row, seen)
         prompt = tuple(TokenLogprob(token, -1.0) for token in seq.tokens[start + 1 : end + 1])
         asked = seq.sampling.prompt_logprobs is not None
         token = _next(seen) if samples else None
         wants = samples and seq.sampling.logprobs is not None and token is not None
         logprob = TokenLogprob(token, -0.5) if wants and token is not None else None
-        return Sampled(token, logprob, prompt if asked else ())
+        return Sampled(token, logprob, prompt if asked else (), nodes)
+
+    def _nodes(self, row: Row, seen: Sequence[NDArray[np.int64]]) -> tuple[Picked, ...]:
+        """Writes the KV of a draft and samples behind every node. seen: of each group, by the last own token."""
+        behind = {ROOT: list(seen)}
+        for node, (token, depth) in enumerate(zip(row.draft.tokens, row.draft.depths(), strict=True)):
+            behind[node] = []
+            for number, before in enumerate(behind[row.draft.parent(node)]):
+                group, position = self._pool.layout.groups[number], row.start + row.own - 1 + depth
+                chain = _chain(int(before[-1, 2]), token) if group.window != 1 else token
+                slot = self._pool.slots_of(
+                    row.seq.pages[number], row.start + row.own + node, row.start + row.own + node + 1
+                )
+                self._pool.slots[number][slot] = (token, position, chain)
+                seen_here = np.concatenate([before, self._pool.slots[number][slot]])
+                behind[node].append(seen_here[len(seen_here) - (position + 1 - group.seen_from(position)) :])
+        wants = row.seq.sampling.logprobs is not None
+        found = [_next(behind[node]) for node in range(len(row.draft))]
+        return tuple((token, TokenLogprob(token, -0.5) if wants else None) for token in found)
 
     def _compute(self, seq: Seq, number: int, start: int, end: int) -> NDArray[np.int64]:
         """Writes a group's KV of positions [start, end); what the last of them sees."""

@@ -14,7 +14,8 @@ from tandem.engine.policy import EngineConfig
 from tandem.engine.radix import NO_PAGE, unpack
 from tandem.engine.sequence import Seq, SeqState
 from tandem.kv import BLOCK_TOKENS, BlockHash, Span, block_hashes
-from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation, windowed_layout
+from tandem.testing.drafter import GuessingDrafter
+from tandem.testing.engine import VOCAB, FakePool, FakeRunner, make_seq, naive_continuation, windowed_layout
 from tandem.types import FinishReason, SamplingParams
 
 ROOTS = (b"a", b"b")
@@ -32,6 +33,8 @@ class EngineMachine(RuleBasedStateMachine):
     """The same, of groups with a window."""
     repeats = 1
     """How long prompts are that share beginnings."""
+    drafts = "none"
+    """Or `chain`, or `tree`: what the decode engine's drafter proposes, good and bad."""
 
     @initialize(budget=st.sampled_from([3, 8, 40]), running=st.sampled_from([2, 8]))
     def begin(self, budget: int, running: int) -> None:
@@ -51,7 +54,10 @@ class EngineMachine(RuleBasedStateMachine):
         pages = [(self.tokens if window is None else self.window_tokens) // page_size for window in self.windows]
         pool = FakePool(pages, page_size, self.layout)
         config = EngineConfig(budget, running, ageing_s=1.0, prefix_cache=caching)
-        return Engine(FakeRunner(pool), pool, config, clock=lambda: self.now)
+        drafter = None
+        if self.drafts != "none":
+            drafter = GuessingDrafter(lambda seq: self.naive[seq.seq_id], VOCAB, self.drafts == "tree", seed=budget)
+        return Engine(FakeRunner(pool), pool, config, clock=lambda: self.now, drafter=drafter)
 
     def draw_seq(self, data: st.DataObject) -> Seq:
         """Prompts that often share prefixes, of one token or of many."""
@@ -232,6 +238,11 @@ def machine(size: int, caching: bool = True, **values: object) -> type[TestCase]
 
 
 TestPagesOfOne = machine(1)
+TestChainsInPagesOfOne = machine(1, drafts="chain")
+TestTreesInPagesOfOne = machine(1, drafts="tree")
+TestTreesInPagesOfFour = machine(4, drafts="tree")
+TestTreesWithWindows = machine(2, drafts="tree", windows=(None, 5, 2), window_tokens=128, tokens=256, repeats=5)
+TestChainsWithoutCache = machine(4, caching=False, drafts="chain", windows=(9, 3), window_tokens=128, tokens=200)
 TestPagesOfFour = machine(4)
 TestPagesOfSixteen = machine(16)
 TestWithoutCache = machine(4, caching=False)
