@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tandem.engine import sampler
 from tandem.engine.philox import uniforms
-from tandem.engine.sampler import Filters, Picked, draw
-from tandem.engine.sequence import Seq
+from tandem.engine.sampler import Filters, draw
+from tandem.engine.sequence import Picked, Seq
 from tandem.types import SamplingParams
 
 VOCAB = 50
