@@ -3,6 +3,7 @@
     python -m benchmarks.compare tandem-1p1d tandem-0p2d --model demo
     python -m benchmarks.compare tandem-0p1d hf --model qwen2-370m --input-tokens 512 --output-tokens 64 --concurrency 8
     python -m benchmarks.compare tandem-1p1d vllm-pd --model llama-7m --peers PEERS --vllm PEERS/vllm
+    python -m benchmarks.compare tandem-0p1d vllm --workload multiturn --turns 6 --shared-tokens 510 --input-tokens 20
 
 Only ratios from one run count: machines differ, and the same machine does from minute to minute.
 """
@@ -102,7 +103,8 @@ def main(
     workload: str = "random",
     input_tokens: Annotated[int, typer.Option(min=1)] = 300,
     output_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    shared_tokens: Annotated[int, typer.Option(min=0, help="for the workload shared")] = 0,
+    shared_tokens: Annotated[int, typer.Option(min=0, help="for shared; in multiturn, words of the system text")] = 0,
+    turns: Annotated[int, typer.Option(min=1, help="for the workload multiturn")] = 1,
     spread: float = 0.0,
     concurrency: Annotated[int, typer.Option(min=1)] = 4,
     requests: Annotated[int, typer.Option(min=1)] = 48,
@@ -125,7 +127,7 @@ def main(
         servers = [server(name, setting, Peers(peers, vllm), folder) for name in dict.fromkeys(systems)]
         given = {
             "requests": requests, "input_tokens": input_tokens, "output_tokens": output_tokens, "spread": spread,
-            "shared_tokens": shared_tokens,
+            "shared_tokens": shared_tokens, "turns": turns,
         }  # fmt: skip
         shape = shape_of(workload, given)
         found = alternate(servers, workload, shape, Load(concurrency, seed=seed), warmup, rounds, console)

@@ -131,12 +131,27 @@ class InboundTicket:
         return [span for number, span in enumerate(self.spans or ()) if number in self.landed]
 
     def expired(self, now: float) -> tuple[str, str] | None:
-        """The deadline that passed, as (kind, error). Queueing and moving have one each; waiting for space has none."""
+        """The deadline that passed, as (kind, error).
+
+        Queueing and moving have one each. A grant beyond what is computed waits for the sender's turn to compute, though
+        cached spans before it may long have moved: that is queueing. Waiting for space has none; a sender that is gone
+        is the lease's matter.
+        """
         if not self.started and now - self.opened_at > self.queue_s:
             return "queue_deadline", f"the sender did not start within queue_deadline_s = {self.queue_s:g}"
-        if self.started and self.out and now - self.progress_at > self.transfer_s:
-            return "transfer_deadline", f"no progress for transfer_deadline_s = {self.transfer_s:g}"
+        if not self.started or not self.out:
+            return None
+        idle = now - self.progress_at
+        if any(self._span(sequence).end <= self.computed for sequence in self.out):
+            if idle > self.transfer_s:
+                return "transfer_deadline", f"no progress for transfer_deadline_s = {self.transfer_s:g}"
+        elif idle > self.queue_s:
+            return "queue_deadline", f"the sender computed nothing for queue_deadline_s = {self.queue_s:g}"
         return None
+
+    def _span(self, sequence: int) -> Span:
+        assert self.spans is not None
+        return self.spans[sequence]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a span is in no or in two states."""

@@ -210,13 +210,13 @@ class DecodeConfig(WorkerConfig):
         32, description="misses up to this are always computed locally"
     )
     queue_deadline_s: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="seconds a prefill worker may queue a ticket"
+        30.0, description="seconds a prefill worker may compute nothing of a ticket"
     )
     handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds for connecting to a prefill worker"
     )
     transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="seconds without progress of an open ticket"
+        10.0, description="seconds without progress while computed KV is on its way"
     )
     grammar_compile_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds that compiling a grammar may take"

@@ -246,6 +246,22 @@ def test_deadlines_are_separate_and_waiting_for_space_has_none() -> None:
     assert ticket.expired(2000.0) is None, "the span has arrived: the sink's time is not the sender's"
 
 
+def test_a_span_that_is_not_computed_yet_waits_in_the_queue_and_not_on_the_wire() -> None:
+    ticket, slab = inbound(), Ranges(SLAB)
+    ticket.progressed(8, 1.0)  # cached, and exported before its turn came
+    ticket.plan(0, 8)
+    for _ in range(2):
+        taken = slab.allocate(100)
+        assert taken is not None
+        ticket.grant(taken, 1.0)
+    ticket.arrived(0, 2.0)
+    assert ticket.expired(7.0) is None, "the sender computes for others first"
+    assert ticket.expired(7.1) == ("queue_deadline", "the sender computed nothing for queue_deadline_s = 5")
+    ticket.progressed(16, 7.0)
+    assert ticket.expired(10.0) is None
+    assert ticket.expired(10.1) == ("transfer_deadline", "no progress for transfer_deadline_s = 3")
+
+
 def test_only_spans_without_a_gap_count_as_landed() -> None:
     ticket, slab = inbound(20), Ranges(SLAB)
     ticket.plan(4, 8)
