@@ -133,9 +133,9 @@ class InboundTicket:
     def expired(self, now: float) -> tuple[str, str] | None:
         """The deadline that passed, as (kind, error).
 
-        Queueing and moving have one each. A grant beyond what is computed waits for the sender's turn to compute, though
-        cached spans before it may long have moved: that is queueing. Waiting for space has none; a sender that is gone
-        is the lease's matter.
+        Queueing and moving have one each. A grant beyond what is computed waits for the sender's turn to compute, even
+        if cached spans before it have moved: that is queueing. Waiting for space has none; a sender that is gone is the
+        lease's matter.
         """
         if not self.started and now - self.opened_at > self.queue_s:
             return "queue_deadline", f"the sender did not start within queue_deadline_s = {self.queue_s:g}"

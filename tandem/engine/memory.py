@@ -128,6 +128,14 @@ class KvMemory:
             seq, self.match(seq, packed, match.whole * self.page_size), cover, spare, landing
         )
 
+    def reopen(self, seq: Seq, packed: bytes, cover: int) -> bool:
+        """Opens an open sequence anew, with what is cached now; its own computed pages are, too. False: it is closed."""
+        if seq.retractions == 0:
+            self.matched_tokens -= seq.cached_tokens
+            self.prompt_tokens -= len(seq.tokens)
+        self.close(seq)
+        return self.open(seq, packed, cover)
+
     def _try(self, seq: Seq, match: Match, cover: int, spare: Sequence[int], landing: bool) -> bool:
         """Opens a sequence with a fresh match."""
         firsts = [0] * len(self.groups)

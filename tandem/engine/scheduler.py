@@ -291,9 +291,14 @@ class Scheduler:
     def _open(self, item: Queued) -> bool:
         """Pages for all tokens of a sequence, with its cached prefix."""
         seq, tokens = item.seq, len(item.seq.tokens)
-        if seq.node is not None:
+        if seq.node is None:
+            return self._memory.open(seq, item.packed, tokens, self._spare())
+        if item.version != self._memory.cache.version:
+            self._look_up(item)
+        if item.cached <= seq.computed:
             return self._memory.grow(seq, tokens)
-        return self._memory.open(seq, item.packed, tokens, self._spare())
+        # While it waited with what was cached when it came, others computed more of the same prompt.
+        return self._memory.reopen(seq, item.packed, tokens)
 
     def _start(self, seq: Seq, plan: Plan) -> None:
         """Moves a sequence that has its pages from the queue into the batch."""
@@ -328,5 +333,4 @@ class Scheduler:
 
     def _look_up(self, item: Queued) -> None:
         item.version = self._memory.cache.version
-        if item.seq.node is None:
-            item.cached = self._memory.match(item.seq, item.packed).tokens
+        item.cached = self._memory.match(item.seq, item.packed).tokens

@@ -167,6 +167,31 @@ def test_cached_tokens_can_be_exported_before_their_turn() -> None:
     assert engine.idle_leaks() == []
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_a_prefix_that_was_opened_early_grows_with_what_others_compute_meanwhile(page_size: int) -> None:
+    """Prompts that arrive together: each locks the little that is cached at once, and only the first computes the rest."""
+    engine, runner = make(page_size)
+    first, _ = prefill(engine, "warm", PROMPT[:page_size])
+    engine.release(first)
+    runner.batches.clear()
+    seqs = [make_seq(f"q{number}", [*PROMPT, 1, 2, number], prefill_only=True) for number in range(4)]
+    for seq in seqs:
+        engine.add(seq)
+    assert [engine.open_cached(seq) for seq in seqs] == [page_size] * 4
+    drain(engine)
+    assert {seq.state for seq in seqs} == {SeqState.HELD}
+    computed = sum(count for batch in runner.batches for _, _, count in batch)
+    # The second may start in the first one's last step; whoever comes later lacks what whole pages do not hold.
+    assert computed <= 44 - page_size + 16 + 3 * (44 - 43 // page_size * page_size)
+    status = engine.status()
+    assert (status.prompt_tokens, status.matched_tokens) == (page_size + 4 * 44, sum(seq.cached_tokens for seq in seqs))
+    for seq in seqs:
+        data = bytearray(LAYOUT.span_bytes(Span(0, 44), 44))
+        engine.export_span(seq, Span(0, 44), data)
+        engine.release(seq)
+    assert engine.idle_leaks() == []
+
+
 def test_opening_what_is_wholly_cached_holds_it_without_a_step() -> None:
     engine, runner = make(page_size=4)
     done, _ = prefill(engine, "p", PROMPT[:-1])
