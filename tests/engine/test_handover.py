@@ -169,7 +169,7 @@ def test_cached_tokens_can_be_exported_before_their_turn() -> None:
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_a_prefix_that_was_opened_early_grows_with_what_others_compute_meanwhile(page_size: int) -> None:
-    """Prompts that arrive together: each locks the little that is cached at once, and only the first computes the rest."""
+    """Prompts that arrive together: each locks the little that is cached, and only the first computes the rest."""
     engine, runner = make(page_size)
     first, _ = prefill(engine, "warm", PROMPT[:page_size])
     engine.release(first)
