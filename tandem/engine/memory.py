@@ -129,7 +129,7 @@ class KvMemory:
         )
 
     def reopen(self, seq: Seq, packed: bytes, cover: int) -> bool:
-        """Opens an open sequence anew, with what is cached now; its own computed pages are, too. False: it is closed."""
+        """Opens an open sequence anew with what is cached now, its own computed pages among it. False: it is closed."""
         if seq.retractions == 0:
             self.matched_tokens -= seq.cached_tokens
             self.prompt_tokens -= len(seq.tokens)
