@@ -104,6 +104,7 @@ class PrefillClient:
             layout_digest=self._layout_digest,
             queue_deadline_s=self._queue_deadline_s,
             transfer_deadline_s=self._transfer_deadline_s,
+            tenant=request.tenant,
         )
 
     async def _pair(self, target: Target) -> PairClient:

@@ -128,6 +128,8 @@ def make_request(
             eos_ids=stops,
             choice=index,
             priority=request.priority,
+            tenant=request.tenant,
+            cost=request.cost // request.choices,
             arrival=now,
             order=order + index,
             constraint=constrain() if constrain is not None else None,

@@ -90,7 +90,14 @@ class KvSource(Protocol):
     """Where a sender's KV comes from: an engine. All methods are called on the event loop."""
 
     async def open(
-        self, ticket_id: str, tokens: TokenIds, salt: str, adapter: str, priority: int, on_progress: OnProgress
+        self,
+        ticket_id: str,
+        tokens: TokenIds,
+        salt: str,
+        adapter: str,
+        priority: int,
+        on_progress: OnProgress,
+        tenant: str = "",
     ) -> int:
         """Accepts a prompt and returns how many of its tokens are cached; these can be exported at once.
 

@@ -131,7 +131,7 @@ class PairClient:
         self._send(
             open=pb.Open(
                 ticket_id=name, request_id=ticket.request_id, attempt=ticket.attempt, tokens=tokens, start=start,
-                salt=salt, adapter=adapter, priority=priority, queue_deadline_s=queue_s,
+                salt=salt, adapter=adapter, priority=priority, queue_deadline_s=queue_s, tenant=ticket.tenant,
             )
         )  # fmt: skip
         try:

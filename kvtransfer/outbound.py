@@ -183,7 +183,9 @@ class OutboundPair:
 
         tokens = tuple(message.tokens)
         opening = asyncio.ensure_future(
-            self._sender.source.open(ticket, tokens, message.salt, message.adapter, message.priority, on_progress)
+            self._sender.source.open(
+                ticket, tokens, message.salt, message.adapter, message.priority, on_progress, message.tenant
+            )
         )
         opening.add_done_callback(lambda _: sending.changed.set())
         while not opening.done() and not state.over:

@@ -33,6 +33,7 @@ class PromisingSource:
         adapter: str,
         priority: int,
         on_progress: Callable[[int], None],
+        tenant: str = "",
     ) -> int:
         """See `KvSource.open`. Raises Overloaded when too many tickets are open."""
         if len(self._promised) >= self._max_waiting:
@@ -40,7 +41,7 @@ class PromisingSource:
         hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
         self._promised[ticket_id] = hashes
         self._announce(EventKind.PROMISED, hashes)
-        cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress)
+        cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant)
         self._metrics.prompt_tokens.inc(len(tokens))
         self._metrics.prefix_hits.labels("prefill").inc(cached)
         return cached

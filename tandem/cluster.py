@@ -217,3 +217,5 @@ class Ticket:
     """Seconds the sender may let it wait before the first span."""
     transfer_deadline_s: float
     """Seconds between grant and landing."""
+    tenant: str = ""
+    """Whose prompt it is: the sender's queue is shared fairly, too."""

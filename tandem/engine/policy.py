@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ SPARE_TOKENS = 16
 
 LEAST_CHUNK = 16
 """Prompt tokens that a step computes whatever the time between tokens."""
+
+STARVED_AGES = 15
+"""A sequence is starved after so many times `ageing_s`."""
+PASSES = 7
+"""Admissions after which a starved sequence goes before higher priorities: they keep most of the worker."""
 
 QueueKey = tuple[int, bool, float, int]
 
@@ -65,6 +71,17 @@ def prefill_budget(budget: int, generating: int, timing: StepTiming | None, inte
 def is_aged(seq: Seq, now: float, ageing_s: float) -> bool:
     """Whether a sequence has waited long enough to go by arrival alone."""
     return now - seq.arrival >= ageing_s
+
+
+def is_starved(seq: Seq, now: float, ageing_s: float) -> bool:
+    """Whether a sequence has waited so long that higher priorities let it pass now and then."""
+    return now - seq.arrival >= STARVED_AGES * ageing_s
+
+
+def next_ageing(seq: Seq, now: float, ageing_s: float) -> float:
+    """When a waiting sequence's place in the queue changes next by time alone; infinity if never."""
+    later = (at for at in (seq.arrival + ageing_s, seq.arrival + STARVED_AGES * ageing_s) if at > now)
+    return min(later, default=math.inf)
 
 
 def queue_key(seq: Seq, ready_tokens: int, now: float, ageing_s: float) -> QueueKey:

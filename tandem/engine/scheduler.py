@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from tandem.cluster import StepTiming
+from tandem.engine.fairness import fair_order, present, served
 from tandem.engine.memory import KvMemory
 from tandem.engine.policy import (
+    PASSES,
     EngineConfig,
     QueueKey,
     is_aged,
+    is_starved,
+    next_ageing,
     pick_giver,
     pick_victim,
     prefill_budget,
@@ -26,7 +30,7 @@ REFRESHES = 8
 """Queued sequences whose cached prefix is looked up again in one step, once the cache has grown."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Queued:
     """A waiting sequence and what was last known to be cached of it."""
 
@@ -41,6 +45,21 @@ class Queued:
         """Tokens that need no computing."""
         return max(self.seq.computed, self.cached)
 
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.seq.tenant
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first."""
+        return self.seq.priority
+
+    @property
+    def cost(self) -> int:
+        """Tokens that its tenant is charged with."""
+        return max(self.seq.cost or len(self.seq.tokens) - self.ready, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Standstill:
@@ -49,7 +68,7 @@ class Standstill:
     changes: tuple[int, int, int]
     """Versions of the queue, of the cache and of all windows; while they are the same, no page was given back."""
     until: float
-    """When the next sequence becomes aged."""
+    """When a sequence's place changes by its age."""
 
 
 @dataclass(slots=True)
@@ -114,6 +133,9 @@ class Scheduler:
         self._stale: list[Queued] = []
         self._changes = 0
         self._standstill: Standstill | None = None
+        self._balances: dict[str, float] = {}
+        self._passed = 0
+        """Admissions since the last one of a starved sequence."""
 
     @property
     def waiting(self) -> Iterator[Seq]:
@@ -242,6 +264,7 @@ class Scheduler:
             if stuck is not None and not self._covered(item.seq):
                 continue
             if self._open(item):
+                self._charge(item, now)
                 self._start(item.seq, plan)
             elif stuck is None:
                 stuck = item
@@ -260,10 +283,8 @@ class Scheduler:
 
     def _note_standstill(self, now: float) -> None:
         """Remembers a queue whose first cannot have its pages."""
-        ageing_s = self._config.ageing_s
-        young = (item.seq.arrival for item in self._queue.values() if not is_aged(item.seq, now, ageing_s))
-        until = min(young, default=math.inf) + ageing_s
-        self._standstill = Standstill(self._versions(), until)
+        changes = (next_ageing(item.seq, now, self._config.ageing_s) for item in self._queue.values())
+        self._standstill = Standstill(self._versions(), min(changes, default=math.inf))
 
     def _versions(self) -> tuple[int, int, int]:
         return self._changes, self._memory.cache.version, self._memory.slides
@@ -276,7 +297,28 @@ class Scheduler:
         def key(item: Queued) -> QueueKey:
             return queue_key(item.seq, item.ready, now, self._config.ageing_s)
 
-        return sorted((item for item in self._queue.values() if not self._yields(item.seq, now)), key=key)
+        order = sorted((item for item in self._queue.values() if not self._yields(item.seq, now)), key=key)
+        self._balances = present(self._balances, (item.tenant for item in order))
+        if len(self._balances) > 1:
+            order = fair_order(order, self._balances)
+        if self._passed >= PASSES:
+            self._let_pass(order, now)
+        return order
+
+    def _let_pass(self, order: list[Queued], now: float) -> None:
+        """Puts the oldest starved sequence before those of higher priority."""
+        top = order[0].priority if order else 0
+        ageing_s = self._config.ageing_s
+        starved = [item for item in order if item.priority < top and is_starved(item.seq, now, ageing_s)]
+        if starved:
+            first = min(starved, key=lambda item: item.seq.arrival)
+            order.insert(0, order.pop(order.index(first)))
+
+    def _charge(self, item: Queued, now: float) -> None:
+        """Its tenant pays for a sequence that is admitted."""
+        self._passed = 0 if is_starved(item.seq, now, self._config.ageing_s) else self._passed + 1
+        if item.tenant in self._balances:
+            self._balances = served(self._balances, item.tenant, item.cost)
 
     def _yields(self, seq: Seq, now: float) -> bool:
         """Whether a sequence without pages has to leave them to an older one that waits for KV."""

@@ -78,6 +78,10 @@ class Seq:
     prefill_only: bool = False
     """Compute the KV of all `tokens` and stop without sampling (a prefill worker's sequence)."""
     priority: int = 0
+    tenant: str = ""
+    """Whose it is; tenants of the same priority take turns."""
+    cost: int = 0
+    """Tokens that its tenant's share is charged with; 0 takes what is to be computed of it."""
     arrival: float = 0.0
     """Seconds, monotonic: ages the queue."""
     order: int = 0

@@ -75,6 +75,7 @@ class FakeSource:
         adapter: str,
         priority: int,
         on_progress: Callable[[int], None],
+        tenant: str = "",
     ) -> int:
         """Accepts the prompt, or raises Overloaded."""
         cached = min(self.cached, len(tokens))

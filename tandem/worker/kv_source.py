@@ -60,6 +60,7 @@ class EngineKvSource:
         adapter: str,
         priority: int,
         on_progress: Callable[[int], None],
+        tenant: str = "",
     ) -> int:
         """Starts computing the KV of `tokens`; how many of them are cached. Raises ContextTooLong, Unavailable."""
         if len(tokens) > self._capacity:
@@ -75,6 +76,7 @@ class EngineKvSource:
             eos_ids=frozenset(),
             prefill_only=True,
             priority=priority,
+            tenant=tenant,
             arrival=asyncio.get_running_loop().time(),
         )
         self._held[ticket_id] = _Held(seq, on_progress)
