@@ -4,7 +4,7 @@ python -m benchmarks.engine [MODEL] [--shape qwen2-380m] [--batches 1,8,16] [--c
 
 Kinds of kernels take turns within one run, and each figure is the median of the turns' best: on a machine with other
 work the best of many steps says what a step costs, the median over turns that it was no accident. The limit is measured
-too: how fast this machine reads memory, and multiplies bfloat16 matrices.
+too: how fast this machine reads memory and multiplies bfloat16 matrices, and how fast torch's linear reads the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.linear_rate import measure as linear_rate
 from tandem.config import DecodeConfig
 from tandem.device import set_compute_threads
 from tandem.engine.build import build_engine
@@ -44,6 +45,7 @@ SHAPES = {
 PREFILL_TOKENS = 1536
 CHUNK = 512
 WARM_STEPS = 8
+LINEAR_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,30 @@ class Limit:
 
     read_gb_s: float
     matmul_gflop_s: float
+    linear_gb_s: float
+    """Weights through `torch.nn.functional.linear`, one row each."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step, the best of many in each part. Milliseconds."""
+
+    wall: float
+    python: float
+    """All of it that is neither the model nor its logits; what follows are its parts."""
+    schedule: float
+    runner: float
+    """Building the batch, and sampling."""
+    commit: float
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One kind of kernels. Milliseconds a step; decode by batch size."""
+    """One kind of kernels; decode steps by batch size."""
 
     kernels: str
     prefill_tokens_s: float
-    decode_ms: dict[int, float]
-    python_ms: dict[int, float]
-    """The part of a decode step that is neither the model nor its logits."""
+    decode: dict[int, Step]
 
 
 @dataclass(frozen=True)
@@ -94,17 +109,20 @@ def best(run: Callable[[], object], times: int) -> float:
     return fastest
 
 
-def measure_limit(size: int, ops: Ops) -> Limit:
-    """Memory is read from so many bytes, for a small model lies in caches: by a sum, and by a product of one row.
+def measure_limit(weights: list[torch.Tensor], ops: Ops) -> Limit:
+    """Memory is read from as many bytes as the weights have, for a small model lies in caches.
 
-    The better of these counts. Products for the rate are 1024 x 1024 x 4096.
+    By a sum, and by a product of one row: the better of these counts. Products for the rate are 1024 x 1024 x 4096.
     """
+    size = sum(weight.nbytes for weight in weights)
+    matrices = [weight for weight in weights if weight.dim() == 2]
     memory = torch.ones(max(1, size // 2048), 1024, dtype=torch.bfloat16)
     words, row = memory.view(torch.int32), torch.ones(1, 1024, dtype=torch.bfloat16)
     reading = min(best(lambda: words.sum(dtype=torch.int32), 8), best(lambda: ops.linear(row, memory), 8))
     rows, weight = torch.randn(1024, 1024).bfloat16(), torch.randn(4096, 1024).bfloat16()
     multiplying = best(lambda: torch.nn.functional.linear(rows, weight), 8)
-    return Limit(memory.nbytes / reading / 1e9, 2 * 1024 * 1024 * 4096 / multiplying / 1e9)
+    rate = 2 * 1024 * 1024 * 4096 / multiplying / 1e9
+    return Limit(memory.nbytes / reading / 1e9, rate, linear_rate(matrices, LINEAR_PASSES).gb_s)
 
 
 class Bench:
@@ -147,24 +165,31 @@ class Bench:
             self.engine.step()
         return PREFILL_TOKENS / (time.perf_counter() - started)
 
-    def decode(self, batch: int, context: int, steps: int) -> tuple[float, float]:
-        """Milliseconds of the fastest step at a batch size, and of the Python part of the step that had least."""
+    def decode(self, batch: int, context: int, steps: int) -> Step:
+        """The fastest of so many steps at a batch size, and the least of each part."""
         for _ in range(batch):
             self._add(context - steps // 2, steps + WARM_STEPS + batch * context)
         while any(seq.pending > 1 for seq in self.engine.seqs.values()):
             self.engine.step()
         for _ in range(WARM_STEPS):
             self.engine.step()
-        walls, outside = [], []
+        taken: list[Step] = []
         for _ in range(steps):
             self._inside, started = 0.0, time.perf_counter()
             done = self.engine.step()
-            walls.append(time.perf_counter() - started)
+            wall = time.perf_counter() - started
             assert done.batch_tokens == batch, "a step that is measured must be a full one"
-            outside.append(walls[-1] - self._inside)
+            parts = (wall, wall - self._inside, done.schedule_s, done.forward_s - self._inside, done.commit_s)
+            taken.append(Step(*(part * 1e3 for part in parts)))
         for name in list(self.engine.seqs):
             self.engine.cancel(name)
-        return min(walls) * 1e3, min(outside) * 1e3
+        return combine(min, taken)
+
+
+def combine(pick: Callable[[list[float]], float], steps: list[Step]) -> Step:
+    """One step out of many, part by part."""
+    columns = zip(*(astuple(step) for step in steps), strict=True)
+    return Step(*(pick(list(column)) for column in columns))
 
 
 def measure(folder: Path, name: str, batches: list[int], context: int, threads: int, rounds: int, steps: int) -> Report:
@@ -173,13 +198,12 @@ def measure(folder: Path, name: str, batches: list[int], context: int, threads: 
     room = max(PREFILL_TOKENS + 16, max(batches) * (context + steps + max(batches) * context // CHUNK + 64))
     benches = {kind: Bench(folder, kind, room) for kind in KINDS}
     prefill: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    decode: dict[tuple[str, int], list[tuple[float, float]]] = {
-        (kind, batch): [] for kind in KINDS for batch in batches
-    }
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in benches["native"].loaded.module.tensors().values()}
+    decode: dict[tuple[str, int], list[Step]] = {(kind, batch): [] for kind in KINDS for batch in batches}
+    held = {tensor.data_ptr(): tensor for tensor in benches["torch"].loaded.module.tensors().values()}
+    weights = list(held.values())
     limits = []
     for _ in range(rounds):
-        limits.append(measure_limit(sum(weights.values()), benches["native"].loaded.kernels.ops))
+        limits.append(measure_limit(weights, benches["native"].loaded.kernels.ops))
         for kind, bench in benches.items():
             prefill[kind].append(max(bench.prefill() for _ in range(2)))
             for batch in batches:
@@ -188,15 +212,14 @@ def measure(folder: Path, name: str, batches: list[int], context: int, threads: 
         Figure(
             kind,
             median(prefill[kind]),
-            {batch: median(wall for wall, _ in decode[kind, batch]) for batch in batches},
-            {batch: median(python for _, python in decode[kind, batch]) for batch in batches},
+            {batch: combine(median, decode[kind, batch]) for batch in batches},
         )
         for kind in KINDS
     )
-    limit = Limit(max(each.read_gb_s for each in limits), max(each.matmul_gflop_s for each in limits))
+    limit = Limit(*(max(each) for each in zip(*(astuple(one) for one in limits), strict=True)))
     token_bytes = benches["native"].loaded.layout.token_bytes
-    parameters = sum(weights.values()) // benches["native"].loaded.dtype.itemsize
-    return Report(name, parameters, sum(weights.values()) / 1e6, token_bytes, context, threads, limit, figures)
+    parameters, size = sum(weight.numel() for weight in weights), sum(weight.nbytes for weight in weights)
+    return Report(name, parameters, size / 1e6, token_bytes, context, threads, limit, figures)
 
 
 def show(report: Report) -> Table:
@@ -204,17 +227,34 @@ def show(report: Report) -> Table:
     table = Table(title=f"{report.model}: {report.weight_mb:.0f} MB of weights, context {report.context}")
     table.add_column("kernels")
     table.add_column("prefill, tokens/s", justify="right")
-    batches = list(report.figures[0].decode_ms)
+    batches = list(report.figures[0].decode)
     for batch in batches:
         table.add_column(f"decode {batch}, ms (Python)", justify="right")
     for figure in report.figures:
-        steps = [f"{figure.decode_ms[batch]:.2f} ({figure.python_ms[batch]:.2f})" for batch in batches]
+        steps = [f"{figure.decode[batch].wall:.2f} ({figure.decode[batch].python:.2f})" for batch in batches]
         table.add_row(figure.kernels, f"{figure.prefill_tokens_s:,.0f}", *steps)
     limit = report.limit
     table.add_row("limit", "", *(f"{report.floor_ms(batch):.2f}" for batch in batches))
-    table.caption = (
-        f"{report.threads} thread(s); reads {limit.read_gb_s:.1f} GB/s, multiplies {limit.matmul_gflop_s:.0f} GFLOP/s"
-    )
+    lines = [
+        f"{report.threads} thread(s); reads {limit.read_gb_s:.1f} GB/s, multiplies {limit.matmul_gflop_s:.0f} GFLOP/s",
+        f"weights through torch's linear, one row: {limit.linear_gb_s:.1f} GB/s",
+    ]
+    if 1 in batches:
+        read = {figure.kernels: report.weight_mb / figure.decode[1].wall for figure in report.figures}
+        lines.append("weights over a step at batch 1: " + ", ".join(f"{k} {v:.1f} GB/s" for k, v in read.items()))
+    table.caption = "\n".join(lines)
+    return table
+
+
+def show_python(report: Report) -> Table:
+    """What of a decode step is neither the model nor its logits."""
+    table = Table(title="Python in a decode step")
+    for column in ("kernels", "batch", "schedule, ms", "batch and sampling, ms", "commit, ms", "share of the step"):
+        table.add_column(column, justify="right")
+    for figure in report.figures:
+        for batch, step in figure.decode.items():
+            parts = [f"{part:.3f}" for part in (step.schedule, step.runner, step.commit)]
+            table.add_row(figure.kernels, str(batch), *parts, f"{step.python / step.wall:.1%}")
     return table
 
 
@@ -238,7 +278,7 @@ def main(
     if as_json:
         print(json.dumps(asdict(report)))
     else:
-        Console().print(show(report))
+        Console().print(show(report), show_python(report))
 
 
 if __name__ == "__main__":

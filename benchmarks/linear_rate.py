@@ -32,6 +32,7 @@ class LinearRate:
 
     @property
     def gb_s(self) -> float:
+        """Weights over time."""
         return self.weight_mb / self.ms
 
 
