@@ -69,7 +69,7 @@ class Case:
 class NoForward:
     """A `RunnerLike` that leaves the KV as it is."""
 
-    def launch(self, batch: Batch) -> Batch:
+    def launch(self, batch: Batch, after: Batch | None = None) -> Batch:
         """Nothing is computed."""
         return batch
 

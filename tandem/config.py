@@ -177,6 +177,11 @@ class WorkerConfig(_Settings):
     cuda_graphs: bool = Field(
         False, description="launch decode steps as CUDA graphs; needs kernels triton on a GPU; unmeasured"
     )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="launch a step before the one in front of it is committed; auto is off: on CPUs it is no faster, "
+        "and on GPUs unmeasured",
+    )
     compute_slots: int | None = Field(
         None, description="System V semaphore that bounds how many workers of this machine compute at once"
     )

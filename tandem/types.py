@@ -118,6 +118,11 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far change what comes next."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024

@@ -51,6 +51,7 @@ def examine() -> list[Finding]:
         Finding("compiler", f"{compiler.version} ({compiler.path})" if compiler else "none", compiler is not None),
         Finding("kernels", f"{kernels.name}: {kernels.detail}", kernels.name == "native"),
         Finding("GPU kernels", f"{', '.join(gpu_kernels)} ({UNMEASURED})" if gpu_kernels else "none", not gpu_kernels),
+        Finding("overlap of steps", f"off unless asked for: no faster on CPUs; on GPUs {UNMEASURED}"),
         Finding("accelerators", ", ".join(accelerators()) or "none"),
         Finding("KV transport", f"{transports.preferred.name}: {transports.reason}", len(transports.all) > 1),
         Finding("packages", ", ".join(f"{name} {found}" for name, found in packages.items() if found)),

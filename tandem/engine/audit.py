@@ -11,9 +11,10 @@ from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Seq, SeqState
 
 
-def check_integrity(memory: KvMemory, scheduler: Scheduler, seqs: Iterable[Seq]) -> None:
-    """Raises AssertionError naming what disagrees."""
-    seqs = list(seqs)
+def check_integrity(memory: KvMemory, scheduler: Scheduler, known: Iterable[Seq], ended: Iterable[Seq] = ()) -> None:
+    """Raises AssertionError naming what disagrees. ended: those that have pages until a step in flight is done."""
+    known = list(known)
+    seqs = [*known, *ended]
     memory.cache.check_integrity()
     for seq in seqs:
         seq.check(memory.page_size)
@@ -23,7 +24,7 @@ def check_integrity(memory: KvMemory, scheduler: Scheduler, seqs: Iterable[Seq])
         _check_owners(memory, group, [seq for seq in seqs if seq.node is not None])
     _check_handles(memory, seqs)
     _check_windows(memory, seqs)
-    _check_places(scheduler, seqs)
+    _check_places(scheduler, known)
 
 
 def _check_owners(memory: KvMemory, group: int, seqs: list[Seq]) -> None:

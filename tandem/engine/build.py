@@ -10,6 +10,7 @@ from tandem.config import WorkerConfig
 from tandem.device import resolve_device
 from tandem.engine.engine import Engine
 from tandem.engine.kernels.choose import choose_kernels
+from tandem.engine.kernels.choose_gpu import UNMEASURED
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.kv_size import CPU_MIB, MIB, kv_mib
 from tandem.engine.model import LoadedModel, load_model
@@ -29,6 +30,8 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     """
     device = resolve_device(config.device)
     kernels = choose_kernels(config.kernels, device, config.max_running if config.cuda_graphs else 0)
+    if config.overlap == "on" and device.type != "cpu":
+        log.warning("overlap: %s", UNMEASURED)
     model = load_model(Path(config.model), config.dtype, device, kernels)
     if not config.pages:
         config = config.model_copy(update={"kv_mib": kv_mib(config, model.config, model.dtype, device)})
@@ -50,6 +53,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         ageing_s=config.ageing_s,
         prefix_cache=config.prefix_cache,
         inter_token_ms=config.inter_token_ms,
+        overlap=config.overlap == "on",
     )
 
 

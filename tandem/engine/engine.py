@@ -5,6 +5,7 @@ One thread owns an engine and everything in it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +15,12 @@ from tandem.engine import audit
 from tandem.engine.commit import commit_row
 from tandem.engine.memory import KvMemory, match_limit
 from tandem.engine.output import EngineStatus, Progress, SeqOutput, StepOutput
+from tandem.engine.overlap import Flight, ended, leads_on
 from tandem.engine.policy import EngineConfig
 from tandem.engine.protocols import PoolLike, RunnerLike
 from tandem.engine.radix import pack
-from tandem.engine.scheduler import Plan, Scheduler
-from tandem.engine.sequence import Sampled, Seq, SeqState
+from tandem.engine.scheduler import Scheduler
+from tandem.engine.sequence import Batch, Sampled, Seq, SeqState
 from tandem.engine.spec.base import Drafter
 from tandem.engine.spec.speculation import Speculation
 from tandem.engine.timing import TimingFit
@@ -48,6 +50,10 @@ class Engine:
         self._pool = pool
         self._clock = clock
         self._timing = TimingFit()
+        self._flight: Flight | None = None
+        """A step that was launched and is not committed."""
+        self._committed = -math.inf
+        """When the last step was, seconds of the clock."""
         self.speculation: Speculation | None = None
         if drafter is not None:
             self.speculation = Speculation(drafter, self.memory, config.draft_tokens)
@@ -95,47 +101,83 @@ class Engine:
 
     def _end(self, seq: Seq, finish: FinishReason | None) -> None:
         self.scheduler.remove(seq)
-        self.memory.close(seq)
         seq.state, seq.finish = SeqState.FINISHED, finish
         del self.seqs[seq.seq_id]
+        if seq.flying is None:
+            self._close(seq)
+
+    def _close(self, seq: Seq) -> None:
+        self.memory.close(seq)
+        self.scheduler.note_change()
 
     def has_work(self) -> bool:
-        """Whether a step could do something: a sequence runs or is queued."""
-        return len(self.scheduler) > 0
+        """Whether a step could do something: a sequence runs or is queued, or a step is in flight."""
+        return len(self.scheduler) > 0 or self._flight is not None
 
     def step(self) -> StepOutput:
-        """Schedule, forward, sample, commit.
+        """Schedule, forward, sample, commit; with overlap, the next step is launched before this one is committed.
 
         If the runner raises, no sequence has advanced: they can be stepped again, or cancelled.
         """
-        started = self._clock()
-        plan = self.scheduler.schedule(started, self._timing.fit() if self.config.inter_token_ms else None)
-        if self.speculation is not None:
-            self.speculation.draft(plan)
-        batch = plan.batch
-        scheduled = self._clock()
-        sampled = self._runner.collect(self._runner.launch(batch)) if batch.rows else []
+        flight = self._flight = self._flight or self._launch(None)
+        ahead = self.config.overlap and leads_on(flight, drafting=self.speculation is not None)
+        behind = self._launch(flight) if ahead else None
+        self._flight = None if behind is None or behind.idle else behind
+        waiting = self._clock()
+        sampled = self._collect(flight)
         computed = self._clock()
-        outputs, progress = self._commit(plan, sampled)
+        outputs, progress = self._commit(flight, sampled)
         ended = self._clock()
-        if batch.rows:
-            self._timing.add(batch.num_tokens, ended - started)
+        if flight.batch.rows:
+            self._timing.add(flight.batch.num_tokens, ended - max(flight.started, self._committed))
+        self._committed = ended
         return StepOutput(
             outputs=outputs,
             progress=progress,
-            retracted=tuple(plan.retracted),
-            batch_tokens=batch.num_tokens,
-            schedule_s=scheduled - started,
-            forward_s=computed - scheduled,
+            retracted=tuple(flight.plan.retracted),
+            batch_tokens=flight.batch.num_tokens,
+            schedule_s=flight.schedule_s,
+            forward_s=flight.launch_s + computed - waiting,
             commit_s=ended - computed,
         )
 
-    def _commit(self, plan: Plan, sampled: list[Sampled]) -> tuple[tuple[SeqOutput, ...], tuple[Progress, ...]]:
+    def _launch(self, after: Flight | None) -> Flight:
+        """Schedules a step and tells the device to do it, perhaps behind another."""
+        started = self._clock()
+        timing = self._timing.fit() if self.config.inter_token_ms else None
+        plan = self.scheduler.schedule(started, timing, ahead=after is not None)
+        if self.speculation is not None and not plan.ahead:
+            self.speculation.draft(plan)
+        batch = Batch(()) if plan.stalled else plan.batch
+        scheduled = self._clock()
+        handle = self._runner.launch(batch, after and after.handle) if batch.rows else None
+        flight = Flight(plan, batch, handle, started, scheduled - started, self._clock() - scheduled)
+        flight.lift()
+        return flight
+
+    def _collect(self, flight: Flight) -> list[Sampled]:
+        """Waits for a step. If it failed, that behind it is given up, too."""
+        if not flight.batch.rows:
+            return []
+        try:
+            return self._runner.collect(flight.handle)
+        except BaseException:
+            for lost in filter(None, (flight, self._flight)):
+                for row in lost.batch.rows:
+                    if not lost.land(row):
+                        self._close(row.seq)
+            self._flight = None
+            raise
+
+    def _commit(self, flight: Flight, sampled: list[Sampled]) -> tuple[tuple[SeqOutput, ...], tuple[Progress, ...]]:
         """Advances sequences, shares what was computed of prompts, and lets go of those that are done."""
         outputs: list[SeqOutput] = []
-        progress = [Progress(seq, seq.computed) for seq in plan.cached]
-        for row, result in zip(plan.batch.rows, sampled, strict=True):
+        progress = [Progress(seq, seq.computed) for seq in flight.plan.cached if seq.state is SeqState.HELD]
+        for row, result in zip(flight.batch.rows, sampled, strict=True):
             seq = row.seq
+            if not flight.land(row):
+                self._close(seq)
+                continue
             output = commit_row(row, result)
             if output is not None:
                 outputs.append(output)
@@ -148,7 +190,7 @@ class Engine:
                 self._end(seq, seq.finish)
             elif seq.prefill_only and seq.pending == 0:
                 self.scheduler.hold(seq)
-        self._retractions += len(plan.retracted)
+        self._retractions += len(flight.plan.retracted)
         return tuple(outputs), tuple(progress)
 
     # Hand-over, receiving side.
@@ -266,8 +308,9 @@ class Engine:
 
     def idle_leaks(self) -> list[str]:
         """What is still held though nothing should be: empty for an engine that is idle and sound."""
-        return audit.idle_leaks(self.memory, self.seqs.values())
+        flying = [] if self._flight is None else ["a step is in flight"]
+        return [*flying, *audit.idle_leaks(self.memory, self.seqs.values())]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when sequences, pages, cache and queue disagree."""
-        audit.check_integrity(self.memory, self.scheduler, self.seqs.values())
+        audit.check_integrity(self.memory, self.scheduler, self.seqs.values(), ended(self._flight))

@@ -41,6 +41,9 @@ class EngineConfig:
     """Milliseconds that a step may take while sequences generate: prompts are then computed in smaller chunks. 0: as
     long as `max_batch_tokens` take."""
 
+    overlap: bool = False
+    """Whether a step is launched before the one in front of it is committed."""
+
     def __post_init__(self) -> None:
         """Raises ValueError naming the setting and the limit."""
         for name in ("max_batch_tokens", "max_running"):

@@ -50,10 +50,11 @@ class PoolLike(Protocol):
 class RunnerLike(Protocol):
     """Forward and sampling of batches."""
 
-    def launch(self, batch: Batch) -> Any:
+    def launch(self, batch: Batch, after: Any = None) -> Any:
         """Tells the device to write the KV of every computed position and to sample; waits for nothing.
 
-        Returns the step in flight. What a device is told to do happens in that order.
+        after: the step in flight, of which rows with a future token take it. Returns this step, in flight. What a
+        device is told to do happens in that order. At most two are in flight, and the first is collected first.
         """
 
     def collect(self, flight: Any) -> list[Sampled]:

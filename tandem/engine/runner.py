@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
 from tandem.engine.sampler import Drawn, Scores, sample
-from tandem.engine.sequence import ROOT, Batch, Row, Sampled
+from tandem.engine.sequence import ROOT, Batch, Row, Sampled, Seq
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
@@ -62,14 +62,28 @@ class InFlight:
     prompts: dict[int, list[Scores]]
     """By index, of rows that score their prompt."""
 
+    def places(self) -> dict[Seq, int]:
+        """Where each sequence's token is among those that were drawn; a draft's stand behind it."""
+        rows = [self.batch.rows[index] for index in self.sampling]
+        ends = accumulate(1 + len(row.draft) for row in rows)
+        return {row.seq: end - 1 - len(row.draft) for row, end in zip(rows, ends, strict=True)}
+
 
 def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], allowed: Allowed | None) -> Drawn:
     """A token for each row, and behind it one for each node of its draft."""
     if not any(len(row.draft) for row in rows):
-        return sample(logits, [row.seq for row in rows], allowed)
+        return sample(logits, [row.seq for row in rows], allowed, [row.place for row in rows])
     nodes = [(row, node) for row in rows for node in range(ROOT, len(row.draft))]
     ahead = [row.draft.ahead(node) for row, node in nodes]
     return sample(logits, [row.seq for row, _ in nodes], allowed, ahead=ahead)
+
+
+def _known(row: Row) -> Sequence[int]:
+    """The input tokens of a row; a 0 stands in the place of a future one."""
+    if row.future:
+        return (0,)
+    own = row.seq.tokens[row.start : row.start + row.own]
+    return [*own, *row.draft.tokens] if row.draft.tokens else own
 
 
 class Runner:
@@ -104,15 +118,16 @@ class Runner:
         return self.collect(self.launch(batch))
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> InFlight:
+    def launch(self, batch: Batch, after: InFlight | None = None) -> InFlight:
         """Tells the device to compute every position of every row, to write its KV, and to sample where asked.
 
+        after: the step in flight, whose tokens are the inputs of rows with a future token; they never leave the device.
         Nothing is waited for but the masks of grammars, which this processor fills.
         """
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         rows = [batch.rows[index] for index in sampling]
         masks = self._masks.start([row.seq for row in rows], [row.draft for row in rows])
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, after)
         hidden, logits, drawn = None, self._replayed(batch, *inputs), None
         wanted = _wanted(batch)
         if logits is None:
@@ -145,21 +160,33 @@ class Runner:
         """The forward pass alone: `[tokens, hidden]` of all rows, one after another."""
         return self._hidden(*self._inputs(batch))
 
-    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, IntArray, AttentionPlan]:
+    def _inputs(self, batch: Batch, after: InFlight | None = None) -> tuple[torch.Tensor, IntArray, AttentionPlan]:
         """Tokens, their positions, and where their KV is."""
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
-        tokens = [t for row in rows for t in (*row.seq.tokens[row.start : row.start + row.own], *row.draft.tokens)]
+        before = np.cumsum(counts) - counts
         needed = (-(-(starts + counts) // page)).tolist()
         pages = [
             [np.array(row.seq.pages[group][:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
             for group in range(len(self.pool.layout.groups))
         ]
-        before = np.cumsum(counts) - counts
-        positions = np.arange(len(tokens)) - np.repeat(before - starts, counts)
+        positions = np.arange(int(counts.sum())) - np.repeat(before - starts, counts)
         plan = self.attention.plan(AttentionBatch(starts, counts, pages))
-        return upload(torch.from_numpy(np.array(tokens, dtype=np.int64)), self.device), positions, plan
+        return self._tokens(batch, before, after), positions, plan
+
+    def _tokens(self, batch: Batch, firsts: IntArray, after: InFlight | None) -> torch.Tensor:
+        """The input tokens `[tokens]`; future ones are copied from where they were sampled. firsts: of each row."""
+        known = [token for row in batch.rows for token in _known(row)]
+        tokens = upload(torch.from_numpy(np.array(known, dtype=np.int64)), self.device)
+        if after is None or after.drawn is None:
+            return tokens
+        sampled = after.places()
+        moves = [(sampled[row.seq], at) for row, at in zip(batch.rows, firsts.tolist(), strict=True) if row.future]
+        if moves:
+            sources, targets = upload(torch.tensor(moves).T.contiguous(), self.device)
+            tokens[targets] = after.drawn.tokens[sources]
+        return tokens
 
     def _hidden(
         self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan, wanted: _Wanted | None = None

@@ -19,7 +19,7 @@ from tandem.device import HostCopy, upload
 from tandem.engine.grammar.masks import Allowed
 from tandem.engine.philox import uniform, uniforms
 from tandem.engine.sequence import Picked, Seq
-from tandem.types import SamplingParams, TokenIds, TokenLogprob
+from tandem.types import TokenIds, TokenLogprob
 
 TOP_CANDIDATES = 1024
 """Top-p looks at so many of the likeliest tokens first."""
@@ -214,20 +214,16 @@ def _noise(seqs: Sequence[tuple[Seq, int]]) -> torch.Tensor:
     return torch.from_numpy(uniforms(words[:, 0], words[:, 1], words[:, 2]))
 
 
-def _penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-
-
 def _adjusts(seq: Seq, place: int) -> bool:
     params = seq.sampling
-    return bool(params.logit_bias) or _penalised(params) or place < params.min_tokens
+    return bool(params.logit_bias) or params.penalised or place < params.min_tokens
 
 
 def _penalise(logits: torch.Tensor, seqs: Sequence[Seq], ahead: Sequence[TokenIds]) -> None:
     """Repetition (CTRL: Keskar et al. 2019, arXiv:1909.05858), then OpenAI's frequency and presence; in place."""
     for row, (seq, drafted) in enumerate(zip(seqs, ahead, strict=True)):
         params = seq.sampling
-        if not _penalised(params):
+        if not params.penalised:
             continue
         before = np.array([*seq.tokens, *drafted], dtype=np.int64)
         if params.repetition_penalty != 1.0:

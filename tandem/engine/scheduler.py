@@ -84,15 +84,19 @@ class Plan:
     """Sequences that lost their pages and wait again."""
     cached: list[Seq] = field(default_factory=list)
     """Prefill-only sequences that had nothing left to compute."""
+    ahead: bool = False
+    """Whether a step is in flight: nobody's pages are taken then, since the device may write to them."""
+    stalled: bool = False
+    """Ahead, somebody's pages would have had to be taken: nothing is to be launched before that step is committed."""
 
     def add(self, seq: Seq, room: int) -> None:
         """Takes as many of a sequence's pending tokens as the budget allows, of those that its pages have room for."""
         count = min(room, self.budget)
         if count == 0:
             return
-        samples = count == seq.pending and not seq.prefill_only
+        samples, start = count == seq.due and not seq.prefill_only, seq.reached
         rows = self.decodes if count == 1 else self.prefills
-        rows.append(Row(seq, seq.computed, count, samples))
+        rows.append(Row(seq, start, count, samples, future=start == len(seq.tokens)))
         self.budget -= count
 
     def draft(self, row: Row, draft: Draft) -> None:
@@ -155,12 +159,16 @@ class Scheduler:
 
     def remove(self, seq: Seq) -> None:
         """Forgets a sequence; its pages are the caller's to close."""
-        self._changes += 1
+        self.note_change()
         self._held.pop(seq.seq_id, None)
         if self._queue.pop(seq.seq_id, None) is None and seq.state is SeqState.RUNNING:
             self.running.remove(seq)
         self.blocked = None if self.blocked is seq else self.blocked
         self._claim = None if self._claim is seq else self._claim
+
+    def note_change(self) -> None:
+        """Pages were given back: who waits for some is looked at again."""
+        self._changes += 1
 
     def hold(self, seq: Seq) -> None:
         """A prefill-only sequence is computed: it keeps its pages, but waits and runs no more."""
@@ -194,21 +202,23 @@ class Scheduler:
         waiting = sum(len(item.seq.tokens) - item.ready for item in self._queue.values())
         return waiting + sum(seq.pending for seq in self.running)
 
-    def schedule(self, now: float, timing: StepTiming | None = None) -> Plan:
+    def schedule(self, now: float, timing: StepTiming | None = None, ahead: bool = False) -> Plan:
         """The next step's plan. Its pages are allocated; `computed` changes only for those that are admitted.
 
-        timing: of steps so far, where a bound on the time between tokens is to be kept.
+        ahead: a step is in flight, and the plan is for the one behind it. timing: of steps so far, where a bound on the
+        time between tokens is to be kept.
         """
-        plan = Plan(self._config.max_batch_tokens)
-        decoding = [seq for seq in self.running if seq.pending == 1]
+        plan = Plan(self._config.max_batch_tokens, ahead=ahead)
+        decoding = [seq for seq in self.running if seq.due == 1]
         for seq in decoding:
             if seq.state is SeqState.RUNNING:
                 plan.add(seq, self._make_room(seq, plan))
         plan.budget = prefill_budget(plan.budget, len(plan.decodes), timing, self._config.inter_token_ms)
-        for seq in [seq for seq in self.running if seq.pending > 1]:
+        for seq in [seq for seq in self.running if seq.due > 1]:
             if plan.budget and seq.state is SeqState.RUNNING:
                 plan.add(seq, self._make_room(seq, plan))
-        self._admit(plan, now)
+        if not plan.stalled:
+            self._admit(plan, now)
         return plan
 
     def _spare(self) -> list[int]:
@@ -221,9 +231,12 @@ class Scheduler:
         what it gives up may be held by others, too. Then a shorter chunk has to do, as long as there is any room.
         """
         memory = self._memory
-        while not memory.grow(seq, len(seq.tokens)):
-            if memory.windowed and memory.grow(seq, seq.computed + 1):
-                return memory.covered(seq) - seq.computed
+        while not memory.grow(seq, len(seq.tokens) + seq.future):
+            if memory.windowed and memory.grow(seq, seq.reached + 1):
+                return memory.covered(seq) - seq.reached
+            if plan.ahead:
+                plan.stalled = True
+                return 0
             victim = pick_victim(self._holders(), seq)
             if victim is None and memory.windowed and seq.prefill_only:
                 # The held may wait for those in the queue, whom this one would keep out if it paused with its pages.
@@ -233,7 +246,8 @@ class Scheduler:
             self.retract(victim, plan)
             if victim is seq:
                 return 0
-        return seq.pending
+        # Of a window's pages there are those for one step; one in flight has its part of them.
+        return seq.due if seq.flying is None else min(seq.due, memory.covered(seq) - seq.reached)
 
     def _holders(self) -> Iterator[Seq]:
         yield from self.running
@@ -268,7 +282,7 @@ class Scheduler:
                 self._start(item.seq, plan)
             elif stuck is None:
                 stuck = item
-        if stuck is not None:
+        if stuck is not None and (self.running or not plan.ahead):
             self.blocked = stuck.seq if is_aged(stuck.seq, now, self._config.ageing_s) else None
             self._force(stuck, plan)
             self._note_standstill(now)

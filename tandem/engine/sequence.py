@@ -96,6 +96,8 @@ class Seq:
     Of group g, token p lies at slot `pages[g][p // page_size] * page_size + p % page_size`. Groups with a window have
     `NO_PAGE` where no position that is still to be computed sees.
     """
+    flying: Row | None = None
+    """Its row in the last step that was launched and is not committed; `tokens` and `computed` do not know of it."""
     slid: list[int] = field(default_factory=list)
     """Per group, pages at the start that it gave up, or never had, since its window has passed them."""
     shared_pages: int = 0
@@ -126,6 +128,22 @@ class Seq:
     def pending(self) -> int:
         """Tokens not yet computed: 1 for a decoding sequence, more for one in prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def reached(self) -> int:
+        """Tokens computed once the step in flight is done."""
+        return self.computed if self.flying is None else self.flying.start + self.flying.own
+
+    @property
+    def future(self) -> int:
+        """1 where the step in flight samples a token for it, and another will be wanted after that; else 0."""
+        flying = self.flying
+        return int(flying is not None and flying.samples and self.output_len + 1 < self.sampling.max_tokens)
+
+    @property
+    def due(self) -> int:
+        """Tokens that the next step can compute, known or sampled by the step in flight: `pending` when none is."""
+        return len(self.tokens) + self.future - self.reached
 
     def check(self, page_size: int) -> None:
         """Raises AssertionError when an invariant does not hold."""
@@ -224,11 +242,18 @@ class Row:
     samples: bool
     """Whether the logits behind the last own token, and those behind every drafted one, yield tokens."""
     draft: Draft = NO_DRAFT
+    future: bool = False
+    """Whether its one token is that which the step in flight samples for the sequence."""
 
     @property
     def own(self) -> int:
         """Tokens of the sequence itself among those that are computed."""
         return self.count - len(self.draft)
+
+    @property
+    def place(self) -> int:
+        """Where the token behind its own tokens will stand in the output of its sequence."""
+        return self.start + self.own - self.seq.prompt_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ without torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,19 @@ class FakePool:
             self.copies.append((source_page, target_page, count))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FakeFlight:
+    """A step whose results are not to be looked at yet."""
+
+    batch: Batch
+    sampled: list[Sampled]
+
+    def token_of(self, seq: Seq) -> int:
+        """What was sampled for a sequence; another token where nothing could be, as a device would have it."""
+        (token,) = (each.token for row, each in zip(self.batch.rows, self.sampled, strict=True) if row.seq is seq)
+        return 0 if token is None else token
+
+
 class FakeRunner:
     """Writes the KV of a batch and samples from nothing but the KV.
 
@@ -103,21 +117,31 @@ class FakeRunner:
         self._pool = pool
         self.batches: list[tuple[tuple[str, int, int], ...]] = []
         """(seq_id, start, count) of every row of every batch."""
+        self._flying: list[FakeFlight] = []
 
-    def launch(self, batch: Batch) -> list[Sampled]:
-        """Computes the batch at once."""
+    def launch(self, batch: Batch, after: FakeFlight | None = None) -> FakeFlight:
+        """Computes the batch at once; only `collect` says what came of it."""
+        assert self._flying == ([] if after is None else [after]), "steps are not launched in order"
         self.batches.append(tuple((row.seq.seq_id, row.start, row.count) for row in batch.rows))
-        return [self._row(row) for row in batch.rows]
-
-    def collect(self, flight: list[Sampled]) -> list[Sampled]:
-        """One entry for each row, in order."""
+        flight = FakeFlight(batch, [self._row(row, after) for row in batch.rows])
+        self._flying.append(flight)
         return flight
 
-    def _row(self, row: Row) -> Sampled:
+    def collect(self, flight: FakeFlight) -> list[Sampled]:
+        """One entry for each row, in order."""
+        assert self._flying.pop(0) is flight, "steps are not collected in order"
+        return flight.sampled
+
+    def _row(self, row: Row, after: FakeFlight | None) -> Sampled:
         seq, start, end, samples = row.seq, row.start, row.start + row.own, row.samples
-        seen = [self._compute(seq, group, start, end) for group in range(len(self._pool.slots))]
+        tokens = list(seq.tokens)
+        if row.future:
+            assert after is not None
+            tokens.append(after.token_of(seq))
+        assert end <= len(tokens), f"{seq.seq_id}: {end} of {len(tokens)} tokens are to be computed"
+        seen = [self._compute(seq, tokens, group, start, end) for group in range(len(self._pool.slots))]
         nodes = self._nodes(row, seen)
-        prompt = tuple(TokenLogprob(token, -1.0) for token in seq.tokens[start + 1 : end + 1])
+        prompt = tuple(TokenLogprob(token, -1.0) for token in tokens[start + 1 : end + 1])
         asked = seq.sampling.prompt_logprobs is not None
         token = _next(seen) if samples else None
         wants = samples and seq.sampling.logprobs is not None and token is not None
@@ -142,19 +166,19 @@ class FakeRunner:
         found = [_next(behind[node]) for node in range(len(row.draft))]
         return tuple((token, TokenLogprob(token, -0.5) if wants else None) for token in found)
 
-    def _compute(self, seq: Seq, number: int, start: int, end: int) -> NDArray[np.int64]:
+    def _compute(self, seq: Seq, tokens: Sequence[int], number: int, start: int, end: int) -> NDArray[np.int64]:
         """Writes a group's KV of positions [start, end); what the last of them sees."""
         group, values = self._pool.layout.groups[number], self._pool.slots[number]
         first = group.seen_from(start)
         slots = self._pool.slots_of(seq.pages[number], first, end)
         known, expected = values[slots[: start - first]], np.arange(first, start)
         assert (known[:, 1] == expected).all(), f"{seq.seq_id}: group {number} has other positions than {first}.."
-        assert known[:, 0].tolist() == seq.tokens[first:start], f"{seq.seq_id}: group {number} has others' tokens"
+        assert known[:, 0].tolist() == tokens[first:start], f"{seq.seq_id}: group {number} has others' tokens"
         # A window of one token leaves no chain to go on with.
         chain = int(known[-1, 2]) if len(known) else 1
         for position in range(start, end):
-            chain = _chain(chain, seq.tokens[position]) if group.window != 1 else seq.tokens[position]
-            values[slots[position - first]] = (seq.tokens[position], position, chain)
+            chain = _chain(chain, tokens[position]) if group.window != 1 else tokens[position]
+            values[slots[position - first]] = (tokens[position], position, chain)
         return values[slots[group.seen_from(end - 1) - first :]]
 
 

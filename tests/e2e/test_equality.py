@@ -96,12 +96,14 @@ def retract_by_hand(engine: Engine, at: int) -> None:
     """Takes every sequence's pages once, at `at` output tokens: a batch of one never runs out of them by itself."""
     schedule = engine.scheduler.schedule
 
-    def retracting(now: float, timing: StepTiming | None = None) -> Plan:
+    def retracting(now: float, timing: StepTiming | None = None, ahead: bool = False) -> Plan:
+        victims = [seq for seq in engine.scheduler.running if seq.output_len >= at and not seq.retractions]
+        if victims and ahead:
+            return Plan(0, ahead=True, stalled=True)
         forced = Plan(0)
-        for seq in list(engine.scheduler.running):
-            if seq.output_len == at and not seq.retractions:
-                engine.scheduler.retract(seq, forced)
-        plan = schedule(now, timing)
+        for seq in victims:
+            engine.scheduler.retract(seq, forced)
+        plan = schedule(now, timing, ahead)
         plan.retracted += forced.retracted
         return plan
 

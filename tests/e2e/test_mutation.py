@@ -49,11 +49,11 @@ async def foreign_page(workers: Pair, patch: Patch) -> None:
     donor, launch = node.pages[0][0], engine._runner.launch
     assert engine.memory.cache.match(root, node.key, PAGE).tokens == PAGE
 
-    def mistaken(batch: Batch) -> Any:
+    def mistaken(batch: Batch, after: Any) -> Any:
         own = [row.seq.pages[0][0] for row in batch.rows]
         for row in batch.rows:
             row.seq.pages[0][0] = donor
-        flight = launch(batch)
+        flight = launch(batch, after)
         for row, page in zip(batch.rows, own, strict=True):
             row.seq.pages[0][0] = page
         return flight

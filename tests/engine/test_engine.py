@@ -258,7 +258,7 @@ def test_ids_are_unique_and_prompts_not_empty() -> None:
 
 
 class FailingRunner:
-    def launch(self, batch: Batch) -> None:
+    def launch(self, batch: Batch, after: None = None) -> None:
         raise RuntimeError("device lost")
 
     def collect(self, flight: None) -> list[Sampled]:

@@ -35,6 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
     """How long prompts are that share beginnings."""
     drafts = "none"
     """Or `chain`, or `tree`: what the decode engine's drafter proposes, good and bad."""
+    overlap = False
 
     @initialize(budget=st.sampled_from([3, 8, 40]), running=st.sampled_from([2, 8]))
     def begin(self, budget: int, running: int) -> None:
@@ -53,7 +54,7 @@ class EngineMachine(RuleBasedStateMachine):
     def make(self, page_size: int, budget: int, running: int, caching: bool) -> Engine:
         pages = [(self.tokens if window is None else self.window_tokens) // page_size for window in self.windows]
         pool = FakePool(pages, page_size, self.layout)
-        config = EngineConfig(budget, running, ageing_s=1.0, prefix_cache=caching)
+        config = EngineConfig(budget, running, ageing_s=1.0, prefix_cache=caching, overlap=self.overlap)
         drafter = None
         if self.drafts != "none":
             drafter = GuessingDrafter(lambda seq: self.naive[seq.seq_id], VOCAB, self.drafts == "tree", seed=budget)
@@ -250,4 +251,11 @@ TestAWindowAlone = machine(4, windows=(6,), window_tokens=128, tokens=300, repea
 TestAWindowBesideFullAttention = machine(2, windows=(None, 5), window_tokens=128, tokens=256, repeats=5)
 TestAWindowOfManyPages = machine(1, windows=(None, 40), window_tokens=128, tokens=200, repeats=4)
 TestThreeGroups = machine(16, windows=(None, 20, 2), window_tokens=128, tokens=256, repeats=5)
+TestOverlap = machine(4, overlap=True)
+TestOverlapWithPagesOfOne = machine(1, overlap=True)
+TestOverlapWithWindows = machine(2, overlap=True, windows=(None, 5), window_tokens=128, tokens=256, repeats=5)
+TestOverlapWithDrafts = machine(4, overlap=True, drafts="chain")
+TestOverlapWithoutCache = machine(
+    1, caching=False, overlap=True, windows=(9, 3), window_tokens=128, tokens=200, repeats=5
+)
 TestWindowsWithoutCache = machine(4, caching=False, windows=(9, 3), window_tokens=128, tokens=200, repeats=5)

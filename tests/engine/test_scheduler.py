@@ -6,9 +6,9 @@ import pytest
 
 from tandem.engine.engine import Engine
 from tandem.engine.policy import EngineConfig
-from tandem.engine.sequence import Batch, Sampled, Seq, SeqState
+from tandem.engine.sequence import Batch, Seq, SeqState
 from tandem.kv import Span
-from tandem.testing.engine import LAYOUT, FakePool, FakeRunner, make_seq, naive_continuation
+from tandem.testing.engine import LAYOUT, FakeFlight, FakePool, FakeRunner, make_seq, naive_continuation
 
 
 class Clock:
@@ -83,9 +83,9 @@ def test_chunks_shrink_to_keep_the_time_between_tokens() -> None:
     bench = Bench(pages=400, max_batch_tokens=200, max_running=8, inter_token_ms=60.0)
     launch = bench.runner.launch
 
-    def timed(batch: Batch) -> list[Sampled]:
+    def timed(batch: Batch, after: FakeFlight | None = None) -> FakeFlight:
         bench.clock.now += 0.010 + 0.001 * batch.num_tokens
-        return launch(batch)
+        return launch(batch, after)
 
     bench.runner.launch = timed  # type: ignore[method-assign]
     talker = bench.add("talker", [1, 2, 3], max_tokens=60)

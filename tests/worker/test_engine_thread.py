@@ -69,7 +69,7 @@ async def test_a_step_that_raises_ends_the_thread_and_whoever_waits(rig_maker: R
     async with rig_maker() as rig:
         stepping, go_on = threading.Event(), threading.Event()
 
-        def run(batch: Any) -> Any:
+        def run(batch: Any, after: Any) -> Any:
             stepping.set()
             go_on.wait()
             raise MemoryError("no room")
@@ -145,7 +145,7 @@ async def test_a_step_that_only_retracts_is_followed_by_another(rig_maker: Rigs)
         rig.engine.add(seq)
         schedule, forced = rig.engine.scheduler.schedule, list[bool]()
 
-        def once(now: float, timing: Any = None) -> Any:
+        def once(now: float, timing: Any = None, ahead: bool = False) -> Any:
             if seq.output_len == 3 and not forced:
                 forced.append(True)
                 plan = type(schedule(now, timing))(0)

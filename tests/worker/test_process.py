@@ -63,7 +63,7 @@ async def test_an_engine_that_fails_ends_the_process_with_an_error(small_model: 
         name = await workers.submit(PROMPT, SamplingParams(max_tokens=1500, ignore_eos=True))
         await workers.tokens(name, 1)
 
-        def fail(batch: Any) -> Any:
+        def fail(batch: Any, after: Any = None) -> Any:
             raise MemoryError("no room")
 
         workers.decode.engine._runner.launch = fail  # type: ignore[method-assign]
@@ -78,7 +78,7 @@ async def test_an_engine_that_fails_ends_the_process_with_an_error(small_model: 
 async def test_a_prefill_worker_whose_engine_fails_is_made_up_for(small_model: Path) -> None:
     async with pair(small_model) as workers:
 
-        def fail(batch: Any) -> Any:
+        def fail(batch: Any, after: Any = None) -> Any:
             raise MemoryError("no room")
 
         workers.prefill[0].engine._runner.launch = fail  # type: ignore[method-assign]
