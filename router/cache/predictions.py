@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -27,7 +28,8 @@ class Predictions:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._open: dict[int, _Prediction] = {}
-        self._blocks: dict[Incarnation, Counter[BlockHash]] = {}
+        self._holders: dict[BlockHash, dict[Incarnation, int]] = {}
+        """Per block, the workers with predictions of it, and how many."""
         self._next = 0
 
     def __len__(self) -> int:
@@ -40,7 +42,9 @@ class Predictions:
         number = self._next
         self._next += 1
         self._open[number] = _Prediction(incarnation, tuple(hashes), self._clock() + PREDICTION_S)
-        self._blocks.setdefault(incarnation, Counter()).update(hashes)
+        for block in hashes:
+            holders = self._holders.setdefault(block, {})
+            holders[incarnation] = holders.get(incarnation, 0) + 1
         return number
 
     def resolve(self, number: int) -> None:
@@ -48,24 +52,35 @@ class Predictions:
         prediction = self._open.pop(number, None)
         if prediction is None:
             return
-        blocks = self._blocks[prediction.incarnation]
-        blocks.subtract(prediction.hashes)
         for block in prediction.hashes:
-            if blocks[block] <= 0:
-                del blocks[block]
-        if not blocks:
-            del self._blocks[prediction.incarnation]
+            holders = self._holders[block]
+            holders[prediction.incarnation] -= 1
+            if not holders[prediction.incarnation]:
+                del holders[prediction.incarnation]
+                if not holders:
+                    del self._holders[block]
 
     def drop(self, incarnation: Incarnation) -> None:
         """Drops all of a worker's."""
         for number in [n for n, prediction in self._open.items() if prediction.incarnation == incarnation]:
             self.resolve(number)
 
-    def match(self, hashes: Sequence[BlockHash]) -> Iterator[tuple[Incarnation, int]]:
-        """Every worker with any prediction, and how many blocks at the front of `hashes` it should soon hold."""
+    def match(self, hashes: Sequence[BlockHash]) -> dict[Incarnation, int]:
+        """How many blocks at the front of `hashes` each worker should soon hold, if any.
+
+        Predictions are whole prefixes, so fewer workers have the longer ones: only where they get fewer is looked.
+        """
         self._expire()
-        for incarnation, blocks in self._blocks.items():
-            yield incarnation, _known_prefix(blocks, hashes)
+        found: dict[Incarnation, int] = {}
+        start = 0
+        while start < len(hashes) and (holders := self._holders.get(hashes[start])):
+            same = len(holders)
+            start = bisect_left(range(len(hashes)), True, start + 1, key=lambda at: self._count(hashes[at]) < same)
+            found.update(dict.fromkeys(holders, start))
+        return found
+
+    def _count(self, block: BlockHash) -> int:
+        return len(self._holders.get(block, ()))
 
     def _expire(self) -> None:
         now = self._clock()
@@ -75,20 +90,8 @@ class Predictions:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the counts are wrong; for tests."""
-        counts: dict[Incarnation, Counter[BlockHash]] = {}
+        counts: dict[BlockHash, Counter[Incarnation]] = {}
         for prediction in self._open.values():
-            if prediction.hashes:
-                counts.setdefault(prediction.incarnation, Counter()).update(prediction.hashes)
-        assert counts == self._blocks
-
-
-def _known_prefix(known: Mapping[BlockHash, int], hashes: Sequence[BlockHash]) -> int:
-    """Length of the front of `hashes` in `known`, which holds whole prefixes: no block without its parent."""
-    low, high = 0, len(hashes)
-    while low < high:
-        middle = (low + high) // 2
-        if hashes[middle] in known:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+            for block in prediction.hashes:
+                counts.setdefault(block, Counter())[prediction.incarnation] += 1
+        assert counts == self._holders

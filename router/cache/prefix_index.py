@@ -1,45 +1,31 @@
 """The router's approximate radix tree of what every worker has cached.
 
-Block hashes are chained, so a hash names its whole prefix: comparing an edge's last hash compares the edge, and one
-dictionary finds any block. Sources are the workers' events; the router's own predictions lie beside the tree until the
-worker's answer replaces them. After the radix tree of RadixAttention (Zheng et al. 2024), over all workers at once.
+Block hashes are chained, so a hash names its whole prefix: one table finds any block, one comparison covers an edge,
+and the longest known prefix of a prompt is found by bisection. Sources are the workers' events; the router's own
+predictions lie beside the tree until the worker's answer replaces them. After the radix tree of RadixAttention (Zheng
+et al. 2024), over all workers at once.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import takewhile
-from typing import Protocol
 
+from router.cache.block_table import NOWHERE, BlockTable
+from router.cache.index_nodes import HASH, ROOT, IndexNodes
 from router.cache.predictions import Predictions
+from router.cache.worker_sets import EMPTY, WorkerBits, WorkerSets
 from tandem.cluster import CacheEvent, EventKind, Incarnation
 from tandem.kv import BlockHash
 
-SWEEP_NODES = 64
-"""Nodes cleared of retired slots in each call, so that forgetting a worker never stops the event loop."""
+FRESH_S = 0.5
+"""A node used within so many seconds is young enough: busy conversations do not pay for the order at each block."""
 DEVICE_TIER = "device"
 """The only tier counted: blocks elsewhere cannot be used without a cost that plans do not know yet."""
 
-
-class _Node:
-    """An edge of the tree and the node at its end: blocks that exactly the same workers hold or promise."""
-
-    __slots__ = ("children", "hashes", "last_used", "parent", "promised", "stored")
-
-    def __init__(
-        self, hashes: list[BlockHash], parent: _Node | None, stored: int, promised: int, last_used: float
-    ) -> None:
-        self.hashes = hashes
-        self.parent = parent
-        self.children: dict[BlockHash, _Node] = {}
-        self.stored = stored
-        self.promised = promised
-        self.last_used = last_used
-
-
-class _Change(Protocol):
-    def __call__(self, node: _Node) -> tuple[int, int]: ...
+_Change = Callable[[int, int], tuple[int, int]]
+"""(stored, promised) masks -> the masks after an event."""
 
 
 class PrefixIndex:
@@ -52,18 +38,16 @@ class PrefixIndex:
         self._max_blocks = max_blocks
         self._max_age_s = max_age_s
         self._clock = clock
-        self._root = _Node([], None, 0, 0, 0.0)
-        self._where: dict[BlockHash, _Node] = {}
-        # Least recently used first; an ancestor always comes after its descendants, so the first node is a leaf.
-        self._order: OrderedDict[_Node, None] = OrderedDict()
-        self._slots: dict[Incarnation, int] = {}
-        self._names: dict[int, Incarnation] = {}
-        self._free_slots: list[int] = []
-        self._next_slot = 0
-        self._live = 0
-        self._retired = 0
+        self._table = BlockTable()
+        self._nodes = IndexNodes()
+        self._sets = WorkerSets()
+        self._bits = WorkerBits()
+        self.sweep_nodes = 64
+        """Nodes cleared of retired workers in each call, so that forgetting a worker never stops the event loop."""
         self._sweeping = 0
-        self._sweep_queue: list[_Node] = []
+        """Retired bits that the current pass over the nodes clears."""
+        self._swept = 0
+        """Numbers below this have been passed."""
         self.predictions = Predictions(clock)
         """The router's own, beside the tree."""
         self.unplaced = 0
@@ -71,37 +55,25 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         """Blocks in the tree."""
-        return len(self._where)
+        return len(self._table)
 
     @property
     def nodes(self) -> int:
         """Edges in the tree."""
-        return len(self._order)
+        return len(self._nodes)
 
     def match(self, hashes: Sequence[BlockHash]) -> dict[Incarnation, int]:
         """For each worker with any: how many blocks at the front of `hashes` it holds, promised or should soon hold."""
         self._bound()
         found: dict[Incarnation, int] = {}
-        node, matched, alive = self._root, 0, self._live
-        while matched < len(hashes) and alive:
-            child = node.children.get(hashes[matched])
-            if child is None:
-                break
-            holders = alive & (child.stored | child.promised)
-            self._record(found, alive & ~holders, matched)
-            alive = holders
-            if not alive:
-                break
-            common = _common(child.hashes, hashes, matched)
-            matched += common
-            node = child
-            if common < len(child.hashes):
-                break
-        self._record(found, alive, matched)
-        self._touch(node)
-        for incarnation, length in self.predictions.match(hashes):
-            if length > found.get(incarnation, 0):
-                found[incarnation] = length
+        length = self._known_prefix(hashes)
+        place = self._find(hashes[length - 1]) if length else None
+        if place is not None:
+            self._collect(found, place[0], length)
+            self._touch(place[0])
+        for incarnation, predicted in self.predictions.match(hashes).items():
+            if predicted > found.get(incarnation, 0):
+                found[incarnation] = predicted
         return found
 
     def apply(self, incarnation: Incarnation, event: CacheEvent) -> None:
@@ -109,300 +81,385 @@ class PrefixIndex:
         self._sweep()
         if event.tier != DEVICE_TIER or not event.hashes:
             return
-        bit = 1 << self._slot(incarnation)
+        bit = self._bits.of(incarnation)
         if event.kind is EventKind.STORED:
-            self._insert(event, lambda node: (node.stored | bit, node.promised & ~bit), bit, 0)
+            self._insert(event, lambda stored, promised: (stored | bit, promised & ~bit))
         elif event.kind is EventKind.PROMISED:
-            self._insert(event, lambda node: (node.stored, node.promised | (bit & ~node.stored)), 0, bit)
+            self._insert(event, lambda stored, promised: (stored, promised | (bit & ~stored)))
         elif event.kind is EventKind.EVICTED:
-            self._mark(event.hashes, lambda node: (node.stored & ~bit, node.promised))
+            self._mark(event.hashes, lambda stored, promised: (stored & ~bit, promised))
         else:
-            self._mark(event.hashes, lambda node: (node.stored, node.promised & ~bit))
+            self._mark(event.hashes, lambda stored, promised: (stored, promised & ~bit))
 
     def snapshot(self, incarnation: Incarnation, events: Iterable[CacheEvent]) -> None:
         """Replaces all that is known of a worker, predictions apart, by `events`."""
-        self._retire(incarnation)
-        self._slot(incarnation)
+        self._bits.retire(incarnation)
+        self._bits.of(incarnation)
         for event in events:
             self.apply(incarnation, event)
 
     def drop(self, incarnation: Incarnation) -> None:
         """Forgets a worker at once: no later match names it. Its bits are swept out of the tree bit by bit."""
-        self._retire(incarnation)
+        self._bits.retire(incarnation)
         self.predictions.drop(incarnation)
         self._sweep()
 
-    def _record(self, found: dict[Incarnation, int], mask: int, blocks: int) -> None:
-        if blocks:
-            for slot in _bits(mask):
-                found[self._names[slot]] = blocks
+    # Matching -------------------------------------------------------------------------------------------------------
 
-    def _slot(self, incarnation: Incarnation) -> int:
-        slot = self._slots.get(incarnation)
-        if slot is None:
-            if self._free_slots:
-                slot = self._free_slots.pop()
+    def _known_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """Length of the front of `hashes` that is in the tree, which has no block without the one before it."""
+        get = self._table.get
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high) // 2
+            if get(hashes[middle]) == NOWHERE:
+                high = middle
             else:
-                slot = self._next_slot
-                self._next_slot += 1
-            self._slots[incarnation] = slot
-            self._names[slot] = incarnation
-            self._live |= 1 << slot
-        return slot
+                low = middle + 1
+        return low
 
-    def _retire(self, incarnation: Incarnation) -> None:
-        slot = self._slots.pop(incarnation, None)
-        if slot is not None:
-            del self._names[slot]
-            self._live &= ~(1 << slot)
-            self._retired |= 1 << slot
+    def _collect(self, found: dict[Incarnation, int], node: int, length: int) -> None:
+        """Notes how many of the `length` blocks up to `node` each worker has from the root on."""
+        nodes, bits, either = self._nodes, self._bits, self._sets.either
+        depth, workers = nodes.depth, nodes.workers
+        alive = bits.live
+        for each in reversed(self._path(node)):
+            holders = alive & either[workers[each]]
+            if holders != alive:
+                if depth[each]:
+                    bits.note(found, alive ^ holders, depth[each])
+                if not holders:
+                    return
+                alive = holders
+        bits.note(found, alive, length)
 
-    def _sweep(self) -> None:
-        """Clears retired slots from some nodes. Slots are reused after a whole pass only, so no stale bit misleads."""
-        if not self._sweeping:
-            if not self._retired:
-                return
-            self._sweeping, self._retired = self._retired, 0
-            self._sweep_queue = list(self._order)
-        for _ in range(min(SWEEP_NODES, len(self._sweep_queue))):
-            node = self._sweep_queue.pop()
-            if node in self._order:
-                self._settle(node)
-        if not self._sweep_queue:
-            self._free_slots.extend(_bits(self._sweeping))
-            self._sweeping = 0
-
-    def _insert(self, event: CacheEvent, change: _Change, stored: int, promised: int) -> None:
-        hashes = event.hashes
-        known = sum(1 for _ in takewhile(self._where.__contains__, hashes))
-        fresh = list(hashes[known:])
-        self._mark(hashes[:known], change)
-        if fresh:
-            parent = self._find(hashes[known - 1] if known else event.parent)
-            # A known block after an unknown one cannot be: the event is malformed and would corrupt the tree.
-            if parent is None or len(set(fresh)) < len(fresh) or not self._where.keys().isdisjoint(fresh):
-                self.unplaced += len(fresh)
-            else:
-                self._grow(parent, fresh, stored, promised)
-        self._bound()
-
-    def _find(self, block: BlockHash) -> tuple[_Node, int] | None:
+    def _find(self, block: BlockHash) -> tuple[int, int] | None:
         """The node of a block and how many of the node's blocks end with it; the root for the empty hash."""
         if not block:
-            return self._root, 0
-        node = self._where.get(block)
-        return None if node is None else (node, node.hashes.index(block) + 1)
+            return ROOT, 0
+        node = self._table.get(block)
+        if node == NOWHERE:
+            return None
+        edge = self._nodes.edge[node]
+        # Mostly it is the edge's last.
+        start = len(edge) - HASH if edge.endswith(block) else edge.find(block)
+        while start >= 0 and start % HASH:
+            start = edge.find(block, start + 1)
+        return None if start < 0 else (node, start // HASH + 1)
 
-    def _grow(self, place: tuple[_Node, int], fresh: list[BlockHash], stored: int, promised: int) -> None:
-        node, offset = place
-        if offset < len(node.hashes):
-            self._split(node, offset)
-        self._clean(node)
-        if node is not self._root and not node.children and (node.stored, node.promised) == (stored, promised):
-            node.hashes.extend(fresh)
-        else:
-            child = _Node(fresh, node, stored, promised, self._clock())
-            node.children[fresh[0]] = child
-            self._order[child] = None
-            if node is not self._root:
-                self._settle(node)
-            node = child
-        for block in fresh:
-            self._where[block] = node
-        self._touch(node)
+    def _path(self, node: int) -> list[int]:
+        """A node and its ancestors, the root apart."""
+        path, parent = [], self._nodes.parent
+        while node:
+            path.append(node)
+            node = parent[node]
+        return path
 
-    def _mark(self, hashes: Iterable[BlockHash], change: _Change) -> None:
-        """Gives the known ones of `hashes` the masks that `change` computes, splitting edges where needed."""
-        groups: dict[_Node, list[BlockHash]] = {}
-        for block in hashes:
-            node = self._where.get(block)
-            if node is not None:
-                groups.setdefault(node, []).append(block)
-        changed: list[_Node] = []
-        for node, blocks in groups.items():
-            if change(node) == (node.stored, node.promised):
+    def _touch(self, node: int) -> None:
+        now, last_used = self._clock(), self._nodes.last_used
+        if now - last_used[node] >= FRESH_S:
+            for each in self._path(node):
+                last_used[each] = now
+            self._nodes.raise_path(node)
+
+    # Events ---------------------------------------------------------------------------------------------------------
+
+    def _insert(self, event: CacheEvent, change: _Change) -> None:
+        hashes = event.hashes
+        known, runs = 0, []
+        for node, start, end in self._runs(hashes, chained=True):
+            runs.append((node, start, end))
+            known += end - start
+        self._mark_runs(runs, change)
+        fresh = list(hashes[known:])
+        if fresh:
+            place = self._find(hashes[known - 1] if known else event.parent)
+            # A known block after an unknown one cannot be: the event is malformed and would corrupt the tree.
+            if place is None or len(set(fresh)) < len(fresh) or self._table.has_any(fresh):
+                self.unplaced += len(fresh)
+            else:
+                self._grow(place, fresh, change(0, 0))
+        self._bound()
+
+    def _runs(self, hashes: Sequence[BlockHash], chained: bool) -> Iterator[tuple[int, int, int]]:
+        """Where the known ones of `hashes` are, as maximal pieces (node, start, end) of edges.
+
+        chained: the hashes are consecutive; the first one that is unknown, or not after the one before, ends it.
+        """
+        joined = b"".join(hashes)
+        at, before = 0, ROOT
+        while at < len(hashes):
+            place = self._find(hashes[at])
+            if place is None or (chained and before and (self._nodes.parent[place[0]], place[1]) != (before, 1)):
+                if chained:
+                    return
+                at += 1
                 continue
-            # From the end: a split keeps the front in `node`, so offsets before it stay valid.
-            for start, end in reversed(_runs(node.hashes, blocks)):
-                piece = self._isolate(node, start, end)
-                piece.stored, piece.promised = change(piece)
-                changed.append(piece)
-            changed.append(node)
+            before, start = place[0], place[1] - 1
+            count = _common(self._nodes.edge[before], start, joined, at)
+            yield before, start, start + count
+            at += count
+
+    def _mark(self, hashes: Sequence[BlockHash], change: _Change) -> None:
+        """Gives the known ones of `hashes` the masks that `change` computes."""
+        self._mark_runs(list(self._runs(hashes, chained=False)), change)
+
+    def _mark_runs(self, runs: list[tuple[int, int, int]], change: _Change) -> None:
+        """The same for pieces of edges, splitting edges where needed."""
+        nodes, sets = self._nodes, self._sets
+        changed: list[int] = []
+        for node, pieces in _by_node(runs):
+            old = nodes.workers[node]
+            masks = (sets.stored[old], sets.promised[old])
+            after = change(*masks)
+            if after == masks:
+                continue
+            front = node
+            # From the end: a split keeps the front whole, so offsets before it stay valid.
+            for start, end in reversed(pieces):
+                rest = ROOT
+                if end < nodes.blocks(front):
+                    front, rest = self._split(front, end)
+                piece = front
+                if start:
+                    front, piece = self._split(front, start)
+                self._set_workers(piece, *after)
+                changed += (rest, piece, front)
         for node in changed:
-            if node in self._order:
+            if nodes.alive(node):
                 self._settle(node)
 
-    def _isolate(self, node: _Node, start: int, end: int) -> _Node:
-        if end < len(node.hashes):
-            self._split(node, end)
-        return self._split(node, start) if start else node
-
-    def _split(self, node: _Node, offset: int) -> _Node:
-        """Cuts an edge: `node` keeps the blocks before `offset`, the node returned has the rest and the children."""
-        tail = _Node(node.hashes[offset:], node, node.stored, node.promised, node.last_used)
-        del node.hashes[offset:]
-        tail.children, node.children = node.children, {tail.hashes[0]: tail}
-        for child in tail.children.values():
-            child.parent = tail
-        for block in tail.hashes:
-            self._where[block] = tail
-        if self._sweeping:
-            self._sweep_queue.append(tail)
-        self._order[tail] = None
-        self._raise(node)
-        return tail
-
-    def _clean(self, node: _Node) -> None:
-        node.stored &= self._live
-        node.promised &= self._live
-
-    def _settle(self, node: _Node) -> None:
-        """Restores the shape around a changed node: no empty leaf, no edge that could be one with its only child."""
+    def _grow(self, place: tuple[int, int], fresh: list[BlockHash], masks: tuple[int, int]) -> None:
+        """Adds `fresh` after a place, for workers with these masks."""
+        nodes, (node, offset) = self._nodes, place
+        rest = ROOT
+        if node and offset < nodes.blocks(node):
+            node, rest = self._split(node, offset)
         self._clean(node)
-        while node is not self._root and not node.children and not node.stored | node.promised:
-            parent = node.parent
-            assert parent is not None
+        if node and not nodes.has_children(node) and self._masks(node) == masks:
+            nodes.edge[node] += b"".join(fresh)
+            self._table.add(fresh, node)
+            self._touch(node)
+            return
+        child = nodes.make(
+            bytearray(b"".join(fresh)),
+            node,
+            nodes.depth[node] + nodes.blocks(node),
+            self._sets.take(*masks),
+            self._clock(),
+        )
+        self._table.add(fresh, child)
+        for each in self._path(node):
+            nodes.last_used[each] = nodes.last_used[child]
+        nodes.raise_path(child)
+        for changed in (rest, node):
+            if nodes.alive(changed):
+                self._settle(changed)
+
+    # Shape ----------------------------------------------------------------------------------------------------------
+
+    def _masks(self, node: int) -> tuple[int, int]:
+        number = self._nodes.workers[node]
+        return self._sets.stored[number], self._sets.promised[number]
+
+    def _set_workers(self, node: int, stored: int, promised: int) -> None:
+        old = self._nodes.workers[node]
+        self._nodes.workers[node] = self._sets.take(stored, promised)
+        if old != EMPTY:
+            self._sets.drop(old)
+
+    def _clean(self, node: int) -> None:
+        """Takes workers that are gone off a node."""
+        stored, promised = self._masks(node)
+        live = self._bits.live
+        if (stored | promised) & ~live:
+            self._set_workers(node, stored & live, promised & live)
+
+    def _split(self, node: int, offset: int) -> tuple[int, int]:
+        """Cuts an edge after `offset` blocks; returns the nodes of the front and of the rest.
+
+        The node keeps the part that would be more work to move.
+        """
+        nodes = self._nodes
+        self._clean(node)  # a new node's number may be one that the sweep has passed
+        edge, cut = nodes.edge[node], offset * HASH
+        depth, workers = nodes.depth[node], self._sets.use(nodes.workers[node])
+        last_used = nodes.last_used[node]
+        after = nodes.blocks(node) - offset
+        if after < offset and nodes.few_children(node, offset - after):
+            rest = nodes.make(edge[cut:], ROOT, depth + offset, workers, last_used)
+            del edge[cut:]
+            nodes.adopt(rest, node)
+            nodes.put_above(node, rest)
+            front = node
+            self._table.move(nodes.hashes(rest), rest)
+        else:
+            front, rest = nodes.make(edge[:cut], nodes.parent[node], depth, workers, last_used), node
+            nodes.edge[node] = edge[cut:]
+            nodes.depth[node] = depth + offset
+            nodes.put_above(front, node)
+            self._table.move(nodes.hashes(front), front)
+        nodes.raise_path(rest)
+        return front, rest
+
+    def _settle(self, node: int) -> None:
+        """Restores the shape around a changed node: no empty leaf, no edge that could be one with its only child."""
+        nodes = self._nodes
+        self._clean(node)
+        while node and not nodes.has_children(node) and nodes.workers[node] == EMPTY:
+            parent = nodes.parent[node]
             self._remove(node)
             node = parent
             self._clean(node)
-        if node is self._root:
-            return
-        self._join(node)
-        if node.parent is not None and node.parent is not self._root:
-            self._join(node.parent)
+        if node:
+            node = self._join(node)
+            if nodes.parent[node]:
+                self._join(nodes.parent[node])
 
-    def _join(self, node: _Node) -> None:
-        """Makes one edge of `node` and its only child when the same workers have both."""
-        if len(node.children) != 1:
-            return
-        (child,) = node.children.values()
+    def _join(self, node: int) -> int:
+        """Makes one edge of `node` and its only child while the same workers have both; returns the node it is then."""
+        nodes = self._nodes
         self._clean(node)
-        masks = (child.stored & self._live, child.promised & self._live)
-        # An empty leaf still waits for its sweep, which removes it.
-        if masks != (node.stored, node.promised) or not (any(masks) or child.children):
-            return
-        for block in child.hashes:
-            self._where[block] = node
-        node.hashes.extend(child.hashes)
-        node.children = child.children
-        for grandchild in node.children.values():
-            grandchild.parent = node
-        node.last_used = max(node.last_used, child.last_used)
-        del self._order[child]
+        while child := nodes.only_child(node):
+            stored, promised = self._masks(child)
+            masks = (stored & self._bits.live, promised & self._bits.live)
+            # An empty leaf still waits for its sweep, which removes it.
+            if masks != self._masks(node) or not (any(masks) or nodes.has_children(child)):
+                break
+            self._clean(child)
+            node = self._merge(node, child)
+        return node
 
-    def _remove(self, node: _Node) -> None:
-        assert node.parent is not None
-        del node.parent.children[node.hashes[0]]
-        del self._order[node]
-        for block in node.hashes:
-            del self._where[block]
+    def _merge(self, node: int, child: int) -> int:
+        """Makes one edge of a node and its only child; the one that would be more work to move stays."""
+        nodes = self._nodes
+        last_used = max(nodes.last_used[node], nodes.last_used[child])
+        if nodes.blocks(child) < nodes.blocks(node) and nodes.few_children(child, nodes.blocks(node)):
+            stays, goes = node, child
+            self._table.move(nodes.hashes(child), node)
+            nodes.edge[node] += nodes.edge[child]
+            for grandchild in list(nodes.children(child)):
+                nodes.lift(grandchild)
+        else:
+            stays, goes = child, node
+            self._table.move(nodes.hashes(node), child)
+            nodes.edge[child] = nodes.edge[node] + nodes.edge[child]
+            nodes.depth[child] = nodes.depth[node]
+            nodes.lift(child)
+        nodes.last_used[stays] = last_used
+        self._sets.drop(nodes.workers[goes])
+        nodes.free(goes)
+        nodes.raise_path(stays)
+        return stays
 
-    def _touch(self, node: _Node) -> None:
-        now = self._clock()
-        at: _Node | None = node
-        while at is not None and at is not self._root:
-            at.last_used = now
-            at = at.parent
-        self._raise(node)
+    def _remove(self, node: int) -> None:
+        """Forgets a leaf."""
+        self._table.remove(self._nodes.hashes(node))
+        workers = self._nodes.workers[node]
+        if workers != EMPTY:
+            self._sets.drop(workers)
+        self._nodes.free(node)
 
-    def _raise(self, node: _Node) -> None:
-        """Moves a node and its ancestors to the young end, ancestors last."""
-        at: _Node | None = node
-        while at is not None and at is not self._root:
-            self._order.move_to_end(at)
-            at = at.parent
+    # Bounds ---------------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Clears retired bits from some nodes. They are taken again after a whole pass only: no stale one misleads."""
+        if not self._sweeping:
+            if not self._bits.retired:
+                return
+            self._sweeping, self._swept = self._bits.retired, 1
+        end = min(self._swept + self.sweep_nodes, self._nodes.numbers)
+        for node in range(self._swept, end):
+            workers = self._nodes.workers[node]
+            if self._nodes.alive(node) and (workers == EMPTY or self._sets.either[workers] & self._sweeping):
+                self._settle(node)
+        self._swept = end
+        if end == self._nodes.numbers:
+            self._bits.release(self._sweeping)
+            self._sweeping = 0
 
     def _bound(self) -> None:
         """Trims the oldest leaves until size and age are within their limits."""
-        excess = len(self._where) - self._max_blocks
+        nodes = self._nodes
+        excess = len(self._table) - self._max_blocks
         while excess > 0:
-            leaf = next(iter(self._order))
-            if len(leaf.hashes) > excess:
-                for block in leaf.hashes[-excess:]:
-                    del self._where[block]
-                del leaf.hashes[-excess:]
+            leaf = nodes.oldest
+            count = nodes.blocks(leaf)
+            if count > excess:
+                self._table.remove(nodes.hashes(leaf, count - excess))
+                del nodes.edge[leaf][(count - excess) * HASH :]
                 return
-            excess -= len(leaf.hashes)
+            excess -= count
             self._evict(leaf)
         oldest = self._clock() - self._max_age_s
-        while self._order and (leaf := next(iter(self._order))).last_used < oldest:
+        while (leaf := nodes.oldest) and nodes.last_used[leaf] < oldest:
             self._evict(leaf)
 
-    def _evict(self, leaf: _Node) -> None:
-        parent = leaf.parent
+    def _evict(self, leaf: int) -> None:
+        parent = self._nodes.parent[leaf]
         self._remove(leaf)
-        if parent is not None and parent is not self._root:
+        if parent:
             self._settle(parent)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if an invariant does not hold; for tests."""
-        seen: dict[BlockHash, _Node] = {}
-        position = {node: place for place, node in enumerate(self._order)}
-        stack = [self._root]
+        nodes = self._nodes
+        position = {node: place for place, node in enumerate(nodes.in_order())}
+        used: Counter[int] = Counter()
+        blocks, stack, seen = 0, [ROOT], 0
         while stack:
             node = stack.pop()
-            for first, child in node.children.items():
-                assert child.parent is node
-                assert child.hashes[0] == first
-                assert node is self._root or position[child] < position[node]
-                assert not (child.stored & child.promised & self._live)
-                for block in child.hashes:
-                    assert block not in seen
-                    seen[block] = child
+            used[nodes.workers[node]] += 1
+            for child in nodes.children(node):
+                seen += 1
+                assert nodes.parent[child] == node
+                assert nodes.depth[child] == nodes.depth[node] + nodes.blocks(node)
+                assert nodes.blocks(child) * HASH == len(nodes.edge[child]) > 0
+                assert node == ROOT or position[child] < position[node]
+                stored, promised = self._masks(child)
+                assert not stored & promised & self._bits.live
+                assert all(self._table.get(block) == child for block in nodes.hashes(child))
+                blocks += nodes.blocks(child)
                 stack.append(child)
             self._check_shape(node)
-        assert seen == self._where
-        assert position.keys() == set(seen.values())
-        assert len(self._where) <= self._max_blocks
-        assert self._live == sum(1 << slot for slot in self._slots.values())
-        assert {name: slot for slot, name in self._names.items()} == self._slots
-        taken = self._live | self._retired | self._sweeping
-        assert not any(taken >> slot & 1 for slot in self._free_slots)
+        assert seen == len(nodes) == len(position)
+        assert blocks == len(self._table) <= self._max_blocks
+        assert not self._sweeping & ~self._bits.retired
+        self._table.check_integrity()
+        self._sets.check_integrity(used)
+        self._bits.check_integrity()
         self.predictions.check_integrity()
 
-    def _check_shape(self, node: _Node) -> None:
-        pending = self._retired | self._sweeping
-        if node is self._root or (node.stored | node.promised) & pending:
+    def _check_shape(self, node: int) -> None:
+        masks, retired = self._masks(node), self._bits.retired
+        if node == ROOT or (masks[0] | masks[1]) & retired:
             return
-        masks = (node.stored, node.promised)
-        assert any(masks) or node.children, "an empty leaf"
-        if len(node.children) == 1:
-            (child,) = node.children.values()
-            if not (child.stored | child.promised) & pending:
-                assert masks != (child.stored, child.promised), "an edge in two pieces"
+        assert any(masks) or self._nodes.has_children(node), "an empty leaf"
+        child = self._nodes.only_child(node)
+        if child and not self._sets.either[self._nodes.workers[child]] & retired:
+            assert masks != self._masks(child), "an edge in two pieces"
 
 
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+def _common(edge: bytearray, start: int, joined: bytes, at: int) -> int:
+    """How many blocks `edge`, from block `start` on, and `joined`, from block `at` on, have in common."""
+    length = min(len(edge) - start * HASH, len(joined) - at * HASH) // HASH
+
+    def same(count: int) -> bool:
+        return edge.startswith(joined[at * HASH : (at + count) * HASH], start * HASH)
+
+    return length if same(length) else bisect_left(range(1, length), True, key=lambda count: not same(count))
 
 
-def _common(edge: list[BlockHash], hashes: Sequence[BlockHash], start: int) -> int:
-    """Blocks of `edge` that `hashes[start:]` begins with. Chained hashes: equal at the end means equal all along."""
-    length = min(len(edge), len(hashes) - start)
-    if edge[length - 1] == hashes[start + length - 1]:
-        return length
-    low, high = 0, length - 1
-    while low < high:
-        middle = (low + high) // 2
-        if edge[middle] == hashes[start + middle]:
-            low = middle + 1
+def _by_node(runs: list[tuple[int, int, int]]) -> Iterable[tuple[int, list[tuple[int, int]]]]:
+    """The pieces of each node in order, joined where they touch or overlap."""
+    if len(runs) == 1:
+        node, start, end = runs[0]
+        return [(node, [(start, end)])]
+    found: dict[int, list[tuple[int, int]]] = {}
+    for node, start, end in sorted(runs):
+        pieces = found.setdefault(node, [])
+        if pieces and start <= pieces[-1][1]:
+            pieces[-1] = (pieces[-1][0], max(end, pieces[-1][1]))
         else:
-            high = middle
-    return low
-
-
-def _runs(edge: list[BlockHash], blocks: list[BlockHash]) -> list[tuple[int, int]]:
-    """The maximal ranges [start, end) of `edge` that `blocks`, in any order, covers."""
-    if len(blocks) == len(edge):
-        return [(0, len(edge))]
-    place = {block: offset for offset, block in enumerate(edge)}
-    runs: list[tuple[int, int]] = []
-    for offset in sorted({place[block] for block in blocks}):
-        if runs and runs[-1][1] == offset:
-            runs[-1] = (runs[-1][0], offset + 1)
-        else:
-            runs.append((offset, offset + 1))
-    return runs
+            pieces.append((start, end))
+    return found.items()
