@@ -25,8 +25,7 @@ from benchmarks.index_workload import Figures, Stored, Workload, measure
 from router.cache.prefix_index import PrefixIndex
 from tandem.cluster import CacheEvent, EventKind, WorkerUpdate
 from tandem.kv import block_hashes
-from tandem.wire import codec
-from tandem.wire.v1 import worker_pb2
+from tandem.testing.updates import update_bytes, update_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
@@ -53,11 +52,10 @@ def ours(workers: int, blocks: int, seed: int) -> Figures:
     def prepare(event: Stored) -> bytes:
         sequences[event.worker] += 1
         stored = CacheEvent(EventKind.STORED, tuple(event.hashes), event.parent)
-        update = WorkerUpdate(names[event.worker], sequences[event.worker], (stored,))
-        return codec.worker_update_to_wire(update).SerializeToString()
+        return update_bytes(WorkerUpdate(names[event.worker], sequences[event.worker], (stored,)))
 
     def insert(ready: Any) -> None:
-        update = codec.worker_update_from_wire(worker_pb2.WorkerUpdate.FromString(ready))
+        update = update_of(ready)
         for event in update.events:
             index.apply(update.incarnation, event)
 
