@@ -97,6 +97,7 @@ class DecodeServices:
             self._writes.bytes_per_ms(),
             worker.draining,
             worker.siblings_waiting,
+            worker.tenants.uses(),
         )
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:

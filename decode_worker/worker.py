@@ -13,6 +13,7 @@ from decode_worker.outbox import Outbox, ResumeAt
 from decode_worker.prefill_client import PrefillClient, Target
 from decode_worker.requests import Choice, Request, make_request
 from decode_worker.sink import PageSink, Reservations
+from decode_worker.tenants import TenantLedger
 from tandem.cluster import CacheEvent, EventKind, WorkerInfo
 from tandem.config import DecodeConfig
 from tandem.engine.engine import Engine
@@ -63,6 +64,7 @@ class DecodeWorker:
         self._outboxes: dict[str, Outbox] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._reservations = Reservations(engine, thread)
+        self.tenants = TenantLedger(asyncio.get_running_loop().time)
         self._loop = asyncio.get_running_loop()
         self._order = 0
 
@@ -92,6 +94,7 @@ class DecodeWorker:
         self._order += request.choices
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.choices)
+        self.tenants.admitted(request.tenant, router_id, len(request.prompt))
         cached = 0
         if request.sampling.prompt_logprobs is None:
             try:
@@ -185,6 +188,7 @@ class DecodeWorker:
             self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
         choice.last_token_at = now
         choice.tokens.extend(made.tokens)
+        self.tenants.made(record.request.tenant, record.router_id, len(made.tokens))
         self._metrics.forced_tokens.inc(made.forced)
         choice.logprobs.extend(made.logprobs)
         if made.finish is not None:
@@ -212,6 +216,7 @@ class DecodeWorker:
         record = choice.request
         if record.finished:
             record.finished_at = self._loop.time()
+            self.tenants.ended(record.request.tenant, record.router_id)
             self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
             self._metrics.requests.labels(reason.value).inc()
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import TracebackType
 
 import grpc.aio
 
+from router.admission.callers import Callers
+from router.admission.quota import Quotas
 from router.cache.prefix_index import PrefixIndex
 from router.dispatch import Dispatcher
 from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder
+from router.file_watch import FileWatch
 from router.policies import POLICIES
 from router.workers.fleet import Fleet
 from router.workers.registry import serve_registry
@@ -30,21 +34,33 @@ class ControlPlane:
         self.recorder = Recorder(
             config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, time.monotonic
         )
+        self.quotas = Quotas(self.fleet.router_id, time.monotonic)
+        self.callers = Callers(self.quotas)
+        self._watches = [FileWatch(config.api_keys, self.callers.load)] if config.api_keys is not None else []
+        self._tasks: list[asyncio.Task[None]] = []
         policy = POLICIES[config.policy]()
-        self.dispatcher = Dispatcher(config, self.fleet, self.index, policy, self.recorder, self.ladder, time.monotonic)
+        self.dispatcher = Dispatcher(
+            config, self.fleet, self.index, policy, self.recorder, self.ladder, self.quotas, time.monotonic
+        )
         self.port = 0
         """The control port taken."""
         self._config = config
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        """Opens the control port and connects to the listed workers. Raises ConfigError when the port is not free."""
+        """Opens the control port and connects to the listed workers. Raises ConfigError for a taken port, or keys."""
         config = self._config
+        for watch in self._watches:
+            watch.read()
         self._server, self.port = await serve_registry(self.fleet, config.control_host, config.control_port)
         await self.fleet.start()
+        self._tasks = [asyncio.create_task(watch.run(), name="file-watch") for watch in self._watches]
 
     async def close(self) -> None:
         """Ends every request, then every connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.dispatcher.close()
         await self.fleet.close()
         if self._server is not None:

@@ -11,7 +11,8 @@ from types import TracebackType
 import grpc
 import grpc.aio
 
-from router.admission import Admission
+from router.admission.gate import Admission
+from router.admission.quota import Quotas
 from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
 from router.dispatch_stream import WorkerStream
@@ -20,10 +21,11 @@ from router.explain.recorder import Recorder
 from router.open_request import Chain, OpenRequest
 from router.placement import book
 from router.policies import Policy, RequestInfo
+from router.policies.cost import EXPECTED_OUTPUT
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.snapshot import Load
-from tandem.cluster import Incarnation, Plan, Role, WorkerInfo
+from tandem.cluster import Candidate, Incarnation, Plan, Role, Status, WorkerInfo
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
@@ -92,6 +94,12 @@ class Accepted:
         await self.cancel()
 
 
+def _cost(request: GenerateRequest, chosen: Candidate) -> int:
+    """Tokens that a request is expected to take of workers: what is not cached of its prompt, and its answers."""
+    missing = len(request.prompt) - max(chosen.decode_cached, chosen.prefill_cached)
+    return missing + request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
+
+
 def _refusal(errors: Sequence[TandemError]) -> TandemError:
     """What a client is told when nobody took its request: to come back later."""
     for error in errors:
@@ -111,6 +119,7 @@ class Dispatcher:
         policy: Policy,
         recorder: Recorder,
         ladder: HitLadder,
+        quotas: Quotas,
         clock: Callable[[], float],
     ) -> None:
         self.fleet = fleet
@@ -121,7 +130,8 @@ class Dispatcher:
         self._recorder = recorder
         self._ladder = ladder
         self._clock = clock
-        self._admission = Admission(config.max_inflight)
+        self._quotas = quotas
+        self._admission = Admission(config.max_inflight, config.max_queued, config.queue_s, self._room, clock)
         self._open: dict[str, OpenRequest] = {}
         self._streams: dict[Incarnation, WorkerStream] = {}
         self._cancels: dict[tuple[Incarnation, str, int], asyncio.Task[None]] = {}
@@ -154,8 +164,13 @@ class Dispatcher:
         Raises BadRequest (and ContextTooLong), Overloaded or Unavailable; then no worker runs it.
         """
         reference = self._check(request)
-        self._admission.enter(request.request_id)
-        chain, story = self._chain(request, reference), self._recorder.begin(request)
+        story = self._recorder.begin(request)
+        try:
+            await self._admission.enter(request.request_id, request.priority, request.tenant)
+        except BaseException as error:
+            story.error, story.ended_s = str(error), self._clock()
+            raise
+        chain = self._chain(request, reference)
         record = OpenRequest(request, self._config.stream_queue, chain, story, self._clock)
         self._open[request.request_id] = record
         try:
@@ -165,6 +180,11 @@ class Dispatcher:
             self._close(record)
             raise
         return Accepted(record, plan, reply, self)
+
+    def _room(self) -> bool:
+        """Whether some decode worker has few enough waiting to be given more; without any, waiting would not help."""
+        views = [view for view in self.fleet.snapshot().decode if not view.draining]
+        return not views or any(view.sequences - view.status.running < self._config.worker_backlog for view in views)
 
     def _check(self, request: GenerateRequest) -> WorkerInfo:
         reference = self.fleet.reference
@@ -274,11 +294,13 @@ class Dispatcher:
     def _submission(self, record: OpenRequest, plan: Plan) -> decode_pb2.SubmitRequest:
         booking = record.decode_booking
         workers = [worker for name in plan.prefill_alternatives if (worker := self.fleet.worker(name)) is not None]
+        message = codec.generate_request_to_wire(record.request)
+        message.cost = _cost(record.request, plan.candidates[0])
         return decode_pb2.SubmitRequest(
             router_id=self.fleet.router_id,
             dispatch=0 if booking is None else booking.number,
             incarnation=plan.decode,
-            request=codec.generate_request_to_wire(record.request),
+            request=message,
             prefill=[decode_pb2.PrefillTarget(incarnation=w.incarnation, address=w.info.address) for w in workers],
             expected_cached=plan.expected_cached,
             planned_local=plan.prefill is None,
@@ -417,8 +439,15 @@ class Dispatcher:
                 )
             self._streams[worker.incarnation] = WorkerStream(worker, self.fleet.router_id, self.fleet.lease_s, self)
 
+    def worker_reported(self, status: Status) -> None:
+        """A worker has told its load, and what tenants use of it."""
+        self._quotas.observe(status)
+        self._admission.wake()
+
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         """Ends what a dead worker ran. What it had not answered yet goes elsewhere when its call fails."""
+        self._quotas.forget(incarnation)
+        self._admission.wake()
         self.tails.drop(incarnation)
         stream = self._streams.pop(incarnation, None)
         if stream is not None:
@@ -447,6 +476,7 @@ class Dispatcher:
     def _counters(self) -> dict[str, int]:
         return {
             "requests in flight": self._admission.inflight,
+            "requests waiting": self._admission.queued,
             "bookings": self.fleet.bookings(),
             "predictions": len(self._index.predictions),
             "calls under way": len(self._cancels),

@@ -64,8 +64,9 @@ async def _serve(config: RouterConfig, listener: socket.socket) -> int:
     async with ControlPlane(config) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
         metrics.add_collector(control.ladder.collect)
+        metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
-        server = HttpServer(create_app(config, control.dispatcher, texts, metrics, control.recorder))
+        server = HttpServer(create_app(config, control.dispatcher, texts, metrics, control.recorder, control.callers))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
+from router.admission.quota import Visit
 from tandem import obs
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -68,6 +69,9 @@ class RequestTimer:
         self._last: dict[int, float] = {}
         self._accepted = False
         self._ended = False
+        self.visit: Visit | None = None
+        """The tenant's, which ends with the request."""
+        self._made = 0
         metrics.queued.inc()
 
     def accepted(self) -> None:
@@ -86,6 +90,7 @@ class RequestTimer:
         elif not self._last:
             self._metrics.first_token.observe(now - self._start)
         self._last[choice] = now
+        self._made += count
         self._metrics.completion_tokens.inc(count)
 
     def prompt(self, tokens: int, cached: int) -> None:
@@ -97,6 +102,8 @@ class RequestTimer:
         """outcome: ok, refused, failed, cancelled or slow_client. failure: the error's kind, if it was one."""
         assert not self._ended, "a request ends once"
         self._ended = True
+        if self.visit is not None:
+            self.visit.end(self._made)
         (self._metrics.running if self._accepted else self._metrics.queued).dec()
         self._metrics.requests.labels(self._endpoint, outcome).inc()
         self._metrics.duration.observe(time.perf_counter() - self._start)

@@ -116,7 +116,15 @@ class RouterConfig(_Settings):
         (), description="origins whose pages may call this, such as https://chat.example; * allows all"
     )
     max_body_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="largest request body, MiB")
-    max_inflight: Annotated[int, Field(ge=1)] = Field(1024, description="requests admitted at once; more get 429")
+    api_keys: Annotated[Path, AfterValidator(_existing)] | None = Field(
+        None, description="YAML file of tenants with API keys and limits, read again when it changes; default: no keys"
+    )
+    max_inflight: Annotated[int, Field(ge=1)] = Field(1024, description="requests admitted at once; more wait")
+    max_queued: Annotated[int, Field(ge=0)] = Field(256, description="requests that wait for that; more get 429")
+    queue_s: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds that one waits at most; then it gets 503")
+    worker_backlog: Annotated[int, Field(ge=1)] = Field(
+        128, description="sequences waiting at every decode worker from which on requests wait at the router"
+    )
     index_max_blocks: Annotated[int, Field(ge=1)] = Field(4_000_000, description="blocks the prefix index keeps")
     index_max_age_s: Annotated[float, Field(gt=0)] = Field(
         14_400.0, description="seconds an unused index entry is kept"

@@ -5,8 +5,10 @@ TandemError
 │   ├── ContextTooLong
 │   ├── UnknownModel      404
 │   ├── NotFound          404
+│   ├── Unauthorized      401
 │   └── TooLarge          413
 ├── Overloaded            429: try again later
+│   └── RateLimited
 ├── Unavailable           503: no worker can serve this now
 ├── WorkerLost            502: the worker died and the request could not go on
 ├── Fenced                a message of an old attempt or incarnation
@@ -28,10 +30,12 @@ class TandemError(Exception):
     type: ClassVar[str] = "internal_error"
     code: ClassVar[str | None] = None
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, retry_s: float | None = None) -> None:
         super().__init__(message)
         self.param = param
         """The request field or setting at fault, when there is one."""
+        self.retry_s = retry_s
+        """Seconds after which trying again may help, when that is known."""
 
 
 class BadRequest(TandemError):
@@ -64,6 +68,13 @@ class NotFound(BadRequest):
     code = "not_found"
 
 
+class Unauthorized(BadRequest):
+    """The request carries no API key, or one that is not known."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
 class TooLarge(BadRequest):
     """The body exceeds the limit."""
 
@@ -78,6 +89,12 @@ class Overloaded(TandemError):
     grpc_code = "RESOURCE_EXHAUSTED"
     type = "rate_limit_error"
     code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    """The tenant has used up what it may use."""
+
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(TandemError):

@@ -10,6 +10,8 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from router.admission.callers import Callers
+from router.admission.tenants import NOBODY, Tenant
 from router.answers.answer import Answer
 from router.answers.completion_format import CompletionFormat
 from router.answers.responses import DONE, ChatFormat, Format, Json, event, list_json, to_json, with_usage
@@ -43,9 +45,15 @@ from tandem.types import ModelInfo
 
 log = logging.getLogger(__name__)
 
+ANSWER_HEADERS = "answer_headers"
+"""In a scope's state: a function of the headers that every answer to the request gets, an error too."""
 ROUTE_HEADER = "x-tandem-route"
 MANY = 4096
 """Tokens from which what is said of each is written in a thread."""
+
+
+JobFrom = Callable[[bytes, Tenant], Awaitable[Job]]
+"""A validated job from a body."""
 
 
 class TextSource(Protocol):
@@ -70,44 +78,49 @@ class Api:
         texts: TextSource,
         metrics: RouterMetrics,
         stories: Recorder,
+        callers: Callers,
     ) -> None:
         self._config = config
         self._dispatcher = dispatcher
         self._texts = texts
         self._metrics = metrics
         self._stories = stories
+        self._callers = callers
         self._formats = FormatChoice(config)
         self._max_body = int(config.max_body_mib * (1 << 20))
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`"""
 
-        async def job(raw: bytes) -> Job:
+        async def job(raw: bytes, tenant: Tenant) -> Job:
             body = parse(ChatBody, raw)
-            return await chat_job(body, await self._endpoint(request, body.model))
+            return await chat_job(body, await self._endpoint(request, body.model, tenant))
 
         return await self._generate(request, "chat", job, ChatFormat)
 
     async def completion(self, request: Request) -> Response:
         """`POST /v1/completions`"""
 
-        async def job(raw: bytes) -> Job:
+        async def job(raw: bytes, tenant: Tenant) -> Job:
             body = parse(CompletionBody, raw)
-            return await completion_job(body, await self._endpoint(request, body.model))
+            return await completion_job(body, await self._endpoint(request, body.model, tenant))
 
         return await self._generate(request, "completion", job, CompletionFormat)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`"""
+        self._callers.tenant(request.headers)
         model = self._dispatcher.model
         return _json({"object": "list", "data": [self._card(model)] if model else []})
 
     async def model_card(self, request: Request) -> Response:
         """`GET /v1/models/{name}`"""
+        self._callers.tenant(request.headers)
         return _json(self._card(self._known(request.path_params["name"])))
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: ids of a text, or of messages under the chat template."""
+        self._callers.tenant(request.headers)
         body = parse(TokenizeBody, await read_body(request, self._max_body))
         to = await self._endpoint(request, body.model)
         tokenizer = to.text.tokenizer
@@ -133,6 +146,7 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`: text of ids."""
+        self._callers.tenant(request.headers)
         body = parse(DetokenizeBody, await read_body(request, self._max_body))
         to = await self._endpoint(request, body.model)
         worst = max(body.tokens, default=0)
@@ -152,11 +166,12 @@ class Api:
 
     async def explain(self, request: Request) -> Response:
         """`GET /v1/explain/{id}`: why a recent request went where it went, and what came of it."""
-        name = request.path_params["id"]
-        found = self._stories.find(name, None)
+        tenant, name = self._callers.tenant(request.headers), request.path_params["id"]
+        sees_all = tenant.operator or not tenant.name
+        found = self._stories.find(name, None if sees_all else tenant.name)
         if not found:
             raise NotFound(f"nothing is known of a request {name[:64]!r}; only recent ones are remembered", "id")
-        said = [explanation(story, self._dispatcher.address_of) for story in found]
+        said = [explanation(story, self._dispatcher.address_of if sees_all else None) for story in found]
         return _json({"object": "tandem.explanation", "id": name, "requests": said})
 
     async def metrics_page(self, request: Request) -> Response:
@@ -167,12 +182,15 @@ class Api:
         self,
         request: Request,
         endpoint: str,
-        job_from: Callable[[bytes], Awaitable[Job]],
+        job_from: JobFrom,
         form: Callable[..., Format],
     ) -> Response:
         timer = self._metrics.start(endpoint)
         try:
+            tenant = self._callers.tenant(request.headers)
             raw = await read_body(request, self._max_body)
+            request.scope["state"][ANSWER_HEADERS] = lambda: self._callers.limits(tenant)
+            timer.visit = self._callers.enter(tenant)
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
                 events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue)
@@ -190,9 +208,12 @@ class Api:
         return response
 
     async def _start(
-        self, raw: bytes, job_from: Callable[[bytes], Awaitable[Job]], form: Callable[..., Format], timer: RequestTimer
+        self, raw: bytes, job_from: JobFrom, form: Callable[..., Format], timer: RequestTimer
     ) -> tuple[Answer, Format]:
-        job = await job_from(raw)
+        visit = timer.visit
+        assert visit is not None
+        job = await job_from(raw, visit.tenant)
+        visit.prompt(sum(len(prompt.ids) for prompt in job.prompts))
         text = await self._texts.get(job.model)
         self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))
         self._metrics.encoded_tokens.inc(sum(len(prompt.ids) - prompt.reused for prompt in job.prompts))
@@ -210,12 +231,11 @@ class Api:
             self._stories.link([each.request_id for each in job.requests])
         return answer, form(job, text.tokenizer)
 
-    async def _endpoint(self, request: Request, name: str | None) -> Endpoint:
+    async def _endpoint(self, request: Request, name: str | None, tenant: Tenant = NOBODY) -> Endpoint:
         model = self._known(name)
         text, defaults = await self._texts.get(model), await self._texts.defaults(model)
-        return Endpoint(
-            request.state.request_id, model, self._served_name(model), text, defaults, self._formats.of(text.tokenizer)
-        )
+        formats, served = self._formats.of(text.tokenizer), self._served_name(model)
+        return Endpoint(request.state.request_id, model, served, text, defaults, formats, tenant)
 
     def _known(self, name: str | None) -> ModelInfo:
         model = self._dispatcher.model

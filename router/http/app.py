@@ -8,10 +8,11 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.admission.callers import Callers
 from router.backend import Dispatcher
 from router.explain.recorder import Recorder
 from router.http import problems
-from router.http.api import Api, TextSource
+from router.http.api import ANSWER_HEADERS, Api, TextSource
 from router.metrics import RouterMetrics
 from tandem import obs
 from tandem.cluster import new_id
@@ -21,11 +22,16 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    config: RouterConfig, dispatcher: Dispatcher, texts: TextSource, metrics: RouterMetrics, stories: Recorder
+    config: RouterConfig,
+    dispatcher: Dispatcher,
+    texts: TextSource,
+    metrics: RouterMetrics,
+    stories: Recorder,
+    callers: Callers,
 ) -> FastAPI:
     """The router's HTTP application."""
     app = FastAPI(title="Tandem", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api = Api(config, dispatcher, texts, metrics, stories)
+    api = Api(config, dispatcher, texts, metrics, stories, callers)
     for method, path, handler in (
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.completion),
@@ -95,7 +101,8 @@ class RequestBoundary:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", ()), *ours]
+                told = scope["state"].get(ANSWER_HEADERS, list)()
+                message["headers"] = [*message.get("headers", ()), *ours, *told]
             await send(message)
 
         with obs.request_context(request_id):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -9,10 +11,10 @@ from starlette.responses import Response
 
 from router.answers.responses import Json, to_json
 from router.http.body import ClientGone, RefusedBody
-from tandem.errors import Internal, TandemError, TooLarge
+from tandem.errors import Internal, TandemError, TooLarge, Unauthorized
 
 RETRY_AFTER_S = 1
-"""What clients are told to wait after 429 and 503."""
+"""What clients are told to wait after 429 and 503 when nothing better is known."""
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -39,10 +41,12 @@ async def _on_error(request: Request, error: Exception) -> Response:
 def response_for(error: Exception) -> Response:
     """The answer to a request that met `error`."""
     shown = public(error)
-    kind = RefusedBody if isinstance(shown, TooLarge) else Response
+    kind = RefusedBody if isinstance(shown, TooLarge | Unauthorized) else Response
     response = kind(to_json(envelope(shown)), shown.http_status, media_type="application/json")
     if shown.http_status in (429, 503):
-        response.headers["retry-after"] = str(RETRY_AFTER_S)
+        response.headers["retry-after"] = str(max(math.ceil(shown.retry_s or RETRY_AFTER_S), 1))
+    if isinstance(shown, Unauthorized):
+        response.headers["www-authenticate"] = "Bearer"
     return response
 
 

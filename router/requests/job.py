@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from router.admission.tenants import NOBODY, Tenant
 from router.requests.defaults import GenerationDefaults
 from router.requests.echo import Echo, echo_of
 from router.requests.formats import AssistantTurn, ModelFormats, assistant_turn, check_tools
@@ -62,6 +63,7 @@ class Endpoint:
     text: PromptTokenizer
     defaults: GenerationDefaults
     formats: ModelFormats
+    tenant: Tenant = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, ToolUse, A
     values = template_values(body.chat_template_kwargs, tokenizer.template_names)
     rendered = await tokenizer.render_async(turns, use.tools or None, values)
     turn = assistant_turn(body, use, to.formats, rendered, tokenizer.encode)
-    return await to.text.rendered(rendered + turn.prefill, body.cache_salt or ""), use, turn
+    return await to.text.rendered(rendered + turn.prefill, to.tenant.salt_of(body.cache_salt or "")), use, turn
 
 
 async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
@@ -209,8 +211,9 @@ def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, r
             grammar=asked.grammar,
         ),
         choices=asked.choices,
-        salt=body.cache_salt or "",
-        priority=body.priority or 0,
+        salt=to.tenant.salt_of(body.cache_salt or ""),
+        priority=to.tenant.priority_of(body.priority),
+        tenant=to.tenant.name,
     )
 
 

@@ -12,7 +12,7 @@ import grpc.aio
 from router.cache.prefix_index import PrefixIndex
 from router.workers.fleet_link import Link, Worker
 from router.workers.members import Members
-from tandem.cluster import Incarnation, MoveStat, WorkerInfo, WorkerUpdate
+from tandem.cluster import Incarnation, MoveStat, Status, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ class FleetListener(Protocol):
 
     def worker_up(self, worker: Worker) -> None:
         """A worker can be used for the first time."""
+
+    def worker_reported(self, status: Status) -> None:
+        """A worker's status has arrived."""
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         """An incarnation will not be back."""
@@ -149,6 +152,8 @@ class Fleet(Members[Worker]):
             log.info("%s worker %s at %s is up", worker.info.role.value, worker.incarnation, worker.info.address)
             if self.listener is not None:
                 self.listener.worker_up(worker)
+        if update.status is not None and self.listener is not None:
+            self.listener.worker_reported(update.status)
 
     def suspend(self, worker: Worker, reason: str) -> None:
         """Nothing new goes there, and nothing is believed of its cache, until it is found again."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import grpc
 
-from tandem.cluster import MoveStat, Role, Status, WorkerInfo, new_id
+from tandem.cluster import MoveStat, Role, Status, TenantUse, WorkerInfo, new_id
 from tandem.compute_slots import ComputeSlots
 from tandem.config import WorkerConfig
 from tandem.device import set_compute_threads
@@ -47,6 +47,7 @@ class Report:
     draining: bool = False
     waiting: int = 0
     """Sequences that the engine does not know of yet."""
+    tenants: tuple[TenantUse, ...] = ()
 
 
 class RoleServices(Protocol):
@@ -213,6 +214,7 @@ class WorkerProcess:
             dispatches=report.dispatches,
             draining=report.draining,
             moves=report.moves,
+            tenants=report.tenants,
         )
 
     async def stop(self) -> None:

@@ -12,6 +12,8 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
+from router.admission.callers import Callers
+from router.admission.quota import Quotas
 from router.explain.recorder import Recorder
 from router.http.app import create_app
 from router.metrics import RouterMetrics
@@ -53,6 +55,7 @@ class World:
     metrics: RouterMetrics
     source: OneText
     stories: Recorder
+    callers: Callers
     app: FastAPI
     answers: list[str]
     """What the model says, by choice; the last one repeats. `<|end|>` is sampled after it."""
@@ -79,10 +82,10 @@ def build_world(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Wo
     text = PromptTokenizer(tokenizer)
     dispatcher = FakeDispatcher(info, script)
     metrics = RouterMetrics()
-    stories = recorder()
+    stories, callers = recorder(), Callers(Quotas("r", time.monotonic))
     source = OneText(text)
-    app = create_app(config, dispatcher, source, metrics, stories)
-    return World(config, tokenizer, text, dispatcher, metrics, source, stories, app, answers)
+    app = create_app(config, dispatcher, source, metrics, stories, callers)
+    return World(config, tokenizer, text, dispatcher, metrics, source, stories, callers, app, answers)
 
 
 @pytest.fixture

@@ -149,7 +149,9 @@ async def test_a_template_refusal_names_the_messages(client: httpx.AsyncClient, 
 async def test_a_client_that_is_cut_before_the_first_token_leaves_no_work(world: Any) -> None:
     """Each choice of a chat starts with an event of its own; they must not fill the buffer before the work is owned."""
 
-    app = create_app(RouterConfig(stream_queue=1), world.dispatcher, world.source, RouterMetrics(), world.stories)
+    app = create_app(
+        RouterConfig(stream_queue=1), world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers
+    )
     body = json.dumps({**CHAT, "n": 3, "stream": True}).encode()
     asked = iter([{"type": "http.request", "body": body}])
 

@@ -16,7 +16,7 @@ from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.registry import serve_registry
 from router.workers.snapshot import Load
-from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, WorkerInfo
+from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, Status, WorkerInfo
 from tandem.errors import BadRequest, ConfigError, Fenced, TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.testing.workers import MODEL, FakeWorker, fake_info
@@ -38,6 +38,9 @@ class Listener:
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         self.gone.append((incarnation, reason))
+
+    def worker_reported(self, status: Status) -> None:
+        pass
 
 
 class Setting:

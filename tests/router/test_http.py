@@ -23,7 +23,9 @@ PAGE = "https://chat.example"
 
 def at(world: Any, **settings: Any) -> httpx.AsyncClient:
     """A client of the world's router under other settings."""
-    app = create_app(RouterConfig(**settings), world.dispatcher, world.source, RouterMetrics(), world.stories)
+    app = create_app(
+        RouterConfig(**settings), world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers
+    )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
 
 
