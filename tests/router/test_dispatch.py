@@ -245,7 +245,7 @@ async def test_a_bad_request_is_not_tried_elsewhere() -> None:
 async def test_more_than_the_bound_is_refused() -> None:
     async with cluster(max_inflight=1, max_queued=0) as made:
         async with await made.dispatcher.submit(request()):
-            with pytest.raises(Overloaded, match="1 requests are in flight and at most 1"):
+            with pytest.raises(Overloaded, match="1 requests are in flight and 0 wait"):
                 await made.dispatcher.submit(request())
         async with await made.dispatcher.submit(request()):
             assert made.dispatcher.inflight == 1
