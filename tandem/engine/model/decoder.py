@@ -31,7 +31,10 @@ from tandem.kv import KvLayout, LayerGroup, Plane
 class Attention:
     """Grouped-query attention, with rotary positions where the layer has them."""
 
-    def __init__(self, config: ModelConfig, layer: int, place: Place, method: LinearMethod) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, place: Place, method: LinearMethod, inputs: int | None = None
+    ) -> None:
+        """inputs: size of what it reads, where that is not the hidden size."""
         self.layer = layer
         self.rope = config.layers[layer].rope
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -40,7 +43,7 @@ class Attention:
         parts = [Part("q_proj", query), Part("k_proj", keys), Part("v_proj", keys)]
         if config.fused:
             parts = [Part("qkv_proj", query + 2 * keys)]
-        self.qkv = Linear(parts, config.hidden_size, config.qkv_bias, place, method)
+        self.qkv = Linear(parts, inputs or config.hidden_size, config.qkv_bias, place, method)
         self.norm = make_qk_norm(config, place)
         self.ops = place.ops
         self.output = Linear((Part("o_proj", config.hidden_size),), query, config.output_bias, place, method)
@@ -53,7 +56,7 @@ class Attention:
         residual: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[tokens, hidden] -> [kept tokens, hidden]`, added to `residual`; writes all tokens' KV through the plan."""
+        """`[tokens, inputs] -> [kept tokens, hidden]`, added to `residual`; writes all tokens' KV through the plan."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned = self.norm(qkv[:, : self.heads + self.kv_heads])
         if self.rope is not None:

@@ -97,7 +97,7 @@ def load_model(path: Path, dtype: str, device: torch.device, kernels: Kernels | 
     module = family.build(config, Place(chosen, device, kernels.ops))
     targets = module.tensors()
     check_tensors(targets, stored, config)
-    _fill(targets, stored, config)
+    fill(targets, stored, config)
     return LoadedModel(module, config, chosen, device, str(path), fingerprint(fields, stored), kernels)
 
 
@@ -200,7 +200,7 @@ def check_tensors(targets: Tensors, stored: Mapping[str, StoredTensor], config: 
             raise CheckpointError(f"tensor {name} of shape {shape} is unexpected: {config.architecture} has none")
 
 
-def _fill(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
+def fill(targets: Tensors, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Copies every tensor, file by file, converting to the target's dtype and device."""
     for name, tensor in _read(stored):
         if name in targets:

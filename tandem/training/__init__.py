@@ -1,0 +1,1 @@
+"""Trains draft heads for speculative decoding: `tandem train-draft`."""
