@@ -105,15 +105,21 @@ class DraftHead:
         return self.fuse_layers(hidden)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, features: torch.Tensor, plan: AttentionPlan
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        features: torch.Tensor,
+        plan: AttentionPlan,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[tokens]`, `[tokens]`, `[tokens, hidden] -> [tokens, hidden]`; writes the KV of these slots.
+        """`[tokens]`, `[tokens]`, `[tokens, hidden] -> [kept tokens, hidden]`; writes the KV of these slots.
 
-        features: those of the positions before `positions`. What comes out is the feature for the slots behind, and
-        what `logits` reads.
+        features: those of the positions before `positions`. keep: indices of the tokens that are wanted; None: all.
+        What comes out is the feature for the slots behind, and what `logits` reads.
         """
         inputs = torch.cat((self.input_norm(self.embedding(tokens)), self.hidden_norm(features)), dim=-1)
-        x = self.attention(inputs, [self.rope.angles(positions, features.dtype)], plan, features)
+        residual = features if keep is None else features.index_select(0, keep)
+        x = self.attention(inputs, [self.rope.angles(positions, features.dtype)], plan, residual, keep)
         return self.mlp(self.mlp_norm(x), x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
