@@ -86,6 +86,10 @@ ChatTemplate = Annotated[Path, AfterValidator(_existing)]
 CHAT_TEMPLATE_HELP = "file with the jinja template of chats; default: the checkpoint's own"
 ToolParser = Annotated[str, _one_of(TOOL_PARSERS)]
 ReasoningParser = Annotated[str, _one_of(REASONING_PARSERS)]
+DRAFT_MODEL_HELP = (
+    "folder or hub id of a draft model, or of a draft head, that guesses tokens ahead; demo is the demo model's; "
+    "the same on all workers"
+)
 TOOL_PARSER_HELP = f"how the model writes tool calls: {', '.join(TOOL_PARSERS)}; auto asks the chat template"
 REASONING_PARSER_HELP = f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; auto asks the template"
 
@@ -165,6 +169,7 @@ class WorkerConfig(_Settings):
         None, description="memory for KV pages, MiB; default: 256 on CPUs, on GPUs what the weights and a step leave"
     )
     pages: Annotated[int, Field(ge=0)] = Field(0, description="KV pages; 0 derives them from kv_mib")
+    draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
     max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
     inter_token_ms: Annotated[float, Field(ge=0)] = Field(
@@ -279,6 +284,7 @@ class UpConfig(_Settings):
     inter_token_ms: Annotated[float, Field(ge=0)] = Field(
         0.0, description="bound on a step's time while sequences generate, kept by smaller prompt chunks; 0 is none"
     )
+    draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
     max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
     kernels: Literal["auto", "native", "torch"] = Field("auto", description="what computes; see `tandem decode --help`")
 

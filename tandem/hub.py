@@ -36,6 +36,16 @@ def resolve_model(model: str, weights: bool = True) -> str:
     return _from_hub(model, weights)
 
 
+def resolve_drafter(name: str) -> str:
+    """The folder that holds a draft model or draft head, as `resolve_model`; `demo` is the demo model's head."""
+    if name == DEMO:
+        return str(tandem.demo.HEAD_PATH)
+    try:
+        return resolve_model(name)
+    except ConfigError as error:
+        raise ConfigError(f"draft_{error}", param="draft_model") from None
+
+
 def served_name(model: str) -> str:
     """The name clients use when no other is set: the last part of the folder's path, or of the hub id."""
     return DEMO_NAME if model == DEMO else Path(model).name or Path(model).resolve().name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BLOCK_TOKENS = 64
 """Tokens in a block: a cluster constant, a multiple of every page size."""
@@ -15,6 +15,9 @@ BlockHash = bytes
 
 NO_PARENT = bytes(16)
 """Stands before the first block: a parent of fixed length cannot be taken for content, or content for a parent."""
+
+DRAFT = "draft_"
+"""What the names of a drafter's planes begin with."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -119,6 +122,22 @@ class KvLayout:
         """Bytes of a span in a hand-over of `[0, total)`."""
         shares = self.shares(span, total)
         return sum(self.group_bytes(group) * share.count for group, share in zip(self.groups, shares, strict=True))
+
+    def with_drafter(self, drafter: KvLayout) -> KvLayout:
+        """The same, and behind it the layers and groups of a drafter, whose planes get names of their own."""
+        names = tuple(plane.name for plane in self.planes)
+        own = tuple(replace(plane, name=DRAFT + plane.name) for plane in drafter.planes)
+        groups = [replace(group, planes=group.planes or names) for group in self.groups]
+        for group in drafter.groups:
+            layers = tuple(self.num_layers + layer for layer in group.layers)
+            kept = tuple(DRAFT + plane.name for plane in drafter.planes_of(group))
+            groups.append(replace(group, layers=layers, planes=kept))
+        return KvLayout(self.planes + own, tuple(groups))
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether a drafter's KV is cached and handed over with the model's."""
+        return any(plane.name.startswith(DRAFT) for plane in self.planes)
 
     def digest(self) -> str:
         """Hex digest by which two workers check that they mean the same bytes."""

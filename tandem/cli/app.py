@@ -16,7 +16,7 @@ import typer
 from tandem.cli.options import command
 from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig, WorkerConfig
 from tandem.errors import CheckpointError, ConfigError, TandemError
-from tandem.hub import resolve_model, served_name
+from tandem.hub import resolve_drafter, resolve_model, served_name
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_CHECKPOINT = 1, 2, 3
 
@@ -76,9 +76,11 @@ def _explain(
 
 
 def _with_folder(config: W) -> W:
-    """The settings with the model's folder in place of its name, and the name that was lost by that."""
+    """The settings with folders in place of the models' names, and the name that was lost by that."""
     name = config.served_model_name or served_name(config.model)
-    return config.model_copy(update={"model": resolve_model(config.model), "served_model_name": name})
+    drafter = None if config.draft_model is None else resolve_drafter(config.draft_model)
+    folders = {"model": resolve_model(config.model), "draft_model": drafter}
+    return config.model_copy(update={**folders, "served_model_name": name})
 
 
 def make_app() -> typer.Typer:

@@ -4,3 +4,6 @@ from pathlib import Path
 
 MODEL_PATH = Path(__file__).parent / "model"
 """The trained model."""
+
+HEAD_PATH = Path(__file__).parent / "head"
+"""A draft head for it."""

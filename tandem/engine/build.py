@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 
 from tandem.config import WorkerConfig
@@ -16,9 +17,11 @@ from tandem.engine.kv_size import CPU_MIB, MIB, kv_mib
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.policy import EngineConfig
 from tandem.engine.runner import Runner
+from tandem.engine.spec.draft_net import DraftNet, joined_fingerprint, load_draft_net
+from tandem.engine.spec.model_drafter import ModelDrafter
 from tandem.engine.windows import most_pages, running_pages
 from tandem.errors import ConfigError
-from tandem.kv import KvLayout, LayerGroup
+from tandem.kv import DRAFT, KvLayout, LayerGroup
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +36,29 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     if config.overlap == "on" and device.type != "cpu":
         log.warning("overlap: %s", UNMEASURED)
     model = load_model(Path(config.model), config.dtype, device, kernels)
+    net = load_draft_net(Path(config.draft_model), model) if config.draft_model else None
     if not config.pages:
         config = config.model_copy(update={"kv_mib": kv_mib(config, model.config, model.dtype, device)})
-    pages = count_pages(config, model.layout)
-    pool = KvPool(model.layout, pages, config.page_size, device)
-    runner = Runner(model.module, pool, model.config.vocab_size, device, kernels=model.kernels)
-    for group, count in zip(model.layout.groups, pages, strict=True):
-        size, span = count * _page_bytes(config, group, model.layout) / MIB, group.window or "all"
+    layout = model.layout if net is None else model.layout.with_drafter(net.layout)
+    pages = count_pages(config, layout)
+    pool = KvPool(layout, pages, config.page_size, device)
+    drafter = None if net is None else _drafter(net, model, pool)
+    own, vocab = pool.part(model.layout, 0), model.config.vocab_size
+    runner = Runner(model.module, own, vocab, device, kernels=model.kernels, observer=drafter)
+    for group, count in zip(layout.groups, pages, strict=True):
+        size, span = count * _page_bytes(config, group, layout) / MIB, group.window or "all"
         text = "KV memory of %d layers that see %s tokens: %d pages of %d tokens, %.1f MiB"
         log.info(text, len(group.layers), span, count, config.page_size, size)
-    return Engine(runner, pool, engine_config(config)), model
+    if net is not None:
+        model = replace(model, fingerprint=joined_fingerprint(model.fingerprint, net.fingerprint))
+    return Engine(runner, pool, engine_config(config), drafter=drafter), model
+
+
+def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool) -> ModelDrafter:
+    """A drafter over its groups of the pool, which are the last."""
+    first = len(model.layout.groups)
+    part = pool.part(net.layout, first, DRAFT)
+    return ModelDrafter(net, part, model.kernels.attention(part), first)
 
 
 def engine_config(config: WorkerConfig) -> EngineConfig:

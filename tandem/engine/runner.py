@@ -17,8 +17,10 @@ from tandem.engine.grammar.masks import Allowed, MaskFiller
 from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
+from tandem.engine.model.taps import HiddenTaps
 from tandem.engine.sampler import Drawn, Scores, sample
 from tandem.engine.sequence import ROOT, Batch, Row, Sampled, Seq
+from tandem.engine.spec.base import Observer
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
@@ -97,13 +99,18 @@ class Runner:
         device: torch.device,
         attention: AttentionBackend | None = None,
         kernels: Kernels | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """attention: over the pool; by default that of `kernels`, and without these, torch's."""
+        """attention: over the pool; by default that of `kernels`, and without these, torch's.
+
+        observer: reads along. Of replayed steps, in which nobody drafts, it gets no hidden states.
+        """
         self.model = model
         self.pool = pool
         self.vocab_size = vocab_size
         self.device = device
         self._masks = MaskFiller(vocab_size)
+        self._observer = observer
         if attention is None:
             attention = kernels.attention(pool) if kernels else TorchPagedAttention(pool)
         self.attention: AttentionBackend = attention
@@ -130,8 +137,10 @@ class Runner:
         inputs = self._inputs(batch, after)
         hidden, logits, drawn = None, self._replayed(batch, *inputs), None
         wanted = _wanted(batch)
+        if self._observer is not None and logits is not None:
+            self._observer.observe(batch, inputs[0], None)
         if logits is None:
-            hidden = self._hidden(*inputs, wanted)
+            hidden = self._observed(batch, *inputs, wanted)
             logits = self._logits_of(hidden, wanted.sampled(batch)) if sampling else None
         if logits is not None:
             allowed = masks.result() if masks is not None else None
@@ -188,13 +197,29 @@ class Runner:
             tokens[targets] = after.drawn.tokens[sources]
         return tokens
 
+    def _observed(
+        self, batch: Batch, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan, wanted: _Wanted
+    ) -> torch.Tensor:
+        """As `_hidden`; the observer gets what it reads."""
+        if self._observer is None:
+            return self._hidden(tokens, positions, plan, wanted)
+        taps = HiddenTaps(self._observer.layers) if self._observer.layers else None
+        hidden = self._hidden(tokens, positions, plan, wanted, taps)
+        self._observer.observe(batch, tokens, None if taps is None else taps.joined())
+        return hidden
+
     def _hidden(
-        self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan, wanted: _Wanted | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: IntArray,
+        plan: AttentionPlan,
+        wanted: _Wanted | None = None,
+        taps: HiddenTaps | None = None,
     ) -> torch.Tensor:
         keep = None
         if wanted is not None and len(wanted.tokens) < len(tokens):
             keep = upload(torch.tensor(wanted.tokens, dtype=torch.int64), self.device)
-        return self.model.forward(tokens, upload(torch.from_numpy(positions), self.device), plan, keep)
+        return self.model.forward(tokens, upload(torch.from_numpy(positions), self.device), plan, keep, taps)
 
     def _logits_of(self, hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
         return self.model.logits(hidden.index_select(0, upload(torch.from_numpy(rows), self.device)))

@@ -120,7 +120,7 @@ class WorkerProcess:
         port = self._listen()
         name = config.served_model_name or Path(config.model).name
         model = loaded.info(name, config.max_context)
-        self.info = self._describe(model, loaded.layout, port, threads)
+        self.info = self._describe(model, self.engine.layout, port, threads)
         root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
         parts = Parts(

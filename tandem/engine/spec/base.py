@@ -52,10 +52,10 @@ class Observer(Protocol):
     layers: tuple[int, ...]
     """The layers after which hidden states are wanted, by index; none: tokens alone."""
 
-    def observe(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor | None) -> None:
+    def observe(self, batch: Batch, tokens: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """Called after every forward pass of the target, before sampling, on prefill workers too.
 
-        tokens, positions: `[tokens]` of all rows, one after another, drafted ones included. hidden: `[tokens,
-        len(layers) * hidden]`, the residual stream after each of `layers`, side by side; None without layers. A draft
-        head with KV in planes of its own writes that of these positions here.
+        tokens: `[tokens]` of all rows, one after another, drafted ones included. hidden: `[tokens, len(layers) *
+        hidden]`, the residual stream after each of `layers`, side by side; None without layers, and of steps that were
+        replayed. A draft head with KV in planes of its own writes that of these positions here.
         """

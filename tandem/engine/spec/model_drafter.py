@@ -84,7 +84,7 @@ class ModelDrafter:
         self._tracks: dict[Seq, _Track] = {}
 
     @torch.inference_mode()
-    def observe(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor | None) -> None:
+    def observe(self, batch: Batch, tokens: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """See `Observer`. Computes the slots of prompts."""
         fused = self._net.fuse(hidden) if self.layers and hidden is not None else None
         rows, parts, features, end = list[Row](), list[torch.Tensor](), list[torch.Tensor](), 0
