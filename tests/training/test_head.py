@@ -32,7 +32,7 @@ def run_paged(head: DraftHead, ids: list[int], hidden: torch.Tensor, chunks: lis
     pool = KvPool(head.layout, 8, 16, CPU)
     attention = TorchPagedAttention(pool)
     features = torch.cat((torch.zeros(1, hidden.shape[1] // len(head.layers)), head.fuse(hidden)))
-    states, start = [], 0
+    states, start = list[torch.Tensor](), 0
     for end in [*chunks, *range(anchor + 2, len(ids) + 1)]:
         batch = AttentionBatch(np.array([start]), np.array([end - start]), [[np.arange(8)[::-1]]])
         own = features[start:end] if start <= anchor else states[-1][-1:]
@@ -117,7 +117,7 @@ def test_each_step_of_drafting_is_compared_at_its_own_slot(tmp_path: Path) -> No
         return [last.gather(1, slot[..., None].expand(-1, -1, last.shape[2])) for slot in slots]
 
     trainer.head.forward = oracle  # type: ignore[assignment]
-    trainer.head.logits = loaded.module.logits  # type: ignore[method-assign]
+    trainer.head.logits = loaded.module.logits  # type: ignore[method-assign,assignment]
     loss, accepted = trainer.loss(texts)
     anchors = sum(len(text.ids) - text.start for text in texts)
     steps = [sum(max(0, len(text.ids) - text.start - step) for text in texts) for step in range(3)]

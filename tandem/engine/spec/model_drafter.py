@@ -10,7 +10,7 @@ behind steps that nobody drafted for) nothing stands in its place, and the draft
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ class _Track:
     """Position behind the last of `features`."""
     features: torch.Tensor | None = None
     """`[positions, features]` of the target's last positions: for slots that are still to be computed."""
-    row: torch.Tensor | None = None
-    """`[tokens of the row, features]` of the step under way."""
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By the start of rows that are not committed, what their step gave: `[tokens of the row, features]`."""
 
     def between(self, start: int, end: int, nothing: torch.Tensor) -> torch.Tensor:
         """Features of positions `[start, end)`. nothing: `[end - start, features]`, what stands where none is known."""
@@ -48,8 +48,11 @@ class _Track:
         own = self.features[known.start - first : known.stop - first]
         return torch.cat((nothing[: known.start - start], own, nothing[known.stop - start :]))
 
-    def keep(self, start: int, fresh: torch.Tensor) -> None:
+    def keep(self, start: int, fresh: torch.Tensor | None) -> None:
         """Takes in the features of positions from `start` on; those that no slot is waiting for are dropped."""
+        if fresh is None:
+            self.features = None
+            return
         stop = start + len(fresh)
         if self.features is not None and self.end == start:
             fresh = torch.cat((self.features, fresh))
@@ -91,12 +94,15 @@ class ModelDrafter:
         for row in batch.rows:
             start, end = end, end + row.count
             track = self._tracks.setdefault(row.seq, _Track(row.start))
-            track.row = None if fused is None else fused[start:end]
+            if fused is not None:
+                track.rows[row.start] = fused[start:end]
             if _in_prompt(row):
                 rows.append(row)
                 parts.append(tokens[start : start + row.own])
-                inside = self._net.nothing(row.own - 1) if track.row is None else track.row[: row.own - 1]
+                inside = self._net.nothing(row.own - 1) if fused is None else fused[start : start + row.own - 1]
                 features += [track.between(row.start - 1, row.start, self._net.nothing(1)), inside]
+                track.valid = row.start + row.own
+                track.keep(row.start, None if fused is None else fused[start : start + row.own])
         if rows:
             seqs, starts, counts = zip(*((row.seq, row.start, row.own) for row in rows), strict=True)
             self._compute(_Slots(seqs, starts, counts, torch.cat(parts), torch.cat(features)))
@@ -104,14 +110,14 @@ class ModelDrafter:
     def committed(self, row: Row, accepted: Sequence[int]) -> None:
         """See `Drafter`. Keeps the features of what is real now, for slots that are still to be computed."""
         track, end = self._tracks.setdefault(row.seq, _Track(row.start)), row.start + row.own
-        track.valid = end if _in_prompt(row) else min(track.valid, end + len(accepted))
-        if track.row is None:
-            track.features = None
+        found = track.rows.pop(row.start, None)
+        if _in_prompt(row) and not accepted:
             return
-        nodes = [*range(row.own), *(row.own + node for node in accepted)]
-        fresh = track.row if len(nodes) == len(track.row) else track.row[torch.tensor(nodes, device=track.row.device)]
-        track.keep(row.start, fresh)
-        track.row = None
+        track.valid = min(track.valid, end + len(accepted))
+        if found is not None and len(accepted) + row.own < len(found):
+            nodes = [*range(row.own), *(row.own + node for node in accepted)]
+            found = found[torch.tensor(nodes, device=found.device)]
+        track.keep(row.start, found)
 
     def forget(self, seq: Seq) -> None:
         """See `Drafter`."""
