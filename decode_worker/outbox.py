@@ -55,6 +55,11 @@ class Outbox:
             )
         )
 
+    @property
+    def unsent(self) -> bool:
+        """Whether there is something for a reader that is there."""
+        return self.idle_since is None and bool(self._dirty or self._lost)
+
     def flush(self) -> None:
         """Wakes the reader if there is anything to send; called once a step."""
         if self._dirty:

@@ -118,6 +118,14 @@ class DecodeServices:
                     self._give_up(f"{self._budget.quarantined_bytes} bytes of landing slabs are quarantined")
                     await asyncio.Event().wait()
 
+    def drain(self) -> None:
+        """Refuses what is submitted from now on."""
+        self.worker.draining = True
+
+    def busy(self) -> bool:
+        """Whether a request is open, a router lacks tokens of one, or somebody reads KV from here."""
+        return bool(self.worker.open_requests or self.worker.unsent or self._source.leaks())
+
     async def finish(self) -> None:
         """Ends every request."""
         await self.worker.close()

@@ -326,6 +326,11 @@ class DecodeWorker:
         return sum(not record.finished for record in self._requests.values())
 
     @property
+    def unsent(self) -> bool:
+        """Whether a router that listens has not been sent everything."""
+        return any(outbox.unsent for outbox in self._outboxes.values())
+
+    @property
     def siblings_waiting(self) -> int:
         """Choices that start once their request's first one has its prompt: the engine does not know of them."""
         firsts = [choice.request.choices[0] for choice in self._choices.values() if choice.index > 0]

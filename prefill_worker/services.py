@@ -26,6 +26,7 @@ class PrefillServices:
         )
         source = PromisingSource(self._engine_source, parts, config.max_waiting)
         self._writes = WriteRate()
+        self._draining = False
         self._transfers = TransferThread()
         self._transfers.start()
         self._handover = HandOverService(
@@ -44,7 +45,7 @@ class PrefillServices:
 
     def report(self) -> Report:
         """How fast its writes land; what landed is counted there."""
-        return Report(move_bytes_per_ms=self._writes.bytes_per_ms())
+        return Report(move_bytes_per_ms=self._writes.bytes_per_ms(), draining=self._draining)
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
         """Prefill workers connect to nobody."""
@@ -52,6 +53,14 @@ class PrefillServices:
     def background(self) -> Sequence[asyncio.Task[None]]:
         """None."""
         return ()
+
+    def drain(self) -> None:
+        """Routers plan without it. A ticket that comes all the same is served: refused, it would be computed anew."""
+        self._draining = True
+
+    def busy(self) -> bool:
+        """Whether a ticket is open."""
+        return bool(self._engine_source.leaks())
 
     async def finish(self) -> None:
         """Nothing: the end of the server's streams ends the tickets."""

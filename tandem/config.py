@@ -203,6 +203,9 @@ class WorkerConfig(_Settings):
         10.0, description="seconds after which a silent peer or router is given up"
     )
     quiesce_s: Annotated[float, Field(gt=0)] = Field(5.0, description="seconds to wait for a peer's `quiesced`")
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="seconds that requests under way get to end after SIGTERM; a second signal ends them at once"
+    )
 
 
 class PrefillConfig(WorkerConfig):
@@ -287,6 +290,9 @@ class UpConfig(_Settings):
     draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
     max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
     kernels: Literal["auto", "native", "torch"] = Field("auto", description="what computes; see `tandem decode --help`")
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
+    )
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

@@ -143,7 +143,7 @@ class _Cluster:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await stop_all(children, STOP_GRACE_S)
+            await stop_all(children, self._config.drain_s + STOP_GRACE_S)
         if self._failure:
             self._say(f"tandem: {self._failure}")
         return self._status

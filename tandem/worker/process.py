@@ -33,6 +33,7 @@ from tandem.worker.register import Registrar
 from tandem.worker.service import WorkerService, attach, server_options
 
 log = logging.getLogger(__name__)
+DRAIN_POLL_S = 0.05
 STOP_GRACE_S = 1.0
 """Calls under way get this long to end when the server stops."""
 
@@ -64,6 +65,12 @@ class RoleServices(Protocol):
 
     def background(self) -> Sequence[asyncio.Task[None]]:
         """Tasks that must not end while the worker lives."""
+
+    def drain(self) -> None:
+        """Takes nothing more where others can; what is under way goes on."""
+
+    def busy(self) -> bool:
+        """Whether anything is under way, or not yet told to those who wait for it."""
 
     async def finish(self) -> None:
         """Ends every request; the server still runs, so that routers hear of it."""
@@ -99,6 +106,9 @@ class WorkerProcess:
     def __init__(self, config: WorkerConfig, role: Role, transport: str, build: Build) -> None:
         self.config = config
         self.stopping = asyncio.Event()
+        """It must end now."""
+        self.told = asyncio.Event()
+        """It must end: now, or once it is drained."""
         self.failed = False
         self._role_kind = role
         self._transport = transport
@@ -180,12 +190,15 @@ class WorkerProcess:
 
     def _give_up(self, reason: str) -> None:
         log.error("this worker cannot go on: %s", reason)
-        self.failed = True
-        self.stopping.set()
+        self._fail()
 
     def _on_failure(self, error: BaseException) -> None:
+        self._fail()
+
+    def _fail(self) -> None:
         self.failed = True
         self.stopping.set()
+        self.told.set()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and not self.stopping.is_set():
@@ -217,6 +230,22 @@ class WorkerProcess:
             tenants=report.tenants,
         )
 
+    def end(self) -> None:
+        """Told once, it drains; told again, it stops. For signals."""
+        if self.told.is_set():
+            self.stopping.set()
+        self.told.set()
+
+    async def drain(self) -> None:
+        """Lets routers know that nothing more should come, and waits for what is under way, at most `drain_s`."""
+        self.services.drain()
+        self.publisher.poke()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.config.drain_s
+        log.info("draining for at most %g s", self.config.drain_s)
+        while self.services.busy() and loop.time() < until and not self.stopping.is_set():
+            await asyncio.sleep(DRAIN_POLL_S)
+
     async def stop(self) -> None:
         """Says goodbye to the routers and ends everything, in the order in which others depend on it."""
         self.stopping.set()
@@ -235,12 +264,16 @@ class WorkerProcess:
 
 
 async def serve(process: WorkerProcess) -> int:
-    """Starts a worker and runs it until SIGTERM or SIGINT; returns the exit code."""
+    """Starts a worker and runs it until SIGTERM or SIGINT, then drains it; returns the exit code.
+
+    A second signal ends it without waiting.
+    """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, process.stopping.set)
+        loop.add_signal_handler(number, process.end)
     await process.start()
-    await process.stopping.wait()
+    await process.told.wait()
+    await process.drain()
     await process.stop()
     return 1 if process.failed else 0
 
