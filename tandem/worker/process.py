@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -243,8 +243,10 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.config.drain_s
         log.info("draining for at most %g s", self.config.drain_s)
-        while self.services.busy() and loop.time() < until and not self.stopping.is_set():
-            await asyncio.sleep(DRAIN_POLL_S)
+        while self.services.busy() and (left := until - loop.time()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), min(left, DRAIN_POLL_S))
+                return
 
     async def stop(self) -> None:
         """Says goodbye to the routers and ends everything, in the order in which others depend on it."""
