@@ -56,8 +56,8 @@ class Engine:
         """When the last step was, seconds of the clock."""
         self.speculation: Speculation | None = None
         if drafter is not None:
-            self.speculation = Speculation(drafter, self.memory, config.draft_tokens)
-            self.memory.on_close = drafter.forget
+            self.speculation = Speculation(drafter, self.memory, config.draft_tokens, config.draft_adaptive)
+            self.memory.on_close = self.speculation.forget
         self._admitted = 0
         self._retractions = 0
 
@@ -129,7 +129,10 @@ class Engine:
         outputs, progress = self._commit(flight, sampled)
         ended = self._clock()
         if flight.batch.rows:
-            self._timing.add(flight.batch.num_tokens, ended - max(flight.started, self._committed))
+            seconds = ended - max(flight.started, self._committed)
+            self._timing.add(flight.batch.num_tokens, seconds)
+            if self.speculation is not None:
+                self.speculation.measured(flight.batch, seconds)
         self._committed = ended
         return StepOutput(
             outputs=outputs,

@@ -37,6 +37,8 @@ class EngineConfig:
     """Whether KV outlives its sequence."""
     draft_tokens: int = 8
     """Tokens of a draft at most, where there is a drafter."""
+    draft_adaptive: bool = True
+    """Whether drafts are only as long as was measured to pay, down to none."""
     inter_token_ms: float = 0.0
     """Milliseconds that a step may take while sequences generate: prompts are then computed in smaller chunks. 0: as
     long as `max_batch_tokens` take."""

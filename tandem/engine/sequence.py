@@ -165,6 +165,8 @@ class Draft:
     tokens: TokenIds = ()
     parents: tuple[int, ...] | None = None
     """Of each node, the node before it, or `ROOT`. None: a chain, in which each token follows the one before it."""
+    kind: int = 0
+    """Drafts of one kind are about equally good: how often their tokens are accepted is counted together."""
 
     def __post_init__(self) -> None:
         parents = self.parents
@@ -220,9 +222,10 @@ class Draft:
     def keep(self, nodes: Sequence[int]) -> Draft:
         """The draft without all other nodes. nodes: in order, each with its parent."""
         if self.parents is None:
-            return Draft(self.tokens[: len(nodes)])
+            return Draft(self.tokens[: len(nodes)], None, self.kind)
         places = {ROOT: ROOT, **{node: place for place, node in enumerate(nodes)}}
-        return Draft(tuple(self.tokens[n] for n in nodes), tuple(places[self.parents[n]] for n in nodes))
+        parents = tuple(places[self.parents[node]] for node in nodes)
+        return Draft(tuple(self.tokens[node] for node in nodes), parents, self.kind)
 
 
 NO_DRAFT = Draft()

@@ -12,6 +12,7 @@ class GuessingDrafter:
     """Drafts a known continuation with errors in it, as chains or as trees."""
 
     name = "guess"
+    free = False
 
     def __init__(self, answer: Callable[[Seq], Sequence[int]], vocab_size: int, trees: bool, seed: int = 0) -> None:
         """answer: a sequence's whole output, as far as it is known."""

@@ -33,6 +33,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The same, of groups with a window."""
     repeats = 1
     """How long prompts are that share beginnings."""
+    adaptive = False
     drafts = "none"
     """Or `chain`, or `tree`: what the decode engine's drafter proposes, good and bad."""
     overlap = False
@@ -54,7 +55,14 @@ class EngineMachine(RuleBasedStateMachine):
     def make(self, page_size: int, budget: int, running: int, caching: bool) -> Engine:
         pages = [(self.tokens if window is None else self.window_tokens) // page_size for window in self.windows]
         pool = FakePool(pages, page_size, self.layout)
-        config = EngineConfig(budget, running, ageing_s=1.0, prefix_cache=caching, overlap=self.overlap)
+        config = EngineConfig(
+            budget,
+            running,
+            ageing_s=1.0,
+            prefix_cache=caching,
+            overlap=self.overlap,
+            draft_adaptive=self.adaptive,
+        )
         drafter = None
         if self.drafts != "none":
             drafter = GuessingDrafter(lambda seq: self.naive[seq.seq_id], VOCAB, self.drafts == "tree", seed=budget)
@@ -241,7 +249,7 @@ def machine(size: int, caching: bool = True, **values: object) -> type[TestCase]
 TestPagesOfOne = machine(1)
 TestChainsInPagesOfOne = machine(1, drafts="chain")
 TestTreesInPagesOfOne = machine(1, drafts="tree")
-TestTreesInPagesOfFour = machine(4, drafts="tree")
+TestTreesInPagesOfFour = machine(4, drafts="tree", adaptive=True)
 TestTreesWithWindows = machine(2, drafts="tree", windows=(None, 5, 2), window_tokens=128, tokens=256, repeats=5)
 TestChainsWithoutCache = machine(4, caching=False, drafts="chain", windows=(9, 3), window_tokens=128, tokens=200)
 TestPagesOfFour = machine(4)

@@ -26,6 +26,9 @@ class Drafter(Protocol):
 
     name: str
     """For metrics."""
+    free: bool
+    """Whether proposing costs next to nothing: how long drafts may be is then decided once they are known, and no room
+    is made before."""
 
     def propose(self, seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
         """A draft for each sequence, of at most `limits` nodes; an empty one where nothing is likely.

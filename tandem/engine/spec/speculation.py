@@ -1,15 +1,25 @@
-"""Speculation in an engine: which rows of a step get drafts, and what became of them."""
+"""Speculation in an engine: which rows of a step get drafts, how long these are, and what became of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.engine.memory import KvMemory
 from tandem.engine.output import SeqOutput
 from tandem.engine.scheduler import Plan
-from tandem.engine.sequence import NO_DRAFT, Draft, Row, Seq
+from tandem.engine.sequence import NO_DRAFT, Batch, Draft, Row, Seq
+from tandem.engine.spec.adaptive import FIRST_GUESS, Costs, Load, Offer, Pause, Rate, choose_lengths
 from tandem.engine.spec.base import MOST_NODES, Drafter
+
+KEPT = 0.85
+"""Weight of the past in a sequence's own rate, for each of its drafts: about the last seven count."""
+KEPT_OF_ALL = 0.98
+"""The same in the rate of all drafts of a kind."""
+PROBE_TOKENS = 2
+"""Length of a draft that only asks whether drafts have become better."""
+PROBE_STEPS = 8
+"""Least steps from one such draft to the next, of whatever sequences."""
 
 
 @dataclass(slots=True)
@@ -24,37 +34,53 @@ class DraftCount:
     """Tokens of them that were accepted."""
 
 
+@dataclass(slots=True)
+class _Record:
+    """What is known of one sequence's drafts."""
+
+    rates: dict[int, Rate] = field(default_factory=dict)
+    pause: Pause = field(default_factory=Pause)
+
+
 class Speculation:
     """Drafts for the rows of a plan. Nothing else gives way to them: they get what a step has left."""
 
-    def __init__(self, drafter: Drafter, memory: KvMemory, most: int) -> None:
-        """most: tokens of a draft."""
+    def __init__(self, drafter: Drafter, memory: KvMemory, most: int, adaptive: bool) -> None:
+        """most: tokens of a draft. adaptive: whether drafts are only as long as pays; else as long as they can be."""
         if not 1 <= most <= MOST_NODES:
             raise ValueError(f"a draft has at most {most} tokens; it must be 1 to {MOST_NODES}")
         self.count = DraftCount()
-        self._drafter = drafter
+        self.drafter = drafter
         self._memory = memory
         self._most = most
+        self._adaptive = adaptive
+        self._rates: dict[int, Rate] = {}
+        self._records: dict[str, _Record] = {}
+        self._plain, self._drafted = Costs(), Costs()
+        self._since_probe = 0
+        self._load = Load(0, 0, 0)
 
     def draft(self, plan: Plan) -> None:
         """Gives rows of a scheduled plan their drafts. Pages for them come from what is free or only cached."""
-        rows, limits = list[Row](), list[int]()
-        budget = plan.budget
-        for row in [*plan.decodes, *plan.prefills]:
-            limit = min(self._limit(row), budget)
-            if limit > 0 and self._memory.grow(row.seq, len(row.seq.tokens) + limit):
-                rows.append(row)
-                limits.append(limit)
-                budget -= limit
-        if not rows:
+        offered = [(row, limit) for row in (*plan.decodes, *plan.prefills) if (limit := self._limit(row)) > 0]
+        if not offered or plan.budget < 1:
             return
-        drafts = self._drafter.propose([row.seq for row in rows], limits)
-        for row, limit, draft in zip(rows, limits, drafts, strict=True):
-            usable = self._usable(row.seq, draft, limit)
-            if len(usable):
-                plan.draft(row, usable)
-            else:
-                self._memory.trim(row.seq)
+        batch = plan.batch
+        self._load = Load(sum(row.samples for row in batch.rows), batch.num_tokens, plan.budget)
+        rows, limits = [row for row, _ in offered], [limit for _, limit in offered]
+        if self.drafter.free:
+            drafts = self._propose(rows, limits)
+            lengths = self._lengths(rows, [len(draft) for draft in drafts], [draft.kind for draft in drafts])
+            self._give(plan, rows, [_cut(draft, length) for draft, length in zip(drafts, lengths, strict=True)])
+            return
+        lengths = self._lengths(rows, limits, [0] * len(rows))
+        wanted = [
+            (row, length)
+            for row, length in zip(rows, lengths, strict=True)
+            if length and self._memory.grow(row.seq, len(row.seq.tokens) + length)
+        ]
+        if wanted:
+            self._give(plan, [row for row, _ in wanted], self._propose(*map(list, zip(*wanted, strict=True))))
 
     def _limit(self, row: Row) -> int:
         """Most tokens of a row's draft: the one sampled behind them is one of `max_tokens`, too."""
@@ -65,12 +91,55 @@ class Speculation:
             return 0
         return min(self._most, seq.sampling.max_tokens - seq.output_len - 1)
 
-    def _usable(self, seq: Seq, draft: Draft, limit: int) -> Draft:
-        if len(draft) > limit:
-            raise ValueError(f"{self._drafter.name} drafted {len(draft)} tokens for {seq.seq_id}; {limit} are allowed")
-        if seq.constraint is not None and len(draft):
-            return seq.constraint.prune(draft)
-        return draft
+    def _propose(self, rows: Sequence[Row], limits: Sequence[int]) -> list[Draft]:
+        """Drafts of these rows, without what a grammar does not allow. Raises ValueError on one that is too long."""
+        drafts = self.drafter.propose([row.seq for row in rows], limits)
+        found = []
+        for row, limit, draft in zip(rows, limits, drafts, strict=True):
+            if len(draft) > limit:
+                name = self.drafter.name
+                raise ValueError(f"{name} drafted {len(draft)} tokens for {row.seq.seq_id}; {limit} are allowed")
+            bound = row.seq.constraint if len(draft) else None
+            found.append(draft if bound is None else bound.prune(draft))
+        return found
+
+    def _give(self, plan: Plan, rows: Sequence[Row], drafts: Sequence[Draft]) -> None:
+        for row, draft in zip(rows, drafts, strict=True):
+            if len(draft) and self._memory.grow(row.seq, len(row.seq.tokens) + len(draft)):
+                plan.draft(row, draft)
+            else:
+                self._memory.trim(row.seq)
+
+    # How long.
+
+    def _lengths(self, rows: Sequence[Row], limits: Sequence[int], kinds: Sequence[int]) -> list[int]:
+        """Draft tokens of each row, at most its limit, and in all at most what the plan's budget leaves."""
+        if not self._adaptive:
+            lengths, left = [], self._load.budget
+            for limit in limits:
+                lengths.append(min(limit, left))
+                left -= lengths[-1]
+            return lengths
+        records = [self._records.setdefault(row.seq.seq_id, _Record()) for row in rows]
+        offers = [
+            Offer(self._chance(record, kind), limit) for record, kind, limit in zip(records, kinds, limits, strict=True)
+        ]
+        lengths = choose_lengths(offers, self._load, self._plain, self._drafted)
+        self._since_probe += 1
+        for at, (record, offer) in enumerate(zip(records, offers, strict=True)):
+            if lengths[at] or not offer.limit or not record.pause.wait() or self._since_probe < PROBE_STEPS:
+                continue
+            if self._plain.knows(self._load.tokens) and sum(lengths) + PROBE_TOKENS <= self._load.budget:
+                self._since_probe = 0
+                record.pause.probe()
+                lengths[at] = min(offer.limit, PROBE_TOKENS)
+        return lengths
+
+    def _chance(self, record: _Record, kind: int) -> float:
+        guess = self._rates[kind].value(FIRST_GUESS) if kind in self._rates else FIRST_GUESS
+        return record.rates[kind].value(guess) if kind in record.rates else guess
+
+    # What became of it.
 
     def committed(self, row: Row, output: SeqOutput | None) -> None:
         """Takes in what became of a row: straightens an accepted path, and gives back pages that it did not need."""
@@ -78,7 +147,33 @@ class Speculation:
         if row.draft is not NO_DRAFT:
             self._memory.straighten(row.seq, accepted, row.start + row.own)
             self._memory.trim(row.seq)
-            self.count.steps += 1
-            self.count.drafted += len(row.draft)
-            self.count.accepted += len(accepted)
-        self._drafter.committed(row, accepted)
+            self._learn(row.seq, row.draft, len(accepted))
+        self.drafter.committed(row, accepted)
+
+    def _learn(self, seq: Seq, draft: Draft, accepted: int) -> None:
+        self.count.steps += 1
+        self.count.drafted += len(draft)
+        self.count.accepted += accepted
+        tested = min(accepted + 1, max(draft.depths()))
+        self._rates.setdefault(draft.kind, Rate()).add(accepted, tested, KEPT_OF_ALL)
+        record = self._records.setdefault(seq.seq_id, _Record())
+        record.rates.setdefault(draft.kind, Rate()).add(accepted, tested, KEPT)
+        if accepted == tested:
+            record.pause.end()
+
+    def measured(self, batch: Batch, seconds: float) -> None:
+        """A step took so long."""
+        if any(len(row.draft) for row in batch.rows):
+            self._drafted.add(batch.num_tokens, seconds)
+            self._plain.expire()
+        elif all(row.samples for row in batch.rows):
+            self._plain.add(batch.num_tokens, seconds)
+
+    def forget(self, seq: Seq) -> None:
+        """The sequence ends or loses its pages."""
+        self._records.pop(seq.seq_id, None)
+        self.drafter.forget(seq)
+
+
+def _cut(draft: Draft, length: int) -> Draft:
+    return draft if length == len(draft) else draft.keep(range(length))

@@ -25,6 +25,7 @@ class Knowing:
     answer: Sequence[int]
     tree: bool = False
     name: str = "knowing"
+    free: bool = False
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(drafted, accepted)"""
     forgotten: list[tuple[str, int]] = field(default_factory=list)
@@ -59,6 +60,7 @@ def run(engine: Engine) -> int:
 
 def made(drafter: Any, pages: int = 64, page_size: int = 4, **limits: Any) -> Engine:
     pool = FakePool(pages, page_size)
+    limits.setdefault("draft_adaptive", False)
     return Engine(FakeRunner(pool), pool, EngineConfig(**limits), drafter=drafter)
 
 
