@@ -94,6 +94,13 @@ TOOL_PARSER_HELP = f"how the model writes tool calls: {', '.join(TOOL_PARSERS)};
 REASONING_PARSER_HELP = f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; auto asks the template"
 
 
+Speculative = Literal["none", "ngram"]
+SPECULATIVE_HELP = (
+    "who guesses several tokens ahead; ngram: what followed the same tokens before; answers stay the same"
+)
+DraftTokens = Annotated[int, Field(ge=1, le=63)]
+
+
 class RouterConfig(_Settings):
     """`tandem router`"""
 
@@ -186,6 +193,11 @@ class WorkerConfig(_Settings):
         "auto",
         description="auto takes native ones on CPUs, compiled at first use (torch where they cannot be), and torch on "
         "GPUs; triton and flashinfer are for GPUs and unmeasured",
+    )
+    speculative: Speculative = Field("none", description=SPECULATIVE_HELP)
+    draft_tokens: DraftTokens = Field(8, description="tokens of a draft at most")
+    draft_adaptive: bool = Field(
+        True, description="draft only as many tokens as was measured to pay, down to none; else always `draft_tokens`"
     )
     cuda_graphs: bool = Field(
         False, description="launch decode steps as CUDA graphs; needs kernels triton on a GPU; unmeasured"
@@ -293,6 +305,7 @@ class UpConfig(_Settings):
     drain_s: Annotated[float, Field(ge=0)] = Field(
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )
+    speculative: Speculative = Field("none", description=SPECULATIVE_HELP)
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 
-from tandem.config import WorkerConfig
+from tandem.config import DecodeConfig, WorkerConfig
 from tandem.device import resolve_device
 from tandem.engine.engine import Engine
 from tandem.engine.kernels.choose import choose_kernels
@@ -17,8 +17,10 @@ from tandem.engine.kv_size import CPU_MIB, MIB, kv_mib
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.policy import EngineConfig
 from tandem.engine.runner import Runner
+from tandem.engine.spec.base import Drafter
 from tandem.engine.spec.draft_net import DraftNet, joined_fingerprint, load_draft_net
 from tandem.engine.spec.model_drafter import ModelDrafter
+from tandem.engine.spec.ngram import NgramDrafter
 from tandem.engine.windows import most_pages, running_pages
 from tandem.errors import ConfigError
 from tandem.kv import DRAFT, KvLayout, LayerGroup
@@ -51,7 +53,7 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
         log.info(text, len(group.layers), span, count, config.page_size, size)
     if net is not None:
         model = replace(model, fingerprint=joined_fingerprint(model.fingerprint, net.fingerprint))
-    return Engine(runner, pool, engine_config(config), drafter=drafter), model
+    return Engine(runner, pool, engine_config(config), drafter=drafter or _reader(config)), model
 
 
 def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool) -> ModelDrafter:
@@ -59,6 +61,14 @@ def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool) -> ModelDrafter:
     first = len(model.layout.groups)
     part = pool.part(net.layout, first, DRAFT)
     return ModelDrafter(net, part, model.kernels.attention(part), first)
+
+
+def _reader(config: WorkerConfig) -> Drafter | None:
+    """A drafter without a model. Prefill workers do not sample, so that there is nothing to guess."""
+    if config.speculative != "ngram" or not isinstance(config, DecodeConfig):
+        return None
+    log.info("speculative decoding by what followed the same tokens before: up to %d ahead", config.draft_tokens)
+    return NgramDrafter(config.prefix_cache)
 
 
 def engine_config(config: WorkerConfig) -> EngineConfig:
@@ -70,6 +80,8 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         prefix_cache=config.prefix_cache,
         inter_token_ms=config.inter_token_ms,
         overlap=config.overlap == "on",
+        draft_tokens=config.draft_tokens,
+        draft_adaptive=config.draft_adaptive,
     )
 
 

@@ -142,6 +142,7 @@ class Engine:
             schedule_s=flight.schedule_s,
             forward_s=flight.launch_s + computed - waiting,
             commit_s=ended - computed,
+            drafts=() if self.speculation is None else self.speculation.drain(),
         )
 
     def _launch(self, after: Flight | None) -> Flight:

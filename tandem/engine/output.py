@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.cluster import StepTiming
 from tandem.engine.sequence import Seq
@@ -28,6 +29,16 @@ class SeqOutput:
     """The nodes of the row's draft that are tokens now: a path from its root."""
 
 
+class DraftOutcome(NamedTuple):
+    """What became of one draft that was verified."""
+
+    drafter: str
+    drafted: int
+    """Tokens of it."""
+    accepted: int
+    """Of them, those that are real tokens now; the step gave one more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a sequence's prompt is computed, cached tokens included: `[0, computed)` can be exported."""
@@ -49,6 +60,7 @@ class StepOutput:
     forward_s: float
     """Forward and sampling."""
     commit_s: float
+    drafts: tuple[DraftOutcome, ...] = ()
 
     @property
     def advanced(self) -> bool:

@@ -13,8 +13,11 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tandem.cluster import MoveStat
+from tandem.engine.output import DraftOutcome
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64)
 
 
 class WorkerMetrics:
@@ -52,11 +55,32 @@ class WorkerMetrics:
         self.forced_tokens = Counter(
             "tandem_worker_forced_tokens", "Output tokens that a grammar left no choice for", registry=registry
         )
+        self.spec_steps = Counter("tandem_spec_steps", "Drafts verified", ["drafter"], registry=registry)
+        self.spec_drafted = Counter(
+            "tandem_spec_draft_tokens", "Tokens of drafts that were verified", ["drafter"], registry=registry
+        )
+        self.spec_accepted = Counter(
+            "tandem_spec_accepted_tokens", "Draft tokens that were accepted", ["drafter"], registry=registry
+        )
+        self.spec_length = Histogram(
+            "tandem_spec_accepted_length",
+            "Tokens that a sequence got in a step with a draft: those accepted, and one more",
+            ["drafter"],
+            buckets=LENGTHS,
+            registry=registry,
+        )
         self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))
         self._page: WSGIServer | None = None
         self._host = ""
+
+    def drafted(self, outcome: DraftOutcome) -> None:
+        """Counts a draft that was verified."""
+        self.spec_steps.labels(outcome.drafter).inc()
+        self.spec_drafted.labels(outcome.drafter).inc(outcome.drafted)
+        self.spec_accepted.labels(outcome.drafter).inc(outcome.accepted)
+        self.spec_length.labels(outcome.drafter).observe(outcome.accepted + 1)
 
     def serve(self, host: str, port: int) -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""

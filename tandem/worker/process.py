@@ -185,6 +185,8 @@ class WorkerProcess:
             self.metrics.step_tokens.inc(output.batch_tokens)
         if output.retracted:
             self.metrics.retractions.inc(len(output.retracted))
+        for outcome in output.drafts:
+            self.metrics.drafted(outcome)
         self.services.on_step(output)
         self.publisher.poke()
 

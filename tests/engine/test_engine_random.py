@@ -66,7 +66,11 @@ class EngineMachine(RuleBasedStateMachine):
         drafter = None
         if self.drafts != "none":
             drafter = GuessingDrafter(lambda seq: self.naive[seq.seq_id], VOCAB, self.drafts == "tree", seed=budget)
-        return Engine(FakeRunner(pool), pool, config, clock=lambda: self.now, drafter=drafter)
+        return Engine(FakeRunner(pool), pool, config, clock=self.clock, drafter=drafter)
+
+    def clock(self) -> float:
+        self.now += 1e-4
+        return self.now
 
     def draw_seq(self, data: st.DataObject) -> Seq:
         """Prompts that often share prefixes, of one token or of many."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tandem.engine.memory import KvMemory
-from tandem.engine.output import SeqOutput
+from tandem.engine.output import DraftOutcome, SeqOutput
 from tandem.engine.scheduler import Plan
 from tandem.engine.sequence import NO_DRAFT, Batch, Draft, Row, Seq
 from tandem.engine.spec.adaptive import FIRST_GUESS, Costs, Load, Offer, Pause, Rate, choose_lengths
@@ -20,18 +20,6 @@ PROBE_TOKENS = 2
 """Length of a draft that only asks whether drafts have become better."""
 PROBE_STEPS = 8
 """Least steps from one such draft to the next, of whatever sequences."""
-
-
-@dataclass(slots=True)
-class DraftCount:
-    """What a drafter was worth, since the start."""
-
-    steps: int = 0
-    """Drafts that were verified."""
-    drafted: int = 0
-    """Tokens in them."""
-    accepted: int = 0
-    """Tokens of them that were accepted."""
 
 
 @dataclass(slots=True)
@@ -49,7 +37,7 @@ class Speculation:
         """most: tokens of a draft. adaptive: whether drafts are only as long as pays; else as long as they can be."""
         if not 1 <= most <= MOST_NODES:
             raise ValueError(f"a draft has at most {most} tokens; it must be 1 to {MOST_NODES}")
-        self.count = DraftCount()
+        self._outcomes: list[DraftOutcome] = []
         self.drafter = drafter
         self._memory = memory
         self._most = most
@@ -151,9 +139,7 @@ class Speculation:
         self.drafter.committed(row, accepted)
 
     def _learn(self, seq: Seq, draft: Draft, accepted: int) -> None:
-        self.count.steps += 1
-        self.count.drafted += len(draft)
-        self.count.accepted += accepted
+        self._outcomes.append(DraftOutcome(self.drafter.name, len(draft), accepted))
         tested = min(accepted + 1, max(draft.depths()))
         self._rates.setdefault(draft.kind, Rate()).add(accepted, tested, KEPT_OF_ALL)
         record = self._records.setdefault(seq.seq_id, _Record())
@@ -161,8 +147,15 @@ class Speculation:
         if accepted == tested:
             record.pause.end()
 
+    def drain(self) -> tuple[DraftOutcome, ...]:
+        """What became of drafts since the last call."""
+        outcomes, self._outcomes = tuple(self._outcomes), []
+        return outcomes
+
     def measured(self, batch: Batch, seconds: float) -> None:
         """A step took so long."""
+        if seconds <= 0.0:
+            return
         if any(len(row.draft) for row in batch.rows):
             self._drafted.add(batch.num_tokens, seconds)
             self._plain.expire()

@@ -10,6 +10,7 @@ import pytest
 
 from tandem.engine.commit import commit_row
 from tandem.engine.engine import Engine
+from tandem.engine.output import DraftOutcome
 from tandem.engine.policy import EngineConfig
 from tandem.engine.sequence import NO_DRAFT, ROOT, Draft, Row, Sampled, Seq
 from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation
@@ -49,10 +50,12 @@ class Knowing:
         self.forgotten.append((seq.seq_id, seq.computed))
 
 
-def run(engine: Engine) -> int:
+def run(engine: Engine, outcomes: list[DraftOutcome] | None = None) -> int:
     steps = 0
     while engine.has_work():
-        engine.step()
+        step = engine.step()
+        if outcomes is not None:
+            outcomes += step.drafts
         engine.check_integrity()
         steps += 1
     return steps
@@ -72,14 +75,14 @@ def test_right_drafts_save_steps(tree: bool, steps: int) -> None:
     engine = made(drafter)
     seq = make_seq("a", PROMPT, sampling=sampling)
     engine.add(seq)
-    assert run(engine) == steps  # after the first, 9 tokens in each, or 5 and at the end fewer
+    outcomes: list[DraftOutcome] = []
+    assert run(engine, outcomes) == steps  # after the first, 9 tokens in each, or 5 and at the end fewer
     assert seq.tokens[len(PROMPT) :] == answer
     assert [each.token for each in seq.output_logprobs] == answer
     assert engine.idle_leaks() == []
     assert drafter.forgotten == [("a", len(PROMPT) + 36)]
-    count = engine.speculation.count if engine.speculation else None
-    assert count is not None and count.accepted == sum(accepted for _, accepted in drafter.rows) == 37 - steps
-    assert count.drafted == sum(drafted for drafted, _ in drafter.rows) and count.steps == len(drafter.rows)
+    assert outcomes == [("knowing", drafted, accepted) for drafted, accepted in drafter.rows]
+    assert sum(each.accepted for each in outcomes) == 37 - steps
 
 
 def test_wrong_drafts_cost_no_token_and_no_page() -> None:
