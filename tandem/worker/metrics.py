@@ -55,32 +55,12 @@ class WorkerMetrics:
         self.forced_tokens = Counter(
             "tandem_worker_forced_tokens", "Output tokens that a grammar left no choice for", registry=registry
         )
-        self.spec_steps = Counter("tandem_spec_steps", "Drafts verified", ["drafter"], registry=registry)
-        self.spec_drafted = Counter(
-            "tandem_spec_draft_tokens", "Tokens of drafts that were verified", ["drafter"], registry=registry
-        )
-        self.spec_accepted = Counter(
-            "tandem_spec_accepted_tokens", "Draft tokens that were accepted", ["drafter"], registry=registry
-        )
-        self.spec_length = Histogram(
-            "tandem_spec_accepted_length",
-            "Tokens that a sequence got in a step with a draft: those accepted, and one more",
-            ["drafter"],
-            buckets=LENGTHS,
-            registry=registry,
-        )
+        self.drafts = DraftMetrics(registry)
         self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))
         self._page: WSGIServer | None = None
         self._host = ""
-
-    def drafted(self, outcome: DraftOutcome) -> None:
-        """Counts a draft that was verified."""
-        self.spec_steps.labels(outcome.drafter).inc()
-        self.spec_drafted.labels(outcome.drafter).inc(outcome.drafted)
-        self.spec_accepted.labels(outcome.drafter).inc(outcome.accepted)
-        self.spec_length.labels(outcome.drafter).observe(outcome.accepted + 1)
 
     def serve(self, host: str, port: int) -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""
@@ -100,6 +80,32 @@ class WorkerMetrics:
         ending.join()
         self._page.server_close()
         self._page = None
+
+
+class DraftMetrics:
+    """What drafters are worth."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["drafter"], registry=registry)
+
+        self._steps = counter("tandem_spec_steps", "Drafts verified")
+        self._drafted = counter("tandem_spec_draft_tokens", "Tokens of drafts that were verified")
+        self._accepted = counter("tandem_spec_accepted_tokens", "Draft tokens that were accepted")
+        self._length = Histogram(
+            "tandem_spec_accepted_length",
+            "Tokens that a sequence got in a step with a draft: those accepted, and one more",
+            ["drafter"],
+            buckets=LENGTHS,
+            registry=registry,
+        )
+
+    def add(self, outcome: DraftOutcome) -> None:
+        """Counts a draft that was verified."""
+        self._steps.labels(outcome.drafter).inc()
+        self._drafted.labels(outcome.drafter).inc(outcome.drafted)
+        self._accepted.labels(outcome.drafter).inc(outcome.accepted)
+        self._length.labels(outcome.drafter).observe(outcome.accepted + 1)
 
 
 class MoveCollector(Collector):

@@ -186,7 +186,7 @@ class WorkerProcess:
         if output.retracted:
             self.metrics.retractions.inc(len(output.retracted))
         for outcome in output.drafts:
-            self.metrics.drafted(outcome)
+            self.metrics.drafts.add(outcome)
         self.services.on_step(output)
         self.publisher.poke()
 
