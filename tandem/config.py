@@ -94,9 +94,10 @@ TOOL_PARSER_HELP = f"how the model writes tool calls: {', '.join(TOOL_PARSERS)};
 REASONING_PARSER_HELP = f"how the model marks its reasoning: {', '.join(REASONING_PARSERS)}; auto asks the template"
 
 
-Speculative = Literal["none", "ngram"]
+Speculative = Literal["auto", "none", "ngram"]
 SPECULATIVE_HELP = (
-    "who guesses several tokens ahead; ngram: what followed the same tokens before; answers stay the same"
+    "who guesses several tokens ahead, which changes no answer; ngram: what followed the same tokens before; auto: "
+    "`draft_model`, where that is set"
 )
 DraftTokens = Annotated[int, Field(ge=1, le=63)]
 
@@ -194,7 +195,7 @@ class WorkerConfig(_Settings):
         description="auto takes native ones on CPUs, compiled at first use (torch where they cannot be), and torch on "
         "GPUs; triton and flashinfer are for GPUs and unmeasured",
     )
-    speculative: Speculative = Field("none", description=SPECULATIVE_HELP)
+    speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
     draft_tokens: DraftTokens = Field(8, description="tokens of a draft at most")
     draft_adaptive: bool = Field(
         True, description="draft only as many tokens as was measured to pay, down to none; else always `draft_tokens`"
@@ -218,6 +219,12 @@ class WorkerConfig(_Settings):
     drain_s: Annotated[float, Field(ge=0)] = Field(
         30.0, description="seconds that requests under way get to end after SIGTERM; a second signal ends them at once"
     )
+
+    @model_validator(mode="after")
+    def _one_drafter(self) -> WorkerConfig:
+        if self.draft_model is not None and self.speculative != "auto":
+            raise ValueError(f"speculative is {self.speculative}; with a draft_model it must be auto")
+        return self
 
 
 class PrefillConfig(WorkerConfig):
@@ -306,6 +313,7 @@ class UpConfig(_Settings):
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )
     speculative: Speculative = Field("none", description=SPECULATIVE_HELP)
+    speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
 
     @model_validator(mode="after")
     def _loopback(self) -> UpConfig:

@@ -76,6 +76,8 @@ class _Slots:
 class ModelDrafter:
     """A `Drafter` and `Observer`. Its KV lies in the last layer groups of the engine's pool."""
 
+    free = False
+
     def __init__(self, net: DraftNet, pool: KvPool, attention: AttentionBackend, first_group: int) -> None:
         """pool: of the drafter's own groups, which are those of a sequence from `first_group` on."""
         self.name = net.name

@@ -37,6 +37,8 @@ class Speculation:
         """most: tokens of a draft. adaptive: whether drafts are only as long as pays; else as long as they can be."""
         if not 1 <= most <= MOST_NODES:
             raise ValueError(f"a draft has at most {most} tokens; it must be 1 to {MOST_NODES}")
+        self.drafted = self.accepted = 0
+        """Tokens, since the start."""
         self._outcomes: list[DraftOutcome] = []
         self.drafter = drafter
         self._memory = memory
@@ -139,6 +141,8 @@ class Speculation:
         self.drafter.committed(row, accepted)
 
     def _learn(self, seq: Seq, draft: Draft, accepted: int) -> None:
+        self.drafted += len(draft)
+        self.accepted += accepted
         self._outcomes.append(DraftOutcome(self.drafter.name, len(draft), accepted))
         tested = min(accepted + 1, max(draft.depths()))
         self._rates.setdefault(draft.kind, Rate()).add(accepted, tested, KEPT_OF_ALL)

@@ -42,7 +42,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 def build(folders: Folders, drafter: str | None, **settings: Any) -> Engine:
     draft_model = None if drafter is None else str(folders.drafters[drafter])
-    given = {"model": str(folders.target), "dtype": "float32", "pages": 64, "threads": 1, **settings}
+    given = {
+        "model": str(folders.target),
+        "dtype": "float32",
+        "pages": 64,
+        "threads": 1,
+        "draft_adaptive": False,
+        **settings,
+    }
     return build_engine(WorkerConfig(draft_model=draft_model, **given))[0]
 
 
@@ -62,9 +69,8 @@ def seqs(sampling: SamplingParams, suffix: str = "") -> list[Seq]:
 
 def accepted_share(engine: Engine) -> float:
     assert engine.speculation is not None
-    count = engine.speculation.count
-    assert count.drafted
-    return count.accepted / count.drafted
+    assert engine.speculation.drafted
+    return engine.speculation.accepted / engine.speculation.drafted
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
