@@ -312,7 +312,6 @@ class UpConfig(_Settings):
     drain_s: Annotated[float, Field(ge=0)] = Field(
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )
-    speculative: Speculative = Field("none", description=SPECULATIVE_HELP)
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
 
     @model_validator(mode="after")
