@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from tandem.cli.options import command
-from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig, WorkerConfig
+from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, TrainDraftConfig, UpConfig, WorkerConfig
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
 
@@ -53,6 +53,12 @@ def _decode(config: DecodeConfig) -> None:
     from decode_worker.main import run as run_decode
 
     raise typer.Exit(run_decode(config))
+
+
+def _train_draft(config: TrainDraftConfig) -> None:
+    from tandem.cli.train_draft import train_draft
+
+    train_draft(config)
 
 
 def _doctor(
@@ -96,6 +102,8 @@ def make_app() -> typer.Typer:
     app.command("router", help="Start one router.")(command(RouterConfig, _router))
     app.command("prefill", help="Start one prefill worker.")(command(PrefillConfig, _prefill))
     app.command("decode", help="Start one decode worker.")(command(DecodeConfig, _decode))
+    train = command(TrainDraftConfig, _train_draft)
+    app.command("train-draft", help="Train a draft head for a model, for speculative decoding.")(train)
     app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
     return app

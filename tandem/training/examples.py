@@ -58,7 +58,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     return prompts
 
 
-def _prompt(line: dict[str, object], tokenizer: Tokenizer) -> Prompt:
+def _prompt(line: object, tokenizer: Tokenizer) -> Prompt:
+    if not isinstance(line, dict):
+        raise TypeError(f"a {type(line).__name__} in place of an object")
     messages = line.get("messages")
     if isinstance(messages, list):
         return Prompt(tuple(tokenizer.encode(tokenizer.render(messages))))
@@ -75,9 +77,9 @@ def continue_prompts(
     sampling: SamplingParams,
     on_done: Callable[[int], None],
 ) -> list[Example]:
-    """The target's own continuations, in the order of the prompts; what it cannot continue is left out.
+    """The target's own continuations, in the order of the prompts: every other one greedy, the others sampled.
 
-    on_done: told of each number of prompts that are done.
+    What it cannot continue is left out. on_done: told in each step how many prompts are done.
     """
     found: dict[int, Example] = {}
     done = 0
@@ -88,9 +90,11 @@ def continue_prompts(
             number, prompt = item
             if prompt.whole:
                 found[number] = Example(prompt.ids, 1)
+                done += 1
             elif len(prompt.ids) + sampling.max_tokens <= engine.capacity_tokens:
                 running[str(number)] = number
-                params = sampling if sampling.greedy else _seeded(sampling, number)
+                seed, temperature = sampling.seed + number, sampling.temperature if number % 2 else 0.0
+                params = replace(sampling, seed=seed, temperature=temperature)
                 engine.add(Seq(str(number), list(prompt.ids), len(prompt.ids), params, b"", eos_ids))
         if not running:
             return [found[number] for number in sorted(found) if len(found[number].ids) > found[number].start + 1]
@@ -100,10 +104,6 @@ def continue_prompts(
                 found[number] = Example(tuple(output.seq.tokens), output.seq.prompt_len)
                 done += 1
         on_done(done)
-
-
-def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:
-    return replace(sampling, seed=sampling.seed + number)
 
 
 def batches(examples: Sequence[Example], batch_tokens: int, seed: int) -> Iterator[list[Example]]:
