@@ -123,7 +123,8 @@ class HandOverService(rpc.HandOverServicer):
             ("model_fingerprint", hello.model_fingerprint, self._me.fingerprint),
         ):
             if theirs != ours:
-                raise Fenced(f"{name} is {theirs}; this worker's is {ours}")
+                hint = "" if name == "sender" else ": model, dtype and draft model must be the same at both ends"
+                raise Fenced(f"{name} is {theirs}; this worker's is {ours}{hint}")
         if not 0 < hello.lease_s <= MAX_LEASE_S:
             raise Fenced(f"lease_s is {hello.lease_s:g}; it must be in (0, {MAX_LEASE_S:g}]")
         return hello

@@ -119,10 +119,19 @@ class Fleet(Members[Worker]):
         if known is None:
             return
         who = f"{info.role.value} worker {info.address}"
+        if info.layout.has_drafter != known.layout.has_drafter:
+            have, lack = (
+                ("has a draft model", "have none") if info.layout.has_drafter else ("has no draft model", "have one")
+            )
+            raise Fenced(
+                f"{who} {have} and the workers of this cluster {lack}; --draft-model must be the same on all of them",
+                param="draft_model",
+            )
         if info.model.fingerprint != known.model.fingerprint:
             raise Fenced(
                 f"{who} serves model {info.model.name} with fingerprint {info.model.fingerprint}; "
-                f"this cluster serves {known.model.name} with fingerprint {known.model.fingerprint}",
+                f"this cluster serves {known.model.name} with fingerprint {known.model.fingerprint}"
+                + ("; the draft model counts" if known.layout.has_drafter else ""),
                 param="model",
             )
         if (info.layout, info.kv_dtype) != (known.layout, known.kv_dtype):

@@ -261,6 +261,11 @@ async def test_a_registered_worker_is_forgotten_after_its_lease() -> None:
         ),
         ({"kv_dtype": "bfloat16"}, "layout", "of bfloat16; this cluster has"),
         ({"layout": KvLayout((Plane("k", 1, 8, "float32"),), (LayerGroup((0,)),))}, "layout", "KV layout"),
+        (
+            {"layout": fake_info(Role.DECODE).layout.with_drafter(fake_info(Role.DECODE).layout)},
+            "draft_model",
+            "127.0.0.1:9 has a draft model and the workers of this cluster have none; --draft-model must be the same",
+        ),
     ],
 )
 async def test_a_worker_that_does_not_fit_is_refused(changes: dict[str, Any], param: str, text: str) -> None:

@@ -158,6 +158,20 @@ def test_a_plane_counts_for_the_layers_that_have_it() -> None:
         KvLayout((K, V), (LayerGroup((0,), None, ("k", "w")),))
 
 
+def test_a_drafter_has_planes_and_groups_of_its_own() -> None:
+    own = KvLayout((Plane("k", 1, 8, "float32"), Plane("v", 1, 8, "float32")), (LayerGroup((0,), 32), LayerGroup((1,))))
+    both = LAYOUT.with_drafter(own)
+    assert [plane.name for plane in both.planes] == ["k", "v", "draft_k", "draft_v"]
+    assert both.groups == (
+        LayerGroup((0, 1, 2), None, ("k", "v")),
+        LayerGroup((3,), 128, ("k", "v")),
+        LayerGroup((4,), 32, ("draft_k", "draft_v")),
+        LayerGroup((5,), None, ("draft_k", "draft_v")),
+    )
+    assert both.token_bytes == LAYOUT.token_bytes + own.token_bytes
+    assert (both.has_drafter, LAYOUT.has_drafter) == (True, False)
+
+
 def test_a_window_ends_at_its_position() -> None:
     """Position p sees (p - 4, p]."""
     group = LayerGroup((0,), window=4)

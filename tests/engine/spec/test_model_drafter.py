@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tandem.config import WorkerConfig
 from tandem.engine.build import build_engine
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Seq
+from tandem.errors import CheckpointError
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.drafters import make_draft_model, make_head
 from tandem.testing.engine import make_seq
+from tandem.training.draft import Recipe
 from tandem.types import SamplingParams
 
 SPEC = CheckpointSpec(layers=3, vocab=300, max_positions=512, seed=4)
@@ -101,3 +105,57 @@ def test_a_drafter_that_is_the_target_is_always_right(folders: Folders) -> None:
         engine.step()
     assert seq.retractions == 1
     assert accepted_share(engine) == 1.0
+
+
+def refused(folders: Folders, drafter: Path) -> str:
+    config = WorkerConfig(model=str(folders.target), draft_model=str(drafter), dtype="float32", pages=8)
+    with pytest.raises(CheckpointError) as error:
+        build_engine(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_head_for_another_target_is_refused(folders: Folders, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", replace(SPEC, seed=5))
+    head = make_head(tmp_path / "head", other)
+    config = json.loads((head / "config.json").read_text())
+    text = refused(folders, head)
+    assert f"{head} is a draft head for a target for tests with fingerprint {config['target_fingerprint']}" in text
+    assert f"the model served is {folders.target} with fingerprint " in text
+    del config["target_fingerprint"]  # as heads of other trainers have none
+    (head / "config.json").write_text(json.dumps(config))
+    build_engine(WorkerConfig(model=str(folders.target), draft_model=str(head), dtype="float32", pages=8))
+    (head / "config.json").write_text(json.dumps(config | {"hidden_size": 96}))
+    assert f"a draft head for a hidden_size of 96; {folders.target} has 64" in refused(folders, head)
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(folders: Folders, tmp_path: Path) -> None:
+    smaller = make_checkpoint(tmp_path / "smaller", replace(SPEC, vocab=290, layers=1))
+    text = refused(folders, smaller)
+    assert f"draft model {smaller} has another vocabulary than {folders.target}: 290 tokens" in text
+    assert "the model served has 300; they differ from token 290 on" in text
+    (smaller / "tokenizer.json").unlink()
+    assert refused(folders, smaller).endswith("290 tokens, and the model served has 300")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "tensor", "layers", "offsets"])
+def test_a_damaged_drafter_is_refused(damage: str, folders: Folders, tmp_path: Path) -> None:
+    head = make_head(tmp_path / "head", folders.target, Recipe(draft_vocab=50))
+    config = json.loads((head / "config.json").read_text())
+    tensors = load_file(head / "model.safetensors")
+    match damage:
+        case "missing":
+            assert refused(folders, tmp_path / "none") == f"no checkpoint folder at {tmp_path / 'none'}"
+        case "empty":
+            (head / "config.json").unlink()
+            assert f"cannot read {head / 'config.json'}: No such file" in refused(folders, head)
+        case "tensor":
+            save_file({name: tensors[name] for name in tensors if name != "fc.weight"}, head / "model.safetensors")
+            assert "tensor fc.weight is missing" in refused(folders, head)
+        case "layers":
+            config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [0, 3]
+            (head / "config.json").write_text(json.dumps(config))
+            assert "reads layers (0, 3); the target has 0..2" in refused(folders, head)
+        case "offsets":
+            save_file(tensors | {"d2t": tensors["d2t"] + 290}, head / "model.safetensors")
+            assert "d2t names tokens beyond the vocabulary of 300" in refused(folders, head)
