@@ -167,7 +167,7 @@ def overhead(url: str, tokens: int, rounds: int) -> Pace:
     """Output tokens a second with a grammar that allows every text, and without."""
 
     def measure(on: bool) -> float:
-        endpoint = Endpoint(url, extra=(("ignore_eos", False), *((("regex", ANY_TEXT),) if on else ())))
+        endpoint = Endpoint(url, extra=(("regex", ANY_TEXT),) if on else ())
         prompts = make("random", Shape(requests=2 * BATCH, input_tokens=32, output_tokens=tokens), 0)
         report = summarize(asyncio.run(run(endpoint, prompts, Load(concurrency=BATCH))))
         if report.errors:

@@ -112,12 +112,12 @@ def sample(
     if places is None:
         places = [seq.output_len + len(drafted) for seq, drafted in zip(seqs, ahead, strict=True)]
     adjusted = logits
-    if allowed is not None or any(_adjusts(*each) for each in zip(seqs, places, strict=True)):
+    if any(_adjusts(*each) for each in zip(seqs, places, strict=True)):
         adjusted = logits.clone()
         _penalise(adjusted, seqs, ahead)
         _bias(adjusted, seqs, places)
-        if allowed is not None:
-            allowed.apply(adjusted)
+    if allowed is not None:
+        adjusted = allowed.applied(adjusted)
     # A NaN is larger than any number here, so the largest logit tells for its whole row.
     largest, tokens = adjusted.max(dim=-1)
     drawing = [row for row, seq in enumerate(seqs) if not seq.sampling.greedy]

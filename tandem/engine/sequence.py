@@ -34,6 +34,8 @@ class TokenConstraint(Protocol):
     """Whether the output is bound now; False while a reasoning model thinks."""
     stuck: bool
     """Whether the last mask allowed nothing."""
+    ends: frozenset[int]
+    """Tokens that may follow a complete text, and end it."""
 
     @property
     def finished(self) -> bool:

@@ -21,6 +21,7 @@ import xgrammar
 from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler
 from tandem.engine.grammar.compiler_process import schema_grammar
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
+from tandem.engine.grammar.schema.lower import lower
 from tandem.errors import BadRequest, Unavailable
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import Grammar, GrammarKind
@@ -31,8 +32,12 @@ VOCABULARY, END = 2048, 2
 SETTINGS = CompilerSettings(str(MODEL), VOCABULARY, (END,), seconds=3.0, memory_mib=160)
 TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "yes"}}
 HUGE_ENUM = json.dumps({"enum": [f"value {i} of a very long list" for i in range(7000)]})
-DEPTH = 500
-SLOW = '{"type": "object", "properties": {"a": ' * DEPTH + '{"type": "string"}' + "}}" * DEPTH
+RULES = 2000
+SLOW = (
+    "root ::= r0\n"
+    + "\n".join(f'r{rule} ::= ("a" | "") r{rule + 1} ("b" | "")' for rule in range(RULES))
+    + f'\nr{RULES} ::= "x"'
+)
 """Takes XGrammar 0.2 longer than half a minute."""
 
 
@@ -101,10 +106,10 @@ def test_the_schemas_of_tools_are_what_they_were_in_every_language(text: str) ->
     compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)]))
     keys = {"type": "object", "properties": {text: {"const": 1}}, "required": [text], "additionalProperties": False}
     for schema in ({"const": text}, keys, {"type": "string", "pattern": f"^{re.escape(text)}$"}):
-        direct = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema), any_whitespace=False))
+        direct = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(lower(schema)), any_whitespace=False))
         through = xgrammar.GrammarMatcher(compiler.compile_grammar(schema_grammar(schema, "", False)))
         said = direct.find_jump_forward_string() or json.dumps(text, ensure_ascii=False)
-        assert direct.accept_string(said) == through.accept_string(said)
+        assert direct.accept_string(said) and through.accept_string(said)
         assert direct.is_completed() == through.is_completed()
 
 
@@ -135,7 +140,7 @@ async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
             (GrammarKind.REGEX, "(a", "Regex parsing error at position 3: The parenthesis is not closed."),
             (GrammarKind.EBNF, "root ::= missing", 'Rule "missing" is not defined'),
             (GrammarKind.JSON_SCHEMA, '{"type": "wat"}', 'Unsupported type "wat"'),
-            (GrammarKind.JSON_SCHEMA, "nope", "Failed to parse JSON"),
+            (GrammarKind.JSON_SCHEMA, "nope", "Expecting value"),
             (GrammarKind.STRUCTURAL_TAG, "{}", "structural"),
         ):
             with pytest.raises(BadRequest, match=kind.value) as refusal:
@@ -145,14 +150,14 @@ async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
 
         with pytest.raises(BadRequest, match=r"too much memory|longer than 3 s"):
             await compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, HUGE_ENUM))
-        hostile = asyncio.create_task(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)))
+        hostile = asyncio.create_task(compiler.compile(Grammar(GrammarKind.EBNF, SLOW)))
         await asyncio.sleep(0)
         for digit in range(3):
             await compiler.compile(regex(f"[0-{digit}]+"))
         with pytest.raises(BadRequest, match=r"longer than 3 s|ended the compiler"):
             await hostile
         with pytest.raises(BadRequest):
-            await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.JSON_SCHEMA, SLOW)), 0.5)
+            await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.EBNF, SLOW)), 0.5)
         assert allowed(GrammarConstraint(await compiler.compile(regex("x+"))))
 
 

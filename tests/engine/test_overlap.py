@@ -207,7 +207,7 @@ def test_nobody_is_retracted_while_a_step_is_in_flight() -> None:
 class Anything:
     """A grammar that binds nothing, and puts one token behind each."""
 
-    active, stuck = True, False
+    active, stuck, ends = True, False, frozenset[int]()
 
     @property
     def finished(self) -> bool:

@@ -153,7 +153,7 @@ def test_prompts_take_what_the_bound_between_tokens_leaves() -> None:
 class Failing:
     """A grammar whose library raises, in one place or the other."""
 
-    active, stuck, finished = True, False, False
+    active, stuck, finished, ends = True, False, False, frozenset[int]()
 
     def fill(self, mask: Any, row: int) -> None:
         raise RuntimeError("no mask")

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import xgrammar
 
+from tandem.engine.grammar.schema.document import Unfit
+from tandem.engine.grammar.schema.lower import lower
 from tandem.engine.grammar.vocabulary import load_vocabulary
 from tandem.text.formats.held import TAG_START
 
@@ -38,7 +40,7 @@ def compile_one(
     """any_whitespace: see `CompilerSettings`. Raises ValueError or RuntimeError with the compiler's complaint."""
     match kind:
         case "json_object" | "json_schema":
-            schema = source or '{"type": "object"}'
+            schema = json.dumps(lower(json.loads(source))) if source else '{"type": "object"}'
             most = MAX_WHITESPACE if any_whitespace else None
             return compiler.compile_json_schema(schema, any_whitespace=any_whitespace, max_whitespace_cnt=most)
         case "regex":
@@ -61,11 +63,12 @@ class UnfitSchema(ValueError):
 def with_grammars(source: str, any_whitespace: bool) -> str:
     """A structural tag whose schemas of tools are grammars: laid out as other JSON, and each with its own complaint.
 
-    Other tags stay as they are. Raises UnfitSchema.
+    The schemas of a client's own tags stay schemas. Raises UnfitSchema, Unfit.
     """
-    if not source.startswith(TAG_START):
-        return source
     tag = json.loads(source)
+    if not source.startswith(TAG_START):
+        _lower_within(tag)
+        return json.dumps(tag)
     made: dict[str, str] = {}
     todo = [tag.pop("format")]
     tag = {"type": tag["type"], "format": todo[0]}
@@ -84,14 +87,28 @@ def with_grammars(source: str, any_whitespace: bool) -> str:
     return json.dumps(tag)
 
 
+def _lower_within(tag: object) -> None:
+    """Lowers the JSON schemas in a structural tag; other spellings of values are XGrammar's alone."""
+    todo = [tag]
+    while todo:
+        piece = todo.pop()
+        if isinstance(piece, list):
+            todo += piece
+        elif isinstance(piece, dict):
+            for name in ("json_schema", "schema"):
+                if isinstance(piece.get(name), dict | bool) and piece.get("style", "json") == "json":
+                    piece[name] = lower(piece[name])
+            todo += [value for name, value in piece.items() if name not in ("json_schema", "schema")]
+
+
 def schema_grammar(schema: object, field: str, any_whitespace: bool) -> str:
     """A JSON schema as EBNF. Raises UnfitSchema."""
     most = MAX_WHITESPACE if any_whitespace else None
     try:
         made = xgrammar.Grammar.from_json_schema(
-            json.dumps(schema), any_whitespace=any_whitespace, max_whitespace_cnt=most
+            json.dumps(lower(schema)), any_whitespace=any_whitespace, max_whitespace_cnt=most
         )
-    except RuntimeError as error:
+    except (RuntimeError, Unfit) as error:
         raise UnfitSchema(field, complaint(error)) from error
     # Read again, the two digits after an x would take in those letters of the text that are digits, too: "\xe9c".
     return ESCAPE.sub(lambda found: found[1] or rf"\u00{found[2]}", str(made))

@@ -35,6 +35,7 @@ class GrammarConstraint:
         self.active = not after
         self.stuck = False
         self._matcher = xgrammar.GrammarMatcher(compiled)
+        self.ends = frozenset(self._matcher.stop_token_ids)
         self._vocabulary = vocabulary
         self._after = after
         self._recent: list[int] = []
@@ -48,7 +49,6 @@ class GrammarConstraint:
         """See `TokenConstraint`."""
         if not self._matcher.fill_next_token_bitmask(mask, row):
             mask[row] = -1
-        self.stuck = not mask[row].any()
 
     def accept(self, token: int) -> None:
         """See `TokenConstraint`."""

@@ -159,7 +159,7 @@ def test_drafts_may_not_be_longer_than_they_are_allowed() -> None:
 class Forcing:
     """A grammar in which 7 is always followed by 8, 9."""
 
-    active, stuck, finished = True, False, False
+    active, stuck, finished, ends = True, False, False, frozenset[int]()
 
     def __init__(self) -> None:
         self.taken: list[int] = []

@@ -1,0 +1,1 @@
+"""JSON schemas as XGrammar enforces them: rewritten without what it passes over in silence, or refused."""
