@@ -14,10 +14,10 @@ import time
 from typing import cast
 
 CHUNK = (
-    'data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1700000000,'
-    '"model":"source","system_fingerprint":"fp_f0f0f0f0f0f0","choices":[{"index":0,"delta":{"content":" token"},'
-    '"logprobs":null,"finish_reason":null}]}\n\n'
-).encode()
+    b'data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1700000000,'
+    b'"model":"source","system_fingerprint":"fp_f0f0f0f0f0f0","choices":[{"index":0,"delta":{"content":" token"},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n'
+)
 DONE = b"data: [DONE]\n\n"
 START = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"

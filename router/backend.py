@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Protocol
 
 from tandem.cluster import Incarnation, Plan
@@ -23,12 +23,26 @@ class Reply(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """Who a request's tokens are for."""
+
+    def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
+        """New tokens of a choice of which nothing else is to be told, as of most: they follow those it has had."""
+        ...
+
+    def delta(self, delta: Delta) -> None:
+        """New tokens of a choice and what is told of them."""
+        ...
+
+
 class Accepted(Protocol):
     """A request that a decode worker has taken."""
 
-    @property
-    def deltas(self) -> AsyncIterator[Delta]:
-        """Deltas of all choices, in order within a choice, until each choice has had one with `finish` set."""
+    async def follow(self, reader: Reader) -> None:
+        """Tells `reader` of all choices, in order within a choice, until each choice has had a delta with `finish` set.
+
+        The reader is called as tokens come, not in the task that awaits this. What it raises is raised here.
+        """
         ...
 
     @property

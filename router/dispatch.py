@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -13,6 +13,7 @@ import grpc.aio
 
 from router.admission.gate import Admission
 from router.admission.quota import Quotas
+from router.backend import Reader
 from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
 from router.dispatch_stream import WorkerStream
@@ -29,7 +30,7 @@ from tandem.cluster import Candidate, Incarnation, Plan, Role, Status, WorkerInf
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
-from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo
+from tandem.types import FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
 from tandem.wire.v1 import common_pb2, decode_pb2, decode_pb2_grpc
@@ -76,10 +77,9 @@ class Accepted:
         self._record = record
         self._dispatcher = dispatcher
 
-    @property
-    def deltas(self) -> AsyncIterator[Delta]:
-        """Deltas of all choices, in order within a choice, until each has had one with `finish` set. One reader."""
-        return self._record
+    async def follow(self, reader: Reader) -> None:
+        """See `router.backend.Accepted`. One reader."""
+        await self._record.follow(reader)
 
     async def cancel(self) -> None:
         """Ends all open choices, here at once and then on the worker; idempotent."""
@@ -398,14 +398,18 @@ class Dispatcher:
                     # The worker missed its Cancel, or it is back after it was silent and given up.
                     self._cancel_there(incarnation, message.request_id, message.attempt)
                 continue
+            plain = not (message.finish or message.logprobs or message.HasField("usage") or message.prompt_logprobs)
             try:
-                problem = record.push(codec.delta_from_wire(message))
+                if plain:
+                    problem = record.push_tokens(message.attempt, message.choice, message.first_index, message.tokens)
+                else:
+                    problem = record.push(codec.delta_from_wire(message))
             except ValueError as error:
                 problem = f"the worker sent a malformed message: {error}"
             if problem:
                 log.warning("request %s is cut: %s", message.request_id, problem)
                 self._end(record, FinishReason.ERROR, problem)
-            elif record.finished and record.answered:
+            elif not plain and record.finished and record.answered:
                 self._close(record)
             elif record.prefill_booking is not None and message.tokens:
                 self.fleet.release(record.prefill_booking)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from router.admission.quota import Visit
 from tandem import obs
@@ -29,11 +33,11 @@ class RouterMetrics:
         self.queued = gauge(obs.REQUESTS_QUEUED, "requests received that no worker has taken yet")
         self.queue = histogram(obs.QUEUE_SECONDS, "receipt to a worker's acceptance", SECONDS)
         self.first_token = histogram(obs.FIRST_TOKEN_SECONDS, "receipt to first token", SECONDS)
-        self.inter_token = histogram(obs.INTER_TOKEN_SECONDS, "between tokens of a choice", TOKEN_SECONDS)
+        self.outputs = _Outputs()
+        self.registry.register(self.outputs)
         self.duration = histogram(obs.REQUEST_SECONDS, "receipt to end", SECONDS)
         self.prompt_tokens = counter(obs.PROMPT_TOKENS_TOTAL, "prompt tokens of finished requests")
         self.cached_tokens = counter(obs.CACHED_TOKENS_TOTAL, "of those, tokens whose KV was not computed again")
-        self.completion_tokens = counter(obs.COMPLETION_TOKENS_TOTAL, "output tokens received")
         self.spliced_tokens = counter(obs.SPLICED_TOKENS_TOTAL, "prompt tokens taken from remembered turns")
         self.encoded_tokens = counter(obs.ENCODED_TOKENS_TOTAL, "prompt tokens that were tokenised or given")
 
@@ -85,13 +89,14 @@ class RequestTimer:
         """`count` tokens of a choice came at once; what passed since the last ones is shared among them."""
         now = time.perf_counter()
         last = self._last.get(choice)
+        outputs = self._metrics.outputs
         if last is not None:
-            self._metrics.inter_token.observe((now - last) / count)
+            outputs.observe((now - last) / count)
         elif not self._last:
             self._metrics.first_token.observe(now - self._start)
         self._last[choice] = now
         self._made += count
-        self._metrics.completion_tokens.inc(count)
+        outputs.tokens += count
 
     def prompt(self, tokens: int, cached: int) -> None:
         """How long the prompts were, and how much of them was cached."""
@@ -109,6 +114,27 @@ class RequestTimer:
         self._metrics.duration.observe(time.perf_counter() - self._start)
         if failure is not None:
             self._metrics.failures.labels(failure).inc()
+
+
+class _Outputs(Collector):
+    """What is counted for each token: plain numbers, since a lock a token would cost more than all else here."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seconds = 0.0
+        self._counts = [0] * (len(TOKEN_SECONDS) + 1)
+
+    def observe(self, seconds: float) -> None:
+        """Time between two tokens of a choice."""
+        self._seconds += seconds
+        self._counts[bisect_left(TOKEN_SECONDS, seconds)] += 1
+
+    def collect(self) -> Iterable[Metric]:
+        """Both families."""
+        bounds = [*map(floatToGoString, TOKEN_SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(obs.INTER_TOKEN_SECONDS, "between tokens of a choice", buckets, self._seconds)
+        yield CounterMetricFamily(obs.COMPLETION_TOKENS_TOTAL, "output tokens received", self.tokens)
 
 
 class _Called(Collector):

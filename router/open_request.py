@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from router.backend import Reader
 from router.explain.ladder import Rungs
 from router.explain.story import Story
 from router.workers.load import Booking
@@ -33,8 +34,8 @@ class _Choice:
         return len(self.tokens)
 
 
-class OpenRequest(AsyncIterator[Delta]):
-    """Iterated by its one reader: deltas of all choices, until each choice has had one with `finish` set.
+class OpenRequest:
+    """What has come of each choice; its one reader is told at once, or of all there is when it begins to follow.
 
     max_buffered: tokens of each choice that may wait for the reader. One message may bring many of every choice: a
     worker merges what it made while this process had no time to read.
@@ -61,7 +62,9 @@ class OpenRequest(AsyncIterator[Delta]):
         self._choices = [_Choice() for _ in range(request.choices)]
         self._buffer: deque[Delta] = deque()
         self._buffered = 0
-        self._arrived = asyncio.Event()
+        self._reader: Reader | None = None
+        self._done: asyncio.Future[None] | None = None
+        """What the reader's `follow` waits for."""
 
     @property
     def finished(self) -> bool:
@@ -83,6 +86,35 @@ class OpenRequest(AsyncIterator[Delta]):
         self._choices = [_Choice() for _ in self._choices]
         self._buffer.clear()
         self._buffered = 0
+
+    async def follow(self, reader: Reader) -> None:
+        """See `router.backend.Accepted`."""
+        while self._buffer:
+            delta = self._buffer.popleft()
+            self._buffered -= _weight(delta)
+            reader.delta(delta)
+        if self.finished:
+            return
+        self._done = asyncio.get_running_loop().create_future()
+        self._reader = reader
+        try:
+            await self._done
+        finally:
+            self._reader = None
+
+    def push_tokens(self, attempt: int, choice: int, first_index: int, tokens: Sequence[int]) -> str:
+        """As `push`, for tokens of which nothing else is told."""
+        request, reader = self.request, self._reader
+        if reader is not None and attempt == request.attempt and 0 <= choice < len(self._choices):
+            state = self._choices[choice]
+            if first_index == len(state.tokens) and not state.finished and self.story.first_token_s is not None:
+                state.tokens += tokens
+                try:
+                    reader.tokens(choice, first_index, tokens)
+                except Exception as error:  # noqa: BLE001 - it is the reader's, who hears of it
+                    self._failed(error)
+                return ""
+        return self.push(Delta(request.request_id, attempt, choice, first_index, tuple(tokens)))
 
     def push(self, delta: Delta) -> str:
         """Takes what is new of a delta. Returns why the request cannot go on, or an empty string."""
@@ -125,19 +157,22 @@ class OpenRequest(AsyncIterator[Delta]):
                 self._put(last)
 
     def _put(self, delta: Delta) -> None:
-        self._buffer.append(delta)
-        self._buffered += _weight(delta)
-        self._arrived.set()
+        if self._reader is None or self._done is None:
+            self._buffer.append(delta)
+            self._buffered += _weight(delta)
+            return
+        try:
+            self._reader.delta(delta)
+        except Exception as error:  # noqa: BLE001 - it is the reader's, who hears of it
+            self._failed(error)
+        if self.finished and not self._done.done():
+            self._done.set_result(None)
 
-    async def __anext__(self) -> Delta:
-        while not self._buffer:
-            if self.finished:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        delta = self._buffer.popleft()
-        self._buffered -= _weight(delta)
-        return delta
+    def _failed(self, error: Exception) -> None:
+        """The reader cannot go on."""
+        self._reader = None
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error)
 
 
 def _weight(delta: Delta) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from router.answers.stream import ChoiceStream, Piece
 from router.backend import Accepted, Dispatcher
@@ -14,13 +15,22 @@ from router.requests.job import Job
 from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
 from tandem.text.prompt import Prompt, PromptTokenizer
+from tandem.types import Delta
 
 MAX_ROUTES = 4
 """Prompts of one request whose route its answer's header names."""
 CANCEL_GRACE_S = 1.0
 """Seconds to wait for the usage of a request whose last choice was ended here, by a stop string."""
 
-Give = Callable[[Piece], None]
+
+class Give(Protocol):
+    """Where an answer's pieces go."""
+
+    def piece(self, piece: Piece) -> None:
+        """The next piece of a choice."""
+
+    def text(self, choice: int, text: str) -> None:
+        """As `piece`, for one that is text and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,7 @@ class Answer:
         except ExceptionGroup as errors:
             raise _first(errors) from None
         finally:
-            await asyncio.gather(*map(_close, self._accepted))
+            await asyncio.gather(*(accepted.cancel() for accepted in self._accepted))
 
     def usage(self) -> TotalUsage:
         """Counts up to now. Cached tokens are what the worker reported at the end, and until then when it accepted."""
@@ -109,43 +119,66 @@ class Answer:
         return TotalUsage(prompt_tokens, completion_tokens, cached, sum(thoughts) if thoughts else None)
 
     async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], prompt: Prompt, give: Give) -> None:
-        deltas = accepted.deltas
-        open_choices = len(choices)
+        cancels: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(None) as grace:
-                async for delta in deltas:
-                    choice = choices[delta.choice]
-                    was_open = choice.finish is None
-                    piece = choice.feed(delta)
-                    if delta.tokens and was_open:
-                        self._timer.tokens(choice.choice, len(delta.tokens))
-                    if piece is None:
-                        continue
-                    if piece.error:
-                        raise WorkerLost(piece.error)
-                    give(piece)
-                    open_choices -= piece.finish is not None
-                    if not open_choices and delta.finish is None:
-                        grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
-                        await accepted.cancel()
+
+                def satisfied() -> None:
+                    grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
+                    cancels.append(asyncio.ensure_future(accepted.cancel()))
+
+                follower = _Follower(choices, self._timer, give, satisfied)
+                await accepted.follow(follower)
+                await asyncio.gather(*cancels)
         except TimeoutError:
             if not grace.expired():
                 raise
-        if open_choices:
-            raise WorkerLost(f"the stream ended with {open_choices} choices unfinished")
+        if follower.open:
+            raise WorkerLost(f"the stream ended with {follower.open} choices unfinished")
         for choice in choices:
             if (answer := choice.whole_answer()) is not None:
                 self._text.remember(prompt, answer, "".join(choice.text))
 
 
-async def _close(accepted: Accepted) -> None:
-    """Ends the work and the iterator, in this order: an abandoned iterator would keep its buffers for ever."""
-    try:
-        await accepted.cancel()
-    finally:
-        aclose = getattr(accepted.deltas, "aclose", None)
-        if aclose is not None:
-            await aclose()
+class _Follower:
+    """Makes pieces of one request's tokens, as they come."""
+
+    def __init__(
+        self, choices: list[ChoiceStream], timer: RequestTimer, give: Give, satisfied: Callable[[], None]
+    ) -> None:
+        """satisfied: called when every choice was ended here, before the worker ended it."""
+        self.open = len(choices)
+        """Choices that have not ended."""
+        self._choices = choices
+        self._timer = timer
+        self._give = give
+        self._satisfied = satisfied
+
+    def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
+        """See `router.backend.Reader`."""
+        stream = self._choices[choice]
+        if not stream.plain or first_index != len(stream.tokens):
+            self.delta(Delta("", 0, choice, first_index, tuple(tokens)))
+        elif stream.finish is None:
+            self._timer.tokens(stream.choice, len(tokens))
+            if text := stream.plain_text(tokens):
+                self._give.text(stream.choice, text)
+
+    def delta(self, delta: Delta) -> None:
+        """See `router.backend.Reader`. Raises WorkerLost when the choice ended in an error."""
+        stream = self._choices[delta.choice]
+        was_open = stream.finish is None
+        piece = stream.feed(delta)
+        if delta.tokens and was_open:
+            self._timer.tokens(stream.choice, len(delta.tokens))
+        if piece is None:
+            return
+        if piece.error:
+            raise WorkerLost(piece.error)
+        self._give.piece(piece)
+        self.open -= piece.finish is not None
+        if not self.open and delta.finish is None:
+            self._satisfied()
 
 
 def _first(errors: ExceptionGroup[Exception]) -> Exception:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from router.answers.answer import TotalUsage
-from router.answers.responses import Format, Json, finish_word, finite, first_prompt_logprobs, to_json
+from router.answers.responses import Format, Json, finish_word, finite, first_prompt_logprobs, string_json, to_json
 from router.answers.stream import Piece, PlacedLogprob
 from router.requests.job import Job
 from tandem.text.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class CompletionFormat(Format):
         if piece.prompt_logprobs:
             self._prompt_logprobs[self._prompt_of[piece.choice]] = piece.prompt_logprobs
         if piece.finish is None and not (piece.logprobs or piece.prompt_logprobs or self._unechoed):
-            return self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
+            return self._text_head[piece.choice] + string_json(piece.text).encode() + self._text_tail
         before = b""
         if piece.choice in self._unechoed:
             self._unechoed.remove(piece.choice)
@@ -72,6 +72,10 @@ class CompletionFormat(Format):
         if piece.prompt_logprobs and self.job.options.prompt_logprobs is not None:
             extra["prompt_logprobs"] = self.prompt_logprobs(piece.prompt_logprobs)
         return before + self._chunk(piece.choice, piece.text, logprobs, finish_word(piece), extra)
+
+    def text_chunk(self, choice: int, text: str) -> bytes:
+        """See `Format`."""
+        return self.chunk(Piece(choice, text))
 
     def whole(self, pieces: list[list[Piece]], usage: TotalUsage) -> Json:
         """See `Format`. Of more choices than are to be answered (`best_of`) it takes each prompt's best."""

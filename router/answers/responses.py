@@ -27,6 +27,8 @@ LIST_PART = 4096
 LEAST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON has not."""
 
+string_json = json.encoder.encode_basestring
+"""A string's JSON, as `to_json` writes it."""
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -99,6 +101,10 @@ class Format(ABC):
     @abstractmethod
     def chunk(self, piece: Piece) -> bytes:
         """The events for a piece."""
+
+    @abstractmethod
+    def text_chunk(self, choice: int, text: str) -> bytes:
+        """The event for a piece that is text and nothing else."""
 
     @abstractmethod
     def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
@@ -175,7 +181,7 @@ class ChatFormat(Format):
                 logprobs = self._logprobs(piece.logprobs)
                 out = self._chunk(piece.choice, {"content": piece.text}, logprobs, None)
             else:
-                out = self._text_head[piece.choice] + to_json(piece.text) + self._text_tail
+                out = self.text_chunk(piece.choice, piece.text)
         if piece.prompt_logprobs:
             extra: Json = {"prompt_logprobs": self.prompt_logprobs(piece.prompt_logprobs)}
             out = self._chunk(piece.choice, {}, None, None, extra) + out
@@ -183,6 +189,10 @@ class ChatFormat(Format):
             extra = {"stop_reason": piece.stop} if piece.stop is not None else {}
             out += self._chunk(piece.choice, {}, None, finish_word(piece), extra)
         return out
+
+    def text_chunk(self, choice: int, text: str) -> bytes:
+        """See `Format`."""
+        return self._text_head[choice] + string_json(text).encode() + self._text_tail
 
     def whole_choice(self, pieces: list[Piece], text: str, placed: tuple[PlacedLogprob, ...]) -> Json:
         """See `Format`."""
@@ -199,7 +209,7 @@ class ChatFormat(Format):
     def _part_chunks(self, piece: Piece, parts: tuple[Part, ...]) -> bytes:
         """A chunk for each part; the first brings the log-probabilities of all."""
         if not piece.logprobs and len(parts) == 1 and isinstance(parts[0], Text):
-            return self._text_head[piece.choice] + to_json(parts[0].text) + self._text_tail
+            return self.text_chunk(piece.choice, parts[0].text)
         logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
         deltas = [delta(part) for part in parts] or ([{}] if logprobs else [])
         return b"".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.requests.job import OutputOptions
@@ -60,6 +61,8 @@ class ChoiceStream:
         self.usage: Usage | None = None
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
+        self.plain = not options.stop and options.form is None and options.logprobs is None
+        """Its tokens become text, and nothing else is asked of them."""
         self._options = options
         self._eos = frozenset(eos)
         self._detokenizer = detokenizer(tokenizer, context, keep=options.special)
@@ -100,6 +103,17 @@ class ChoiceStream:
             return None
         piece = self._piece(text, prompt_logprobs=prompt_logprobs)
         return piece if piece.parts is None or piece.parts or prompt_logprobs else None
+
+    def plain_text(self, tokens: Sequence[int]) -> str:
+        """What `feed` would make of a plain choice's next tokens, before its end."""
+        self.tokens += tokens
+        feed = self._detokenizer.feed
+        text = feed(tokens[0]) if len(tokens) == 1 else "".join([feed(token) for token in tokens])
+        if text:
+            self._position += len(text)
+            self._given += len(text)
+            self.text.append(text)
+        return text
 
     @property
     def reasoning_tokens(self) -> int | None:

@@ -21,7 +21,7 @@ from router.explain.recorder import Recorder
 from router.explain.story import explanation
 from router.http.body import ClientGone, read_body, while_connected
 from router.http.problems import envelope, public
-from router.http.sse import EventBuffer, EventStream, SlowClient
+from router.http.sse import EventBuffer, EventStream, Flusher, SlowClient
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
 from router.requests.defaults import GenerationDefaults
 from router.requests.formats import FormatChoice
@@ -87,6 +87,7 @@ class Api:
         self._stories = stories
         self._callers = callers
         self._formats = FormatChoice(config)
+        self._flusher = Flusher()
         self._max_body = int(config.max_body_mib * (1 << 20))
 
     async def chat(self, request: Request) -> Response:
@@ -193,7 +194,7 @@ class Api:
             timer.visit = self._callers.enter(tenant)
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
-                events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue)
+                events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue, self._flusher)
                 events.headers[ROUTE_HEADER] = answer.route()
                 return events
             whole = await while_connected(request.receive, _collect(answer, out))
@@ -266,14 +267,28 @@ class Streaming:
         self._answer = answer
         self._out = out
         self._timer = timer
+        self._put: Callable[[bytes], None]
+
+    def piece(self, piece: Piece) -> None:
+        """See `Give`."""
+        made = self._out.chunk(piece)
+        self._put(with_usage(made, self._answer.usage()) if self._answer.job.options.continuous_usage else made)
+
+    def text(self, choice: int, text: str) -> None:
+        """See `Give`."""
+        if self._answer.job.options.continuous_usage:
+            self.piece(Piece(choice, text))
+        else:
+            self._put(self._out.text_chunk(choice, text))
 
     async def produce(self, buffer: EventBuffer) -> None:
         """Puts all events of the answer. Raises SlowClient and cancellation only; the work has ended then too."""
+        self._put = buffer.put
         try:
             # One event, however many choices: nothing may be refused before `run`, which ends the work.
             if opening := b"".join(self._out.opening()):
                 buffer.put(opening)
-            await self._answer.run(lambda piece: buffer.put(self._chunk(piece)))
+            await self._answer.run(self)
             usage = self._answer.usage()
             if self._answer.job.options.include_usage:
                 buffer.put(self._out.usage_chunk(usage))
@@ -293,14 +308,26 @@ class Streaming:
             self._timer.prompt(usage.prompt_tokens, usage.cached_tokens)
             self._timer.end("ok")
 
-    def _chunk(self, piece: Piece) -> bytes:
-        made = self._out.chunk(piece)
-        return with_usage(made, self._answer.usage()) if self._answer.job.options.continuous_usage else made
+
+class _Collected:
+    """All pieces of an answer that is given whole."""
+
+    def __init__(self, choices: int) -> None:
+        self.pieces: list[list[Piece]] = [[] for _ in range(choices)]
+
+    def piece(self, piece: Piece) -> None:
+        """See `Give`."""
+        self.pieces[piece.choice].append(piece)
+
+    def text(self, choice: int, text: str) -> None:
+        """See `Give`."""
+        self.pieces[choice].append(Piece(choice, text))
 
 
 async def _collect(answer: Answer, out: Format) -> bytes:
-    pieces: list[list[Piece]] = [[] for _ in answer.choices]
-    await answer.run(lambda piece: pieces[piece.choice].append(piece))
+    collected = _Collected(len(answer.choices))
+    await answer.run(collected)
+    pieces = collected.pieces
     scores = sum(len(piece.logprobs) + len(piece.prompt_logprobs) for mine in pieces for piece in mine)
     if scores >= MANY:
         return await asyncio.to_thread(lambda: to_json(out.whole(pieces, answer.usage())))

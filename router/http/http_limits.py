@@ -5,12 +5,31 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from router.http.sse import DIRECT
 
 HEAD_BYTES = 64 << 10
 """Request line and headers; beyond it, what one read of the socket brings."""
 HEAD_TIMEOUT_S = 30.0
 """Seconds from a connection's start, or a request's first byte, to the end of its headers."""
+
+
+class ChunkedBody:
+    """See `DirectBody`: a response's chunks straight to the transport, while uvicorn would do no more than that."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def ready(self) -> bool:
+        """See `DirectBody`."""
+        cycle = self._cycle
+        open_now = cycle.response_started and not cycle.response_complete and not cycle.disconnected
+        return bool(open_now and cycle.chunked_encoding and not cycle.flow.write_paused)
+
+    def write(self, data: bytes) -> None:
+        """See `DirectBody`."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class LimitedHttp(HttpToolsProtocol):
@@ -45,6 +64,9 @@ class LimitedHttp(HttpToolsProtocol):
         """The end of its headers."""
         self._head_complete()
         super().on_headers_complete()
+        # The application starts in the next turn of the loop, and finds it there.
+        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+        extensions[DIRECT] = ChunkedBody(self.cycle)
 
     def _expect_head(self) -> None:
         self._head_complete()

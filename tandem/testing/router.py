@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tandem.cluster import Candidate, Plan, new_id
 from tandem.errors import TandemError
@@ -12,6 +14,37 @@ from tandem.types import Delta, FinishReason, GenerateRequest, ModelInfo, TokenL
 
 Script = Callable[[GenerateRequest, int], Sequence[int]]
 """(request, choice) -> the tokens that the model would sample."""
+
+
+class Deltas(AsyncIterator[Delta]):
+    """A reader whose deltas are taken one after the other, with `async for` or `anext`."""
+
+    def __init__(self, follow: Callable[[Deltas], Awaitable[None]]) -> None:
+        """follow: of an accepted request."""
+        self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self._task = asyncio.ensure_future(self._follow(follow))
+
+    async def _follow(self, follow: Callable[[Deltas], Awaitable[None]]) -> None:
+        try:
+            await follow(self)
+        finally:
+            self._queue.put_nowait(None)
+
+    def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
+        """See `router.backend.Reader`."""
+        self.delta(Delta("", 0, choice, first_index, tuple(tokens)))
+
+    def delta(self, delta: Delta) -> None:
+        """See `router.backend.Reader`."""
+        self._queue.put_nowait(delta)
+
+    async def __anext__(self) -> Delta:
+        found = await self._queue.get()
+        if found is None:
+            self._queue.put_nowait(None)
+            await self._task
+            raise StopAsyncIteration
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +66,21 @@ class FakeAccepted:
         self.closed = False
         self.plan = Plan((Candidate(new_id(), None, 0, 0, {}),), "fake")
         self.reply = FakeReply(owner.cached_tokens)
-        self.deltas: AsyncIterator[Delta] = self._play()
+
+    async def follow(self, reader: Any) -> None:
+        """See `router.backend.Accepted`."""
+        async with aclosing(self._play()) as deltas:
+            async for delta in deltas:
+                if delta == Delta(delta.request_id, delta.attempt, delta.choice, delta.first_index, delta.tokens):
+                    reader.tokens(delta.choice, delta.first_index, delta.tokens)
+                else:
+                    reader.delta(delta)
 
     async def cancel(self) -> None:
         """See `router.backend.Accepted`."""
         self.cancelled.set()
 
-    async def _play(self) -> AsyncIterator[Delta]:
+    async def _play(self) -> AsyncGenerator[Delta]:
         try:
             for step in range(max(1, *map(len, self._tokens))):
                 await self._owner.pace(step)

@@ -75,7 +75,8 @@ class TokenSource(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer
         incarnation, sequence = self._info.incarnation, 0
         try:
             yield codec.worker_update_to_wire(WorkerUpdate(incarnation, 0, status=self._status(), snapshot=True))
-            while update := await queue.get():
+            while True:
+                update = await queue.get()
                 sequence += 1
                 yield codec.worker_update_to_wire(
                     WorkerUpdate(incarnation, sequence, update.events, status=update.status)

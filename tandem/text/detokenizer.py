@@ -72,17 +72,23 @@ class ByteLevelDetokenizer:
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._inside = False
+        """Within a character, or before what the context's last one may still be."""
         self._known = ""
         for token in context:
             self.feed(token)
         if self._utf8.getstate()[0]:
-            self._known = "\ufffd"
+            self._known, self._inside = "\ufffd", True
 
     def feed(self, token: int) -> str:
         """See `IncrementalDetokenizer`."""
         if token in self._hidden:
             return ""
-        return self._new(self._utf8.decode(self._tokenizer.token_bytes(token)))
+        if not self._inside and (whole := self._tokenizer.whole_text(token)):
+            return whole
+        text = self._new(self._utf8.decode(self._tokenizer.token_bytes(token)))
+        self._inside = bool(self._known or self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """See `IncrementalDetokenizer`."""

@@ -74,6 +74,8 @@ class Tokenizer:
         """Number of tokens. Ids may have gaps, and the model's own vocabulary may be padded to more."""
         self._bytes: dict[tuple[int, bool], bytes] = {}
         """Memory of `token_bytes`; at most two entries for each token that there is."""
+        self._whole: dict[int, str] = {}
+        """Memory of `whole_text`."""
 
     @classmethod
     def load(cls, path: str, chat_template: Path | None = None) -> Tokenizer:
@@ -194,6 +196,18 @@ class Tokenizer:
                 return b""
             known = self._bytes[token_id, first] = self._bytes_of(spelling, first)
         return known
+
+    def whole_text(self, token_id: int) -> str:
+        """The text of a byte-level token that is whole characters, wherever it stands; empty for another."""
+        text = self._whole.get(token_id)
+        if text is None:
+            try:
+                text = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                text = ""
+            if self.token(token_id) is not None:
+                self._whole[token_id] = text
+        return text
 
     def _bytes_of(self, spelling: str, first: bool) -> bytes:
         if self.decoding is None:

@@ -16,6 +16,7 @@ from tandem.cluster import CacheEvent, EventKind, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.testing.router import Deltas
 from tandem.testing.workers import MODEL, FakeWorker, answer
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
 
@@ -67,7 +68,7 @@ def request(prompt_tokens: int = 5, **fields: Any) -> GenerateRequest:
 
 async def read(accepted: Accepted) -> list[Delta]:
     async with asyncio.timeout(10):
-        return [delta async for delta in accepted.deltas]
+        return [delta async for delta in Deltas(accepted.follow)]
 
 
 STOP: dict[str, Any] = {"finish": FinishReason.STOP}
@@ -129,11 +130,12 @@ async def test_cancel_ends_the_request_here_and_there_and_is_idempotent() -> Non
         asked = request(choices=2)
         accepted, worker = await made.submit(asked)
         worker.send(answer(worker.submissions[0], [1], **STOP))
-        await anext(aiter(accepted.deltas))
+        deltas = Deltas(accepted.follow)
+        await anext(deltas)
         await asyncio.gather(accepted.cancel(), accepted.cancel())
         await accepted.cancel()
         assert worker.cancelled == [(asked.request_id, 0)]
-        assert [(d.choice, d.finish) for d in await read(accepted)] == [(1, FinishReason.CANCELLED)]
+        assert [(d.choice, d.finish) async for d in deltas] == [(1, FinishReason.CANCELLED)]
 
 
 async def test_what_nobody_waits_for_any_more_is_cancelled_once_and_ends_are_not() -> None:
@@ -297,7 +299,7 @@ async def test_a_broken_stream_is_resumed_by_index() -> None:
         accepted, worker = await made.submit(asked)
         (message,) = worker.submissions
         worker.send(answer(message, [1, 2]), answer(message, [6], choice=1, **STOP))
-        deltas = aiter(accepted.deltas)
+        deltas = Deltas(accepted.follow)
         assert [(await anext(deltas)).tokens for _ in range(2)] == [(1, 2), (6,)]
         worker.break_streams()
         await worker.until(lambda: len(worker.resumes) == 2)
@@ -313,7 +315,8 @@ async def test_a_broken_connection_to_a_living_worker_costs_nothing() -> None:
         accepted, _ = await made.submit(request())
         (message,) = first.submissions
         first.send(answer(message, [1, 2]))
-        assert (await anext(aiter(accepted.deltas))).tokens == (1, 2)
+        deltas = Deltas(accepted.follow)
+        assert (await anext(deltas)).tokens == (1, 2)
         await first.stop()
         async with FakeWorker(Role.DECODE, port=first.port, incarnation=first.info.incarnation) as same:
             await same.until(lambda: same.resumes)
@@ -321,7 +324,7 @@ async def test_a_broken_connection_to_a_living_worker_costs_nothing() -> None:
             assert (point.request_id, point.next_index) == (message.request.request_id, 2)
             await eventually(lambda: made.decoders_known() == 1)
             same.send(answer(message, [3], 2, **STOP))
-            assert [d.tokens for d in await read(accepted)] == [(3,)]
+            assert [d.tokens async for d in deltas] == [(3,)]
 
 
 async def test_a_request_that_two_workers_died_of_is_refused() -> None:

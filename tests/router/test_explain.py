@@ -21,6 +21,7 @@ from tandem.cluster import CacheEvent, Candidate, EventKind, Plan, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import Overloaded
 from tandem.kv import HashRoot, block_hashes
+from tandem.testing.router import Deltas
 from tandem.testing.workers import FakeWorker, answer
 from tandem.types import FinishReason, GenerateRequest, SamplingParams, Usage
 
@@ -171,7 +172,7 @@ async def test_the_dispatcher_tells_what_happened_and_climbs_the_ladder() -> Non
             accepted = await control.dispatcher.submit(asked)
             usage = Usage(200, 2, cached, cached)
             worker.send(answer(worker.submissions[-1], [1, 2], finish=FinishReason.LENGTH, usage=usage))
-            assert [delta.tokens async for delta in accepted.deltas] == [(1, 2)]
+            assert [delta.tokens async for delta in Deltas(accepted.follow)] == [(1, 2)]
             (story,) = control.recorder.find(asked.request_id, "")
             happened = explanation(story, control.dispatcher.address_of)["happened"]
             assert (happened["state"], happened["cached_tokens"]) == ("finished", cached)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.explain.story import Story
 from router.open_request import Chain, OpenRequest
+from tandem.testing.router import Deltas
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
 LENGTH = 12
@@ -23,7 +26,7 @@ def make(choices: int = 2, max_buffered: int = 10_000) -> OpenRequest:
 
 
 async def drain(record: OpenRequest) -> list[Delta]:
-    return [delta async for delta in record]
+    return [delta async for delta in Deltas(record.follow)]
 
 
 def delta(choice: int, start: int, end: int, attempt: int = 1) -> Delta:
@@ -88,3 +91,37 @@ def test_a_new_attempt_starts_from_nothing() -> None:
     assert record.push(delta(0, 0, 5)) == ""
     assert record.push(delta(0, 0, LENGTH, attempt=2)) == ""
     assert [d.first_index for d in asyncio.run(drain(record))] == [0]
+
+
+class Fragile:
+    """A reader that cannot take a certain token."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+        self.seen: list[int] = []
+
+    def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
+        self.delta(Delta("", 0, choice, first_index, tuple(tokens)))
+
+    def delta(self, delta: Delta) -> None:
+        if self.bad in delta.tokens:
+            raise RuntimeError("cannot read this")
+        self.seen += delta.tokens
+
+
+async def test_plain_tokens_are_told_at_once_and_a_failing_reader_hurts_only_itself() -> None:
+    record, reader = make(choices=1), Fragile(bad=7)
+    assert record.push_tokens(1, 0, 0, [1]) == ""
+    following = asyncio.ensure_future(record.follow(reader))
+    await asyncio.sleep(0)
+    assert reader.seen == [1]
+    assert record.push_tokens(1, 0, 1, [2]) == record.push_tokens(1, 0, 1, [2, 3]) == ""
+    assert record.push_tokens(0, 0, 3, [4]) == record.push_tokens(1, 9, 3, [4]) == "", "another attempt, no such choice"
+    assert reader.seen == [1, 2, 3]
+    assert "tokens 3 to 4 were lost" in record.push_tokens(1, 0, 5, [4])
+    assert record.push_tokens(1, 0, 3, [7]) == ""
+    with pytest.raises(RuntimeError, match="cannot read"):
+        await following
+    assert record.push_tokens(1, 0, 4, [8]) == ""
+    assert reader.seen == [1, 2, 3]
+    assert record.sequences() == [(1, 1, 2, 3, 7, 8)]
