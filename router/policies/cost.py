@@ -1,6 +1,6 @@
 """The default policy: the pair with the least estimated cost in milliseconds.
 
-    queue(P) + prefill(uncached tokens on P) + move(bytes not on D) + admission wait(D) + slowdown added to D's batch
+    queue(P) + prefill(uncached tokens on P) + others(P) + move(bytes not on D) + admission wait(D) + slowdown of D's batch
 
 beside the decode-only alternative, where D's own queue and prefill take P's place and prefilling slows D's batch down.
 All terms are milliseconds of this request or of requests it delays, so they can be added; what holds up streams under
@@ -10,14 +10,16 @@ below. Joint cost routing after Mooncake (Qin et al. 2024) and Dynamo, with meas
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from router.policies.base import KEPT, Matches, Policy, RequestInfo, eligible, eligible_decode, tie_break
-from router.workers.snapshot import FleetSnapshot, WorkerView
-from tandem.cluster import Candidate, Incarnation, Plan, StepTiming
+from router.workers.snapshot import RECENT_S, Column, FleetSnapshot, WorkerView
+from tandem.cluster import Candidate, Plan, StepTiming
 from tandem.kv import Span
 
 DEFAULT_TIMING = StepTiming(base_ms=5.0, per_token_ms=0.1)
@@ -28,28 +30,24 @@ HAND_OVER_MS = 3.0
 """A hand-over's fixed price: two control messages, a grant, the landing copy and its digest."""
 OUTLIER = 3.0
 """A worker that measures this many times more or less than the fleet's median is believed to differ."""
-TYPICAL_STEP_TOKENS = 64
+TYPICAL_DECODES = 64
+"""Tokens of a step by which decode workers are compared; prefill workers are by full steps."""
 EXPECTED_OUTPUT = 128
 """Output tokens assumed of a request that allows more: most answers end before their limit."""
 PAUSE = 0.25
 """Weight of a millisecond for which a prompt holds up streams under way, beside one before this request's first token.
 At 1, prompts queue at a prefill worker while decode workers idle; measured (docs/log.md), 0.25 shortens both waits."""
+OTHERS = 6.0
+"""Requests that wait for each millisecond of prompt computed: whoever comes after, on any worker. Fitted by simulation on
+the first half of a trace (docs/routing.md): without it prompts are computed again to avoid short queues, and the work
+that makes delays everybody; from 3 to 10 the results hardly change."""
+RECENT = 0.05
+"""Weight of the work that a prefill worker got recently, beside work that waits there now. It levels what queues are
+too short to show, caches included; any small weight does (docs/routing.md)."""
 RESOLUTION_MS = 1e-3
 """Costs closer than this are equal."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Helper:
-    """A prefill worker with the two terms that no decode worker changes."""
-
-    view: WorkerView
-    cached: int
-    queue_ms: float
-    prefill_ms: float
-
-    @property
-    def cost(self) -> float:
-        return self.queue_ms + self.prefill_ms
+Numbers = NDArray[np.float64]
 
 
 class CostPolicy(Policy):
@@ -59,124 +57,225 @@ class CostPolicy(Policy):
 
     def plan(self, request: RequestInfo, fleet: FleetSnapshot, matches: Matches, now: float) -> Plan:
         """See the module; `now` is not needed, because a snapshot's load is already up to date."""
-        decode = eligible_decode(fleet)
-        model = _Coefficients(fleet)
-        helpers = [_helper(request, view, matches, model) for view in eligible(fleet.prefill)]
-        # The pair's terms add up, so the same prefill workers are best for every decode worker.
-        helpers.sort(key=lambda h: (_rounded(h.cost), tie_break(request.request_id, h.view.incarnation)))
-        pairs = [
-            Candidate(
-                decode=view.incarnation,
-                prefill=None if helper is None else helper.view.incarnation,
-                decode_cached=request.cached_tokens(matches, view),
-                prefill_cached=0 if helper is None else helper.cached,
-                costs=_costs(request, view, helper, matches, model),
-            )
-            for view in decode
-            for helper in (None, *helpers[:KEPT])
-        ]
+        decode = _Group(eligible_decode(fleet), request, matches)
+        prefill = _Group(eligible(fleet.prefill), request, matches)
+        model = _Coefficients(prefill, decode)
+        helpers = _helpers(request, prefill, model, now)
+        shared = _decode_terms(request, decode, model)
+        local = _local_terms(request, decode, model)
+        missing_bytes = _missing_bytes(request, decode)
+        moves = [np.where(missing_bytes > 0, HAND_OVER_MS + missing_bytes / helper.rate, 0.0) for helper in helpers]
+        best = _total(local)
+        for helper, move in zip(helpers, moves, strict=True):
+            best = np.minimum(best, helper.cost + move)
+        pairs = []
+        for place in _smallest(best + _total(shared), KEPT, request, decode.views):
+            terms = {name: float(values[place]) for name, values in shared.items()}
+            own = {name: float(values[place]) for name, values in local.items()}
+            pairs.append(_candidate(request, decode, place, None, own, terms))
+            for helper, move in zip(helpers, moves, strict=True):
+                own = {**helper.terms, "move": float(move[place])}
+                pairs.append(_candidate(request, decode, place, (prefill, helper), own, terms))
         pairs.sort(key=lambda pair: _order(request, pair))
-        return Plan(_keep(pairs), self.name)
+        return Plan(tuple(pairs), self.name)
 
 
-def _keep(pairs: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The pairs of the best few decode workers, all of them: each needs its own prefill alternatives."""
-    best: dict[Incarnation, None] = dict.fromkeys(pair.decode for pair in pairs)
-    kept = set(list(best)[:KEPT])
-    return tuple(pair for pair in pairs if pair.decode in kept)
+TERMS = ("queue", "prefill", "others", "recent", "move", "admission", "slowdown")
+
+
+class _Helper(NamedTuple):
+    place: int
+    cost: float
+    rate: float
+    terms: dict[str, float]
+
+
+class _Group:
+    """Workers of one role as columns."""
+
+    def __init__(self, views: Sequence[WorkerView], request: RequestInfo, matches: Matches) -> None:
+        self.views = views
+        self.table: Numbers = np.array([view.row for view in views], dtype=np.float64).reshape(len(views), len(Column))
+        known = [matches.get(view.incarnation, 0) for view in views]
+        self.cached: Numbers = np.minimum(np.array(known, dtype=np.float64), request.computable)
+
+    def column(self, column: Column) -> Numbers:
+        found: Numbers = self.table[:, column]
+        return found
+
+
+def _total(terms: dict[str, Numbers]) -> Numbers:
+    total: Numbers = sum(terms.values(), np.float64(0.0))
+    return total
+
+
+def _candidate(
+    request: RequestInfo,
+    decode: _Group,
+    place: int,
+    helper: tuple[_Group, _Helper] | None,
+    first: dict[str, float],
+    second: dict[str, float],
+) -> Candidate:
+    """A pair with its costs: those of who computes the prompt, and of the decode worker whoever does."""
+    return Candidate(
+        decode=decode.views[place].incarnation,
+        prefill=None if helper is None else helper[0].views[helper[1].place].incarnation,
+        decode_cached=int(decode.cached[place]),
+        prefill_cached=0 if helper is None else int(helper[0].cached[helper[1].place]),
+        costs={name: first.get(name, 0.0) + second.get(name, 0.0) for name in TERMS},
+    )
 
 
 def _order(request: RequestInfo, pair: Candidate) -> tuple[float, bool, int, int]:
     return (
-        _rounded(pair.cost),
+        round(pair.cost / RESOLUTION_MS),
         pair.prefill is not None,
         tie_break(request.request_id, pair.decode),
         tie_break(request.request_id, pair.prefill or ""),
     )
 
 
-def _rounded(cost: float) -> float:
-    return round(cost / RESOLUTION_MS)
+def _smallest(costs: Numbers, count: int, request: RequestInfo, views: Sequence[WorkerView]) -> list[int]:
+    """Places of the smallest, best first; equals in an order of the request's own."""
+    rounded = np.round(costs / RESOLUTION_MS)
+    limit = np.inf if len(rounded) <= count else np.partition(rounded, count - 1)[count - 1]
+    places = np.flatnonzero(rounded <= limit)
+    return sorted(
+        (int(place) for place in places),
+        key=lambda place: (rounded[place], tie_break(request.request_id, views[place].incarnation)),
+    )[:count]
 
 
 class _Coefficients:
-    """Measured coefficients: the fleet's typical ones, and a worker's own where it is clearly another kind of machine.
+    """Measured coefficients: a role's typical ones, and a worker's own where it is clearly another kind of machine.
 
-    Two equal workers never measure the same: taken at their word, noise would outweigh a cached prefix.
+    Two equal workers never measure the same: taken at their word, noise would outweigh a cached prefix. The roles are
+    kept apart because their steps are: a decode worker's time for one more token is mostly that of the context it looks
+    back on, unless it has just computed a prompt. Where there are prefill workers, what a prompt's token takes is
+    therefore what they measured, and decode workers are taken to be alike.
     """
 
-    def __init__(self, fleet: FleetSnapshot) -> None:
-        views = (*fleet.prefill, *fleet.decode)
-        measured = [view.status.timing for view in views if view.status.timing is not None]
-        self._timing = DEFAULT_TIMING
-        if measured:
-            self._timing = StepTiming(median(t.base_ms for t in measured), median(t.per_token_ms for t in measured))
-        rates = [view.status.move_bytes_per_ms for view in views if view.status.move_bytes_per_ms > 0]
-        self._rate = median(rates) if rates else DEFAULT_MOVE_BYTES_PER_MS
+    def __init__(self, prefill: _Group, decode: _Group) -> None:
+        self._timings = {
+            id(prefill): _Timing(prefill, prefill.column(Column.MAX_BATCH_TOKENS)),
+            id(decode): _Timing(decode, np.float64(TYPICAL_DECODES)),
+        }
+        self._base, self._per_token = self._timings[id(prefill if prefill.views else decode)].typical
+        if prefill.views:
+            self._timings[id(decode)].pace = np.ones(len(decode.views))
+        self._rate = _typical(prefill.column(Column.MOVE_BYTES_PER_MS), DEFAULT_MOVE_BYTES_PER_MS)
 
-    def timing(self, view: WorkerView) -> StepTiming:
-        own = view.status.timing
-        if own is None or _alike(_typical_step_ms(own), _typical_step_ms(self._timing)):
-            return self._timing
-        return own
+    def timing(self, group: _Group) -> tuple[Numbers, Numbers]:
+        """Base and milliseconds a token of each worker's own steps."""
+        timing = self._timings[id(group)]
+        return timing.pace * timing.typical[0], timing.pace * timing.typical[1]
 
-    def prefill_ms(self, view: WorkerView, tokens: int) -> float:
-        """Time to compute `tokens` prompt tokens in full steps."""
-        timing = self.timing(view)
-        return math.ceil(tokens / view.info.max_batch_tokens) * timing.base_ms + tokens * timing.per_token_ms
+    def rates(self, group: _Group) -> Numbers:
+        """Bytes a millisecond that each worker writes."""
+        own = group.column(Column.MOVE_BYTES_PER_MS)
+        return np.where(_differs(own, self._rate), own, self._rate)
 
-    def move_ms(self, view: WorkerView, tokens: int, total: int) -> float:
-        """Time in which a prefill worker hands over the last `tokens` of `total` tokens."""
-        if tokens <= 0:
-            return 0.0
-        own = view.status.move_bytes_per_ms
-        rate = own if own > 0 and not _alike(own, self._rate) else self._rate
-        return HAND_OVER_MS + view.info.layout.span_bytes(Span(total - tokens, tokens), total) / rate
+    def prefill_ms(self, group: _Group, tokens: Numbers) -> Numbers:
+        """Time to compute so many prompt tokens in full steps."""
+        steps = np.ceil(tokens / group.column(Column.MAX_BATCH_TOKENS))
+        found: Numbers = self._timings[id(group)].pace * (steps * self._base + tokens * self._per_token)
+        return found
 
 
-def _typical_step_ms(timing: StepTiming) -> float:
-    return timing.base_ms + TYPICAL_STEP_TOKENS * timing.per_token_ms
+class _Timing:
+    """Of one role: its typical coefficients, and each worker's pace, how many times longer a step of `tokens` takes."""
+
+    def __init__(self, group: _Group, tokens: Numbers | np.float64) -> None:
+        base, per_token = group.column(Column.BASE_MS), group.column(Column.PER_TOKEN_MS)
+        self.typical = (_typical(base, DEFAULT_TIMING.base_ms), _typical(per_token, DEFAULT_TIMING.per_token_ms))
+        step = self.typical[0] + tokens * self.typical[1]
+        own = base + tokens * per_token
+        self.pace: Numbers = np.where(_differs(own, step), own / step, 1.0)
 
 
-def _alike(own: float, typical: float) -> bool:
-    return typical / OUTLIER <= own <= typical * OUTLIER
+def _typical(values: Numbers, default: float) -> float:
+    measured = values[~np.isnan(values)]
+    return float(np.sort(measured)[len(measured) // 2]) if len(measured) else default
 
 
-def _helper(request: RequestInfo, view: WorkerView, matches: Matches, model: _Coefficients) -> _Helper:
-    cached = request.cached_tokens(matches, view)
-    return _Helper(
-        view=view,
-        cached=cached,
-        queue_ms=model.prefill_ms(view, view.queued_tokens),
-        prefill_ms=model.prefill_ms(view, request.computable - cached),
-    )
+def _differs(own: Numbers, typical: float) -> NDArray[np.bool_]:
+    """False where nothing was measured."""
+    return (own < typical / OUTLIER) | (own > typical * OUTLIER)
 
 
-def _costs(
-    request: RequestInfo, view: WorkerView, helper: _Helper | None, matches: Matches, model: _Coefficients
-) -> dict[str, float]:
-    missing = request.computable - request.cached_tokens(matches, view)
-    output = request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
-    prefill_here = model.prefill_ms(view, missing) if helper is None else 0.0
-    # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
-    # worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
-    held_up = PAUSE * max(view.sequences, 1) * prefill_here
+def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: float) -> list[_Helper]:
+    """The best prefill workers. The pair's terms add up, so the same ones are best for every decode worker."""
+    if not group.views:
+        return []
+    queue = model.prefill_ms(group, group.column(Column.QUEUED_TOKENS))
+    prefill = model.prefill_ms(group, request.computable - group.cached)
+    others = OTHERS * prefill
+    recent = RECENT * _recent_ms(group, model, now)
+    cost = queue + prefill + others + recent
+    rates = model.rates(group)
+    return [
+        _Helper(
+            place,
+            float(cost[place]),
+            float(rates[place]),
+            {
+                "queue": float(queue[place]),
+                "prefill": float(prefill[place]),
+                "others": float(others[place]),
+                "recent": float(recent[place]),
+            },
+        )
+        for place in _smallest(cost, KEPT, request, group.views)
+    ]
+
+
+def _recent_ms(group: _Group, model: _Coefficients, now: float) -> Numbers:
+    """Work that each worker got recently, above the least."""
+    age = np.maximum(now - group.column(Column.RECENT_AT), 0.0)
+    work = group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.timing(group)[1]
+    above: Numbers = work - work.min()
+    return above
+
+
+def _output(request: RequestInfo) -> int:
+    return request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
+
+
+def _decode_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> dict[str, Numbers]:
+    """What a decode worker costs wherever the prompt is computed."""
+    base, per_token = model.timing(group)
+    sequences = group.column(Column.SEQUENCES)
+    free = group.column(Column.FREE_TOKENS)
+    # The sequences there end, and free their memory, over about EXPECTED_OUTPUT steps.
+    short = np.maximum(request.prompt_tokens + _output(request) - free, 0.0)
+    used = np.maximum(group.column(Column.CAPACITY_TOKENS) - free, 1.0)
+    step_ms = base + np.maximum(sequences, 1.0) * per_token
     return {
-        "queue": model.prefill_ms(view, view.queued_tokens) if helper is None else helper.queue_ms,
-        "prefill": prefill_here if helper is None else helper.prefill_ms,
-        "move": 0.0 if helper is None else model.move_ms(helper.view, missing, request.computable),
-        "admission": _admission_ms(request, view, model),
-        "slowdown": view.sequences * model.timing(view).per_token_ms * output + held_up,
+        "admission": EXPECTED_OUTPUT * step_ms * short / used,
+        "slowdown": sequences * per_token * _output(request),
     }
 
 
-def _admission_ms(request: RequestInfo, view: WorkerView, model: _Coefficients) -> float:
-    """Wait for KV space: the sequences there end, and free theirs, over about EXPECTED_OUTPUT steps."""
-    needed = request.prompt_tokens + request.choices * min(request.max_tokens, EXPECTED_OUTPUT)
-    short = needed - view.free_tokens
-    if short <= 0:
-        return 0.0
-    used = max(view.info.capacity_tokens - view.free_tokens, 1)
-    timing = model.timing(view)
-    step_ms = timing.base_ms + max(view.sequences, 1) * timing.per_token_ms
-    return EXPECTED_OUTPUT * step_ms * short / used
+def _local_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> dict[str, Numbers]:
+    """What it costs that the decode worker computes the prompt itself."""
+    here = model.prefill_ms(group, request.computable - group.cached)
+    # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
+    # worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
+    held_up = PAUSE * np.maximum(group.column(Column.SEQUENCES), 1.0) * here
+    return {
+        "queue": model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
+        "prefill": here,
+        "others": OTHERS * here,
+        "slowdown": held_up,
+    }
+
+
+def _missing_bytes(request: RequestInfo, decode: _Group) -> Numbers:
+    """What each decode worker lacks of the prompt's KV."""
+    total, layout = request.computable, decode.views[0].info.layout
+    sizes = {
+        cached: layout.span_bytes(Span(int(cached), total - int(cached)), total)
+        for cached in set(decode.cached.tolist())
+    }
+    return np.array([sizes[cached] for cached in decode.cached.tolist()], dtype=np.float64)

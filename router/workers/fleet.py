@@ -46,13 +46,12 @@ class Fleet(Members[Worker]):
         lease_s: float,
         clock: Callable[[], float],
     ) -> None:
-        super().__init__(router_id, index)
+        super().__init__(router_id, index, clock)
         self.lease_s = lease_s
         self.listener: FleetListener | None = None
         self.reference: WorkerInfo | None = None
         """The first worker ever known. All must share its model and layout: the router's tokeniser is that model's."""
         self._addresses = tuple(addresses)
-        self._clock = clock
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._past_moves: dict[tuple[str, str, str], MoveStat] = {}

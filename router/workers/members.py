@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from router.cache.prefix_index import PrefixIndex
 from router.workers.load import Booking, LoadLedger
-from router.workers.snapshot import FleetSnapshot, Load, WorkerView
+from router.workers.snapshot import FleetSnapshot, Load, WorkerView, decayed
 from tandem.cluster import Incarnation, Role, Status, WorkerInfo, WorkerUpdate
 from tandem.kv import BlockHash
 
@@ -24,6 +24,8 @@ class Member:
         self.leaving = False
         self.heard = now
         """When its last update came."""
+        self._recent = 0.0
+        self._recent_at = now
         self._view: WorkerView | None = None
         self._viewed: tuple[Status, int, bool] | None = None
 
@@ -37,8 +39,15 @@ class Member:
         seen = (self.status, self.ledger.changes, self.leaving)
         if self._view is None or self._viewed is None or seen[0] is not self._viewed[0] or seen[1:] != self._viewed[1:]:
             draining = self.leaving or self.status.draining
-            self._view, self._viewed = WorkerView(self.info, self.status, self.ledger.pending, draining), seen
+            recent = (self._recent, self._recent_at)
+            self._view = WorkerView(self.info, self.status, self.ledger.pending, draining, *recent)
+            self._viewed = seen
         return self._view
+
+    def worked(self, tokens: int, now: float) -> None:
+        """Notes prompt tokens sent to be computed there."""
+        self._recent = decayed(self._recent, now - self._recent_at) + tokens
+        self._recent_at = now
 
 
 M = TypeVar("M", bound=Member)
@@ -47,12 +56,13 @@ M = TypeVar("M", bound=Member)
 class Members(Generic[M]):
     """All workers known, by incarnation: their load and, in the index, their caches.
 
-    router_id: whose dispatches count in what workers report.
+    router_id: whose dispatches count in what workers report. clock: seconds, monotonic.
     """
 
-    def __init__(self, router_id: str, index: PrefixIndex) -> None:
+    def __init__(self, router_id: str, index: PrefixIndex, clock: Callable[[], float]) -> None:
         self.router_id = router_id
         self._index = index
+        self._clock = clock
         self._workers: dict[Incarnation, M] = {}
 
     def worker(self, incarnation: Incarnation) -> M | None:
@@ -104,6 +114,7 @@ class Members(Generic[M]):
         worker = self._workers.get(incarnation)
         if worker is None:
             return None
+        worker.worked(load.prefill_tokens, self._clock())
         # A prefill worker hears of it from the decode worker: only its promise tells that it did.
         last_block = hashes[-1] if hashes and worker.info.role is Role.PREFILL else None
         return worker.ledger.book(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 from tandem.cluster import Incarnation, Status, WorkerInfo
 
@@ -30,6 +32,30 @@ class Load:
         return Load(-self.sequences, -self.prefill_tokens, -self.kv_tokens)
 
 
+RECENT_S = 30.0
+"""Time constant of what a worker did recently."""
+
+
+def decayed(tokens: float, seconds: float) -> float:
+    """What is left of recent work so much later."""
+    return tokens * math.exp(-max(seconds, 0.0) / RECENT_S)
+
+
+class Column(IntEnum):
+    """Where a number of a worker is in `WorkerView.row`; what was not measured is not a number."""
+
+    QUEUED_TOKENS = 0
+    SEQUENCES = 1
+    FREE_TOKENS = 2
+    BASE_MS = 3
+    PER_TOKEN_MS = 4
+    MOVE_BYTES_PER_MS = 5
+    MAX_BATCH_TOKENS = 6
+    CAPACITY_TOKENS = 7
+    RECENT_TOKENS = 8
+    RECENT_AT = 9
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """One worker: what it is, what it last reported, and what this router sent it since."""
@@ -39,6 +65,27 @@ class WorkerView:
     pending: Load = Load()
     draining: bool = False
     """Takes no new requests: it says so, or it said goodbye."""
+    recent_tokens: float = 0.0
+    """Prompt tokens that this router sent it to compute, each counting less as time goes by; as of `recent_at`."""
+    recent_at: float = 0.0
+    row: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """Its numbers in the order of `Column`, for policies that weigh a thousand workers at once."""
+
+    def __post_init__(self) -> None:
+        timing = self.status.timing
+        row = (
+            self.queued_tokens,
+            self.sequences,
+            self.free_tokens,
+            math.nan if timing is None else timing.base_ms,
+            math.nan if timing is None else timing.per_token_ms,
+            self.status.move_bytes_per_ms or math.nan,
+            self.info.max_batch_tokens,
+            self.info.capacity_tokens,
+            self.recent_tokens,
+            self.recent_at,
+        )
+        object.__setattr__(self, "row", row)
 
     @property
     def incarnation(self) -> Incarnation:

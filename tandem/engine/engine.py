@@ -23,9 +23,9 @@ from tandem.engine.scheduler import Scheduler
 from tandem.engine.sequence import Batch, Sampled, Seq, SeqState
 from tandem.engine.spec.base import Drafter
 from tandem.engine.spec.speculation import Speculation
-from tandem.engine.timing import TimingFit
 from tandem.errors import ContextTooLong
 from tandem.kv import KvLayout, Span
+from tandem.step_timing import TimingFit
 from tandem.types import FinishReason
 
 

@@ -16,7 +16,7 @@ BLOCKS = tuple(bytes([n]) * 16 for n in range(4))
 
 def members(*names: str, role: Role = Role.PREFILL) -> tuple[Members[Member], PrefixIndex]:
     index = PrefixIndex(1000, 60.0, lambda: 0.0)
-    made: Members[Member] = Members("me", index)
+    made: Members[Member] = Members("me", index, lambda: 0.0)
     for name in names:
         worker = Member(fake_info(role, incarnation=name), made.booking_closed, 0.0)
         made.add(worker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.engine.timing import ENOUGH, TimingFit
+from tandem.step_timing import ENOUGH, TimingFit
 
 
 def fit_of(steps: list[tuple[int, float]]) -> TimingFit:

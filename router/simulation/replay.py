@@ -1,0 +1,134 @@
+"""The real router code in front of simulated workers: one load, one policy, one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from router.admission import Admission
+from router.cache.prefix_index import PrefixIndex
+from router.placement import book
+from router.policies import Policy, RequestInfo
+from router.simulation.clock import Clock
+from router.simulation.flight import Flight
+from router.simulation.setting import Arrival, Setting
+from router.simulation.worker import ROUTER_ID, SimulatedDecode, SimulatedPrefill, SimulatedWorker
+from router.workers.members import Member, Members
+from router.workers.snapshot import Load
+from tandem.cluster import Incarnation, WorkerUpdate
+from tandem.errors import Overloaded
+
+INDEX_BLOCKS = 4_000_000
+INDEX_AGE_S = 14_400.0
+SETTLE_S = 0.5
+"""Workers report this long before the first request comes."""
+
+
+class Replay:
+    """One run. `run` once, then read `flights` and the workers."""
+
+    def __init__(self, setting: Setting, policy: Policy, load: Sequence[Arrival]) -> None:
+        self.clock = Clock()
+        self.setting = setting
+        self.plan_s: list[float] = []
+        """Real time that each plan took: index, snapshot and policy."""
+        self.steps: list[tuple[float, float, int]] = []
+        """When a decode worker's step ended, its milliseconds, and how many sequences got a token."""
+        self.index = PrefixIndex(INDEX_BLOCKS, INDEX_AGE_S, self.clock)
+        self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
+        self.admission = Admission(setting.max_inflight)
+        self._policy = policy
+        self.prefill = [SimulatedPrefill(n, setting, self.clock, self._hear) for n in range(setting.prefill)]
+        self.decode = [SimulatedDecode(n, setting, self.clock, self._hear, self._step) for n in range(setting.decode)]
+        self._prefill_by_name = {worker.incarnation: worker for worker in self.prefill}
+        self._decode_by_name = {worker.incarnation: worker for worker in self.decode}
+        self.flights = [
+            Flight(number, arrival, self.clock, self._first, self._end) for number, arrival in enumerate(load)
+        ]
+        self.window = _window(load)
+        """From the first to the last reported arrival."""
+        self.busy: list[dict[Incarnation, float]] = []
+        """Seconds that each prefill worker had computed, at both ends of the window."""
+
+    def run(self) -> None:
+        """All of it, in virtual time."""
+        workers: list[SimulatedWorker] = [*self.prefill, *self.decode]
+        for worker in workers:
+            self.members.add(Member(worker.info, self.members.booking_closed, 0.0))
+            worker.announce_itself()
+        for flight in self.flights:
+            self.clock.at(SETTLE_S + flight.arrival.at, self._arrive, flight)
+        for end in self.window:
+            self.clock.at(SETTLE_S + end, self._note_busy)
+        self.clock.run()
+
+    def _note_busy(self) -> None:
+        self.busy.append({worker.incarnation: worker.engine.busy_s for worker in self.prefill})
+
+    def _step(self, milliseconds: float, outputs: int) -> None:
+        self.steps.append((self.clock.now - SETTLE_S, milliseconds, outputs))
+
+    # The router -----------------------------------------------------------------------------------------------------
+
+    def _hear(self, update: WorkerUpdate) -> None:
+        member = self.members.worker(update.incarnation)
+        if member is not None:
+            self.members.observe(member, update)
+
+    def _arrive(self, flight: Flight) -> None:
+        request_id = f"{self.setting.seed}-{flight.number}"
+        flight.arrived_at = self.clock.now
+        try:
+            self.admission.enter(request_id)
+        except Overloaded:
+            flight.rejected = True
+            return
+        began = time.perf_counter()
+        block_tokens = self.setting.block_tokens
+        request = RequestInfo(request_id, flight.prompt_tokens, self.setting.max_tokens, 1, flight.number)
+        matches = {name: count * block_tokens for name, count in self.index.match(flight.hashes).items()}
+        plan = self._policy.plan(request, self.members.snapshot(), matches, self.clock.now)
+        self.plan_s.append(time.perf_counter() - began)
+        chosen = plan.candidates[0]
+        flight.decode, flight.prefill, flight.expected_cached = chosen.decode, chosen.prefill, chosen.decode_cached
+        flight.alternative = next(iter(plan.prefill_alternatives), None)
+        flight.bookings = book(self.members, request, chosen, flight.hashes, block_tokens)
+        if flight.bookings[0] is not None:
+            flight.dispatch = flight.bookings[0].number
+        self.clock.after(self.setting.delay_s, self._decode_by_name[plan.decode].submit, flight, self._fetch)
+
+    def _fetch(self, flight: Flight) -> None:
+        assert flight.prefill is not None
+        arrived = self._decode_by_name[flight.decode].arrived
+        self.clock.after(self.setting.delay_s, self._prefill_by_name[flight.prefill].open, flight, arrived)
+
+    def _first(self, flight: Flight) -> None:
+        self.clock.after(self.setting.delay_s, self.members.release, flight.bookings[1])
+
+    def _end(self, flight: Flight) -> None:
+        self.clock.after(self.setting.delay_s, self._forget, flight)
+
+    def _forget(self, flight: Flight) -> None:
+        unreported = self.members.release(flight.bookings[0])
+        self.members.release(flight.bookings[1])
+        if not unreported:
+            self.members.ended(flight.decode, Load(sequences=1))
+        self.admission.leave(f"{self.setting.seed}-{flight.number}")
+
+    # After it -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises AssertionError unless every request ended exactly once and nothing is left behind."""
+        for flight in self.flights:
+            assert flight.rejected or 0 < flight.arrived_at <= flight.first_at <= flight.ended_at, flight.number
+        assert self.admission.inflight == 0 and self.members.bookings() == 0
+        for worker in (*self.prefill, *self.decode):
+            worker.cache.check_integrity()
+            assert worker.engine.queued_tokens == worker.engine.running == worker.engine.waiting == 0
+            assert len(worker.cache) <= self.setting.cache_blocks
+        self.index.check_integrity()
+
+
+def _window(load: Sequence[Arrival]) -> tuple[float, float]:
+    reported = [arrival.at for arrival in load if arrival.reported]
+    return (reported[0], reported[-1]) if reported else (0.0, 0.0)
