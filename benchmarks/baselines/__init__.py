@@ -7,10 +7,14 @@ what is compared is the rule alone. None is part of the product.
 `tandem replay TRACE --policy benchmarks.baselines:sglang`
 """
 
-from benchmarks.baselines.dynamo import DynamoPolicy as dynamo
-from benchmarks.baselines.llmd import LlmdGatePolicy as llmd
-from benchmarks.baselines.llmd import LlmdScorersPolicy as llmd_scorers
-from benchmarks.baselines.sglang import SglangEventsPolicy as sglang_events
-from benchmarks.baselines.sglang import SglangPolicy as sglang
+from __future__ import annotations
 
-__all__ = ["dynamo", "llmd", "llmd_scorers", "sglang", "sglang_events"]
+from benchmarks.baselines.dynamo import DynamoPolicy
+from benchmarks.baselines.llmd import LlmdGatePolicy, LlmdScorersPolicy
+from benchmarks.baselines.sglang import SglangEventsPolicy, SglangPolicy
+
+sglang = SglangPolicy
+sglang_events = SglangEventsPolicy
+dynamo = DynamoPolicy
+llmd = LlmdGatePolicy
+llmd_scorers = LlmdScorersPolicy

@@ -20,8 +20,8 @@ Ranked = list[tuple[float, WorkerView]]
 class DynamoPolicy(DisaggregatedPolicy):
     """`S * max(0, active prefill + prompt - credit * overlap) + blocks in use`, all in blocks, at its defaults.
 
-    The weight of active requests is 0 and the temperature 0, so that the least cost wins and ties are random. The decode
-    hop of a disaggregated cluster leaves overlap out: blocks in use alone.
+    The weight of active requests is 0 and the temperature 0: the least cost wins, and ties are random. The decode hop
+    of a disaggregated cluster leaves overlap out: blocks in use alone.
     """
 
     name = "dynamo"

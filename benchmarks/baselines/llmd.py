@@ -29,8 +29,10 @@ def _decode(views: Sequence[WorkerView]) -> Ranked:
 
 
 class LlmdGatePolicy(DisaggregatedPolicy):
-    """Endpoints with at least 0.80 of the prefix, unless the best of them would make it wait 18 s longer than the best
-    other one (tokens in flight that are not cached, over the peak prefill throughput); then the fewest tokens in flight.
+    """Endpoints with at least 0.80 of the prefix, then the fewest tokens in flight.
+
+    Unless the best sticky endpoint would make a request wait 18 s longer than the best other one: then all count. A
+    wait is the uncached tokens in flight over the peak prefill throughput.
     """
 
     name = "llmd"
@@ -61,8 +63,9 @@ def _peak(views: Sequence[WorkerView]) -> float:
 
 
 class LlmdScorersPolicy(DisaggregatedPolicy):
-    """`2 * queue + 2 * free KV + 3 * prefix`, highest wins. queue: 1 for the shortest queue, 0 for the longest; free KV:
-    share of memory; prefix: share of the prompt.
+    """`2 * queue + 2 * free KV + 3 * prefix`, highest wins.
+
+    queue: 1 for the shortest queue, 0 for the longest. free KV: share of memory. prefix: share of the prompt.
     """
 
     name = "llmd_scorers"

@@ -69,10 +69,7 @@ class Admission:
         Raises Overloaded when the queue has no place for it, Unavailable at the deadline, and ValueError if the id is
         already in.
         """
-        if request_id in self._inside:
-            raise ValueError(f"request_id {request_id} is already in flight")
-        if not self._queue and self._open():
-            self._admit(request_id, tenant)
+        if self.enter_at_once(request_id, tenant):
             return
         self._arrivals += 1
         future = asyncio.get_running_loop().create_future()
@@ -89,6 +86,15 @@ class Admission:
             if isinstance(error, TimeoutError) and limit.expired():
                 raise self._late() from None
             raise
+
+    def enter_at_once(self, request_id: str, tenant: str = "") -> bool:
+        """Admits a request if it need not wait. Raises ValueError if the id is already in."""
+        if request_id in self._inside:
+            raise ValueError(f"request_id {request_id} is already in flight")
+        if self._queue or not self._open():
+            return False
+        self._admit(request_id, tenant)
+        return True
 
     def leave(self, request_id: str) -> None:
         """The request ended; a second time does nothing."""

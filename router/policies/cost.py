@@ -1,6 +1,7 @@
 """The default policy: the pair with the least estimated cost in milliseconds.
 
-    queue(P) + prefill(uncached tokens on P) + others(P) + move(bytes not on D) + admission wait(D) + slowdown of D's batch
+    queue(P) + prefill(uncached tokens on P) + others(P) + recent(P)
+        + move(bytes not on D) + admission wait(D) + slowdown this adds to D's batch
 
 beside the decode-only alternative, where D's own queue and prefill take P's place and prefilling slows D's batch down.
 All terms are milliseconds of this request or of requests it delays, so they can be added; what holds up streams under
@@ -11,8 +12,7 @@ below. Joint cost routing after Mooncake (Qin et al. 2024) and Dynamo, with meas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,9 @@ PAUSE = 0.25
 """Weight of a millisecond for which a prompt holds up streams under way, beside one before this request's first token.
 At 1, prompts queue at a prefill worker while decode workers idle; measured (docs/log.md), 0.25 shortens both waits."""
 OTHERS = 6.0
-"""Requests that wait for each millisecond of prompt computed: whoever comes after, on any worker. Fitted by simulation on
-the first half of a trace (docs/routing.md): without it prompts are computed again to avoid short queues, and the work
-that makes delays everybody; from 3 to 10 the results hardly change."""
+"""Weight of the requests that a prompt's computing delays, whoever comes after it. Fitted by simulation on the first
+half of a trace (docs/routing.md): without it prompts are computed again to avoid short queues, and that work delays
+everybody; from 3 to 10 the results hardly change."""
 RECENT = 0.05
 """Weight of the work that a prefill worker got recently, beside work that waits there now. It levels what queues are
 too short to show, caches included; any small weight does (docs/routing.md)."""
@@ -105,7 +105,7 @@ class _Group:
 
 
 def _total(terms: dict[str, Numbers]) -> Numbers:
-    total: Numbers = sum(terms.values(), np.float64(0.0))
+    total: Numbers = np.sum(list(terms.values()), axis=0)
     return total
 
 
@@ -199,7 +199,7 @@ def _typical(values: Numbers, default: float) -> float:
     return float(np.sort(measured)[len(measured) // 2]) if len(measured) else default
 
 
-def _differs(own: Numbers, typical: float) -> NDArray[np.bool_]:
+def _differs(own: Numbers, typical: Numbers | float) -> NDArray[np.bool_]:
     """False where nothing was measured."""
     return (own < typical / OUTLIER) | (own > typical * OUTLIER)
 

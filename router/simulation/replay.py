@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from router.admission import Admission
+from router.admission.gate import Admission
 from router.cache.prefix_index import PrefixIndex
 from router.placement import book
 from router.policies import Policy, RequestInfo
@@ -16,7 +16,6 @@ from router.simulation.worker import ROUTER_ID, SimulatedDecode, SimulatedPrefil
 from router.workers.members import Member, Members
 from router.workers.snapshot import Load
 from tandem.cluster import Incarnation, WorkerUpdate
-from tandem.errors import Overloaded
 
 INDEX_BLOCKS = 4_000_000
 INDEX_AGE_S = 14_400.0
@@ -36,7 +35,7 @@ class Replay:
         """When a decode worker's step ended, its milliseconds, and how many sequences got a token."""
         self.index = PrefixIndex(INDEX_BLOCKS, INDEX_AGE_S, self.clock)
         self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
-        self.admission = Admission(setting.max_inflight)
+        self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: True, self.clock)
         self._policy = policy
         self.prefill = [SimulatedPrefill(n, setting, self.clock, self._hear) for n in range(setting.prefill)]
         self.decode = [SimulatedDecode(n, setting, self.clock, self._hear, self._step) for n in range(setting.decode)]
@@ -78,9 +77,7 @@ class Replay:
     def _arrive(self, flight: Flight) -> None:
         request_id = f"{self.setting.seed}-{flight.number}"
         flight.arrived_at = self.clock.now
-        try:
-            self.admission.enter(request_id)
-        except Overloaded:
+        if not self.admission.enter_at_once(request_id):
             flight.rejected = True
             return
         began = time.perf_counter()
@@ -103,7 +100,10 @@ class Replay:
         self.clock.after(self.setting.delay_s, self._prefill_by_name[flight.prefill].open, flight, arrived)
 
     def _first(self, flight: Flight) -> None:
-        self.clock.after(self.setting.delay_s, self.members.release, flight.bookings[1])
+        self.clock.after(self.setting.delay_s, self._prompt_done, flight)
+
+    def _prompt_done(self, flight: Flight) -> None:
+        self.members.release(flight.bookings[1])
 
     def _end(self, flight: Flight) -> None:
         self.clock.after(self.setting.delay_s, self._forget, flight)

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.simulation.replay import Replay
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """A service level, milliseconds."""
-
-    ttft_ms: float = 5000.0
-    tpot_ms: float = 50.0
+from router.simulation.setting import Objective
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,14 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """A service level, milliseconds."""
+
+    ttft_ms: float = 5000.0
+    tpot_ms: float = 50.0
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """One request of a load."""
 
@@ -103,13 +112,15 @@ def arrivals(entries: Sequence[TraceEntry], skip: int, load: float, setting: Set
             at=(entry.timestamp_ms - start) / 1e3 / speed,
             prompt_tokens=entry.input_length,
             output_tokens=entry.output_length,
-            hashes=tuple(
-                name.to_bytes(16, "big") for name in entry.hash_ids[: entry.input_length // setting.block_tokens]
-            ),
+            hashes=tuple(_hash(name) for name in entry.hash_ids[: entry.input_length // setting.block_tokens]),
             reported=number >= skip,
         )
         for number, entry in enumerate(entries)
     ]
+
+
+def _hash(name: int) -> BlockHash:
+    return hashlib.blake2b(str(name).encode(), digest_size=16).digest()
 
 
 def working_set(entries: Sequence[TraceEntry]) -> int:

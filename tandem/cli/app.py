@@ -15,6 +15,8 @@ import typer
 
 from tandem.cli.options import command
 from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, TrainDraftConfig, UpConfig, WorkerConfig
+from tandem.cli.replay import replay
+from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig, WorkerConfig
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
 
@@ -104,6 +106,7 @@ def make_app() -> typer.Typer:
     app.command("decode", help="Start one decode worker.")(command(DecodeConfig, _decode))
     train = command(TrainDraftConfig, _train_draft)
     app.command("train-draft", help="Train a draft head for a model, for speculative decoding.")(train)
+    app.command("replay", help="Simulate policies on a recorded load.")(replay)
     app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
     return app

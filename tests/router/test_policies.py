@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from router.policies import POLICIES, RequestInfo
 from router.policies.base import KEPT
-from router.policies.cost import PAUSE, CostPolicy
+from router.policies.cost import OTHERS, PAUSE, CostPolicy
 from router.policies.least_loaded import LeastLoadedPolicy
 from router.policies.longest_prefix import LongestPrefixPolicy
 from router.policies.round_robin import RoundRobinPolicy
@@ -124,11 +124,12 @@ def test_cost_is_the_sum_of_terms_and_the_least_wins() -> None:
     assert costs == sorted(costs)
     assert len(costs) == 6
     for candidate in plan.candidates:
-        assert set(candidate.costs) == {"queue", "prefill", "move", "admission", "slowdown"}
+        assert set(candidate.costs) == {"queue", "prefill", "others", "recent", "move", "admission", "slowdown"}
     pair = next(c for c in plan.candidates if (c.decode, c.prefill) == ("d0", "p1"))
     computable = 10 * BLOCK_TOKENS
     assert pair.costs["queue"] == pytest.approx(4 * 10 + 900 * 0.2)
     assert pair.costs["prefill"] == pytest.approx(2 * 10 + (computable - 256) * 0.2)
+    assert pair.costs["others"] == pytest.approx(OTHERS * pair.costs["prefill"])
     assert pair.costs["move"] == pytest.approx(3.0 + (computable - 128) * fleet.decode[0].info.layout.token_bytes / 1e6)
     assert pair.costs["slowdown"] == pytest.approx(3 * 0.2 * 64)
     local = next(c for c in plan.candidates if (c.decode, c.prefill) == ("d0", None))

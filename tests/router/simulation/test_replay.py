@@ -1,0 +1,176 @@
+"""Whole simulated runs: one seed gives one run, every request ends once, and time passes as the model says."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.policies import POLICIES
+from router.simulation.replay import Replay
+from router.simulation.result import Result, summarize
+from router.simulation.setting import Arrival, Machine, Objective, Setting, arrivals, ideal_share
+from tandem.traces import TraceEntry
+
+EXACT = Machine(base_ms=10.0, per_token_ms=0.1, per_context_ms=1e-3, max_batch_tokens=1024, hand_over_ms=2.0)
+SMALL = Setting(prefill=3, decode=2, machine=EXACT, cache_blocks=40, block_tokens=64, noise=0.0)
+
+
+def block(name: int) -> bytes:
+    return name.to_bytes(2, "big") * 8
+
+
+def one(at: float, names: list[int], output: int = 4, extra: int = 10) -> Arrival:
+    return Arrival(at, len(names) * SMALL.block_tokens + extra, output, tuple(block(name) for name in names))
+
+
+def some_load(seed: int, count: int = 40) -> list[Arrival]:
+    """Conversations that grow, and a first block that all share."""
+    rng = random.Random(seed)
+    threads: list[list[int]] = [[0]]
+    fresh, at, load = 1, 0.0, []
+    for _ in range(count):
+        names = [*rng.choice(threads)]
+        for _ in range(rng.randint(1, 6)):
+            names.append(fresh)
+            fresh += 1
+        threads.append(names)
+        at += rng.expovariate(20.0)
+        load.append(one(at, names, rng.randint(1, 30), rng.randint(1, 63)))
+    return load
+
+
+def run(load: list[Arrival], setting: Setting = SMALL, policy: str = "cost") -> Replay:
+    replay = Replay(setting, POLICIES[policy](), load)
+    replay.run()
+    replay.check()
+    return replay
+
+
+def result(replay: Replay) -> dict[str, object]:
+    """All but the real time that plans took."""
+    found = summarize(replay, "p", Objective())
+    return {f.name: getattr(found, f.name) for f in fields(Result) if not f.name.startswith("plan_ms")}
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_the_same_seed_gives_the_same_run(policy: str) -> None:
+    setting = replace(SMALL, noise=0.1, seed=3)
+    first, second = (result(run(some_load(1), setting, policy)) for _ in range(2))
+    assert first == second
+    assert first != result(run(some_load(1), replace(setting, seed=4), policy))
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(0, 10**6), st.sampled_from(sorted(POLICIES)), st.integers(0, 3), st.integers(0, 60), st.integers(1, 40)
+)
+def test_every_request_ends_exactly_once_and_nothing_is_left(
+    seed: int, policy: str, prefill: int, cache_blocks: int, max_inflight: int
+) -> None:
+    setting = replace(
+        SMALL, prefill=prefill, cache_blocks=cache_blocks, max_inflight=max_inflight, noise=0.2, seed=seed
+    )
+    ends: dict[int, int] = {}
+    replay = Replay(setting, POLICIES[policy](), some_load(seed, 25))
+    for flight in replay.flights:
+        before = flight.on_end
+        flight.on_end = lambda f, then=before: (ends.update({f.number: ends.get(f.number, 0) + 1}), then(f))[-1]  # type: ignore[misc]
+    replay.run()
+    replay.check()
+    served = {flight.number for flight in replay.flights if not flight.rejected}
+    assert ends == dict.fromkeys(served, 1)
+    assert served, "the first request always finds room"
+    for flight in replay.flights:
+        if not flight.rejected:
+            assert 0 < flight.computed <= flight.prompt_tokens
+
+
+def test_an_unloaded_request_takes_what_its_steps_and_its_hand_over_take() -> None:
+    load = [one(0.0, [1, 2], output=3, extra=12)]  # 140 tokens
+    flight = run(load, replace(SMALL, prefill=1, decode=1), "round_robin").flights[0]
+    prefill_ms = 10 + 139 * 0.1
+    move_ms = 139 * EXACT.kv_bytes / EXACT.link_bytes_per_ms + EXACT.hand_over_ms
+    first_ms = 10 + 0.1 + 1e-3 * 140
+    messages_ms = 2 * SMALL.delay_s * 1e3
+    assert flight.ttft_s * 1e3 == pytest.approx(messages_ms + prefill_ms + move_ms + first_ms)
+    assert flight.tpot_s * 1e3 == pytest.approx(10 + 0.1 + 1e-3 * 141.5)
+    assert (flight.computed, flight.local) == (139, False)
+
+
+def test_prompts_are_computed_in_chunks_of_the_token_budget() -> None:
+    load = [one(0.0, list(range(1, 41)), output=1)]  # 2570 tokens in three steps
+    flight = run(load, replace(SMALL, prefill=0, decode=1)).flights[0]
+    assert flight.ttft_s * 1e3 == pytest.approx(SMALL.delay_s * 1e3 + 3 * 10 + 2570 * 0.1)
+
+
+def test_the_next_turn_finds_its_history_where_it_was_computed() -> None:
+    turns = [one(0.0, [1, 2, 3]), one(5.0, [1, 2, 3, 4, 5])]
+    first, second = run(turns).flights
+    assert first.computed == first.prompt_tokens - 1 if not first.local else first.prompt_tokens
+    assert second.computed <= 2 * SMALL.block_tokens + 10
+    cold = run(turns, replace(SMALL, cache_blocks=0)).flights[1]
+    assert cold.computed >= cold.prompt_tokens - 1
+
+
+def test_requests_over_the_bound_are_rejected() -> None:
+    load = [one(0.0, [n]) for n in range(1, 6)]
+    replay = run(load, replace(SMALL, max_inflight=2))
+    assert [flight.rejected for flight in replay.flights] == [False, False, True, True, True]
+    assert result(replay)["rejected_share"] == pytest.approx(0.6)
+
+
+def test_memory_of_a_decode_worker_holds_requests_back() -> None:
+    machine = replace(EXACT, kv_tokens=400)
+    load = [one(0.0, [n, 100 + n, 200 + n], output=20) for n in range(1, 4)]
+    replay = run(load, replace(SMALL, decode=1, machine=machine), "round_robin")
+    spans = sorted((flight.first_at, flight.ended_at) for flight in replay.flights)
+    assert all(later[0] > earlier[1] for earlier, later in pairwise(spans))
+
+
+def test_identical_prompts_that_arrive_together_follow_the_first() -> None:
+    """They go where it is promised, whatever else is idle, and find it computed when their turn comes."""
+    names = list(range(1, 33))
+    load = [one(0.03 * n, names) for n in range(6)]
+    replay = run(load, replace(SMALL, prefill=4, decode=1, cache_blocks=200), "longest_prefix")
+    assert len({flight.prefill for flight in replay.flights}) == 1
+    assert sum(flight.computed for flight in replay.flights) < 1.2 * replay.flights[0].prompt_tokens
+    # By cost, a decode worker may compute it too, but nobody else.
+    mixed = run(load, replace(SMALL, prefill=4, decode=1, cache_blocks=200))
+    assert len({flight.prefill for flight in mixed.flights if flight.prefill}) <= 1
+    assert sum(flight.computed for flight in mixed.flights) < 2.2 * mixed.flights[0].prompt_tokens
+
+
+def test_time_is_compressed_to_the_load_asked_for() -> None:
+    entries = [TraceEntry(1000.0 * n, 1024, 5, (0, n)) for n in range(1, 101)]
+    setting = Setting(prefill=4, machine=EXACT, block_tokens=512)
+    made = arrivals(entries, 20, 0.5, setting)
+    counted = [arrival for arrival in made if arrival.reported]
+    assert len(counted) == 80 and len(made[0].hashes) == 2
+    rate = sum(arrival.prompt_tokens for arrival in counted) / (counted[-1].at - counted[0].at)
+    assert rate == pytest.approx(0.5 * 4 * 1024 / 0.1124)
+    assert ideal_share(made, 512) == pytest.approx(0.5)
+    for skip, load, text in ((100, 0.5, "at least one must be left"), (0, 0.0, "both must be above 0")):
+        with pytest.raises(ValueError, match=text):
+            arrivals(entries, skip, load, setting)
+    with pytest.raises(ValueError, match="decode is 0; it must be at least 1"):
+        Setting(decode=0)
+
+
+def test_a_summary_counts_what_it_says() -> None:
+    replay = run(
+        [one(0.0, [1, 2]), one(3.0, [1, 2, 3]), one(6.0, [9])], replace(SMALL, prefill=2, decode=1), "round_robin"
+    )
+    found = result(replay)
+    prompts = sum(flight.prompt_tokens for flight in replay.flights)
+    assert found["hit_share"] == pytest.approx(1 - sum(flight.computed for flight in replay.flights) / prompts)
+    assert found["requests"] == 3 and found["goodput_share"] == 1.0 and found["local_share"] == 0.0
+    assert found["goodput_per_s"] == pytest.approx(3 / 6.0)
+    strict = summarize(replay, "p", Objective(ttft_ms=0.001))
+    assert strict.goodput_share == 0.0
+    busy = [replay.busy[1][name] - replay.busy[0][name] for name in replay.busy[0]]
+    assert found["busiest"] == pytest.approx(max(busy) / (sum(busy) / 2))
