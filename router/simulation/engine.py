@@ -93,7 +93,8 @@ class Engine:
         self._prompts: deque[Prompt] = deque()
         self._joining: list[Output] = []
         self._outputs: list[tuple[int, int, Output]] = []
-        self._context = 0
+        self.context = 0
+        """Tokens that its decoding sequences look back on."""
         self._steps = 0
         self._order = 0
         self._stepping = False
@@ -140,7 +141,7 @@ class Engine:
     def _step(self) -> None:
         for output in self._joining:
             output.ends = self._steps + output.tokens
-            self._context += output.context
+            self.context += output.context
             heapq.heappush(self._outputs, (output.ends, self._order, output))
             self._order += 1
         fresh, self._joining = self._joining, []
@@ -150,7 +151,7 @@ class Engine:
         if not tokens and not chunks:
             self._stepping = False
             return
-        ms = self._machine.step_ms(tokens, self._context) * max(0.1, self._rng.gauss(1.0, self._noise))
+        ms = self._machine.step_ms(tokens, self.context) * max(0.1, self._rng.gauss(1.0, self._noise))
         if not tokens:
             ms = 0.0
         self._clock.after(ms / 1e3, self._end_step, ms, tokens, outputs, chunks, fresh)
@@ -199,7 +200,7 @@ class Engine:
         self, ms: float, tokens: int, outputs: int, chunks: list[tuple[Prompt, int]], fresh: list[Output]
     ) -> None:
         self._steps += 1
-        self._context += outputs
+        self.context += outputs
         self.busy_s += ms / 1e3
         if tokens:
             self._fit.add(tokens, ms / 1e3)
@@ -209,7 +210,7 @@ class Engine:
             output.on_first()
         while self._outputs and self._outputs[0][0] <= self._steps:
             _, _, output = heapq.heappop(self._outputs)
-            self._context -= output.context + output.tokens
+            self.context -= output.context + output.tokens
             output.on_end()
         self._host.stepped(ms, outputs)
         self._step()

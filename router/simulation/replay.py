@@ -125,6 +125,7 @@ class Replay:
         for worker in (*self.prefill, *self.decode):
             worker.cache.check_integrity()
             assert worker.engine.queued_tokens == worker.engine.running == worker.engine.waiting == 0
+            assert worker.engine.context == worker.engine.prompt_tokens == 0
             assert len(worker.cache) <= self.setting.cache_blocks
         self.index.check_integrity()
 
