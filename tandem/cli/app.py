@@ -14,9 +14,8 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from tandem.cli.options import command
-from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, TrainDraftConfig, UpConfig, WorkerConfig
 from tandem.cli.replay import replay
-from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, UpConfig, WorkerConfig
+from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, TrainDraftConfig, UpConfig, WorkerConfig
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
 
