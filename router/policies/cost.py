@@ -11,6 +11,7 @@ below. Joint cost routing after Mooncake (Qin et al. 2024) and Dynamo, with meas
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ everybody; from 3 to 10 the results hardly change."""
 RECENT = 0.05
 """Weight of the work that a prefill worker got recently, beside work that waits there now. It levels what queues are
 too short to show, caches included; any small weight does (docs/routing.md)."""
+SPREAD = np.uint64(0x9E3779B1)
+"""An odd number near the golden ratio of 2**32: multiplying by it scatters numbers (Knuth)."""
 RESOLUTION_MS = 1e-3
 """Costs closer than this are equal."""
 
@@ -69,7 +72,7 @@ class CostPolicy(Policy):
         for helper, move in zip(helpers, moves, strict=True):
             best = np.minimum(best, helper.cost + move)
         pairs = []
-        for place in _smallest(best + _total(shared), KEPT, request, decode.views):
+        for place in _smallest(best + _total(shared), KEPT, request, decode):
             terms = {name: float(values[place]) for name, values in shared.items()}
             own = {name: float(values[place]) for name, values in local.items()}
             pairs.append(_candidate(request, decode, place, None, own, terms))
@@ -95,8 +98,8 @@ class _Group:
 
     def __init__(self, views: Sequence[WorkerView], request: RequestInfo, matches: Matches) -> None:
         self.views = views
-        self.table: Numbers = np.array([view.row for view in views], dtype=np.float64).reshape(len(views), len(Column))
-        known = [matches.get(view.incarnation, 0) for view in views]
+        self.table: Numbers = np.frombuffer(b"".join([view.row for view in views])).reshape(len(views), len(Column))
+        known = [matches.get(view.info.incarnation, 0) for view in views]
         self.cached: Numbers = np.minimum(np.array(known, dtype=np.float64), request.computable)
 
     def column(self, column: Column) -> Numbers:
@@ -136,15 +139,15 @@ def _order(request: RequestInfo, pair: Candidate) -> tuple[float, bool, int, int
     )
 
 
-def _smallest(costs: Numbers, count: int, request: RequestInfo, views: Sequence[WorkerView]) -> list[int]:
+def _smallest(costs: Numbers, count: int, request: RequestInfo, group: _Group) -> list[int]:
     """Places of the smallest, best first; equals in an order of the request's own."""
     rounded = np.round(costs / RESOLUTION_MS)
     limit = np.inf if len(rounded) <= count else np.partition(rounded, count - 1)[count - 1]
     places = np.flatnonzero(rounded <= limit)
-    return sorted(
-        (int(place) for place in places),
-        key=lambda place: (rounded[place], tie_break(request.request_id, views[place].incarnation)),
-    )[:count]
+    names = group.column(Column.NAME)[places].astype(np.uint64)
+    drawn = (names ^ np.uint64(zlib.crc32(request.request_id.encode()))) * SPREAD & np.uint64(0xFFFFFFFF)
+    found: list[int] = places[np.lexsort((drawn, rounded[places]))][:count].tolist()
+    return found
 
 
 class _Coefficients:
@@ -226,7 +229,7 @@ def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: flo
                 "recent": float(recent[place]),
             },
         )
-        for place in _smallest(cost, KEPT, request, group.views)
+        for place in _smallest(cost, KEPT, request, group)
     ]
 
 

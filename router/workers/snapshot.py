@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -54,6 +56,11 @@ class Column(IntEnum):
     CAPACITY_TOKENS = 7
     RECENT_TOKENS = 8
     RECENT_AT = 9
+    NAME = 10
+    """A number that stands for its name, below 2**32."""
+
+
+ROW = f"{len(Column)}d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,13 @@ class WorkerView:
     recent_tokens: float = 0.0
     """Prompt tokens that this router sent it to compute, each counting less as time goes by; as of `recent_at`."""
     recent_at: float = 0.0
-    row: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    """Its numbers in the order of `Column`, for policies that weigh a thousand workers at once."""
+    row: bytes = field(init=False, repr=False, compare=False)
+    """Its numbers in the order of `Column`, as doubles, for policies that weigh a thousand workers at once."""
 
     def __post_init__(self) -> None:
         timing = self.status.timing
-        row = (
+        row = struct.pack(
+            ROW,
             self.queued_tokens,
             self.sequences,
             self.free_tokens,
@@ -84,6 +92,7 @@ class WorkerView:
             self.info.capacity_tokens,
             self.recent_tokens,
             self.recent_at,
+            zlib.crc32(self.incarnation.encode()),
         )
         object.__setattr__(self, "row", row)
 
