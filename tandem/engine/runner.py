@@ -88,6 +88,16 @@ def _known(row: Row) -> Sequence[int]:
     return [*own, *row.draft.tokens] if row.draft.tokens else own
 
 
+def _place_trees(rows: Sequence[Row], positions: IntArray, counts: IntArray) -> dict[int, IntArray]:
+    """The lineages of rows whose drafts are trees, whose positions are made those of their depths."""
+    trees = {index: row.draft for index, row in enumerate(rows) if row.draft.parents is not None}
+    ends = counts.cumsum() if trees else counts
+    for index, draft in trees.items():
+        first = rows[index].start + rows[index].own - 1
+        positions[ends[index] - len(draft) : ends[index]] = first + np.array(draft.depths())
+    return {index: np.array(draft.lineage(), dtype=np.int64) for index, draft in trees.items()}
+
+
 class Runner:
     """Runs batches. Used by the engine thread only; reads sequences and never changes them."""
 
@@ -181,7 +191,8 @@ class Runner:
             for group in range(len(self.pool.layout.groups))
         ]
         positions = np.arange(int(counts.sum())) - np.repeat(before - starts, counts)
-        plan = self.attention.plan(AttentionBatch(starts, counts, pages))
+        trees = _place_trees(rows, positions, counts)
+        plan = self.attention.plan(AttentionBatch(starts, counts, pages, trees))
         return self._tokens(batch, before, after), positions, plan
 
     def _tokens(self, batch: Batch, firsts: IntArray, after: InFlight | None) -> torch.Tensor:

@@ -221,6 +221,14 @@ class Draft:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
 
+    def lineage(self) -> list[int]:
+        """Of each node, those on the path to it, itself among them: bit n is node n."""
+        seen: list[int] = []
+        for node in range(len(self.tokens)):
+            parent = self.parent(node)
+            seen.append(1 << node | (0 if parent == ROOT else seen[parent]))
+        return seen
+
     def keep(self, nodes: Sequence[int]) -> Draft:
         """The draft without all other nodes. nodes: in order, each with its parent."""
         if self.parents is None:

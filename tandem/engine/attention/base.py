@@ -5,8 +5,8 @@ FlashInfer: Ye et al. 2025, arXiv:2501.01005.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +30,13 @@ class AttentionBatch:
     """Per layer group of the pool's layout and row, the page numbers that cover positions `[0, starts[r] + counts[r])`.
 
     More do no harm. A page wholly outside the window of all new tokens may be any number; it is never read.
+    """
+    trees: Mapping[int, IntArray] = field(default_factory=dict)
+    """By row whose last tokens are a tree: of each of these, which of them it sees, itself among them, as bits.
+
+    Beside them it sees what stands before the tree. A token's KV lies where its row's order puts it, but its position
+    is that of its depth, the first of the tree being where the tree begins. 63 tokens at most; all bits of a token are
+    of tokens before it.
     """
 
 
@@ -60,6 +67,9 @@ class AttentionPlan(Protocol):
 
 class AttentionBackend(Protocol):
     """Makes plans. Owns whatever workspace it needs; the KV itself belongs to the pool."""
+
+    trees: bool
+    """Whether it serves batches with trees; else `plan` raises ValueError on one."""
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         """Called once per step by the engine thread, before the forward pass."""

@@ -72,6 +72,22 @@ class Pieces:
         return count > 1 and bool((self.starts == self.firsts).all()) and count <= (self.window or count)
 
 
+def tree_hidden(pieces: Pieces, lineage: IntArray) -> BoolArray:
+    """`Pieces.hidden` of one piece, a whole row whose last tokens are a tree. lineage: see `AttentionBatch.trees`."""
+    start, count, first = (int(part[0]) for part in (pieces.starts, pieces.counts, pieces.firsts))
+    nodes, end = len(lineage), start + count
+    base = end - nodes
+    bits = lineage[:, None] >> np.arange(nodes) & 1
+    positions = np.arange(first, end)
+    positions[base - first :] = base + bits.sum(axis=1) - 1
+    queries = positions[start - first :, None]
+    late: BoolArray = np.arange(first, end) > np.arange(start, end)[:, None]
+    late[count - nodes :, base - first :] = bits == 0
+    if pieces.window is not None:
+        late |= positions <= queries - pieces.window
+    return late[None]
+
+
 def cut_rows(batch: AttentionBatch, window: int | None) -> Pieces:
     """The batch's rows, whole for full attention."""
     offsets = np.cumsum(batch.counts) - batch.counts

@@ -65,6 +65,8 @@ class _Rows:
 class FlashInferAttention:
     """The backend: grouped queries, windows, soft caps; heads of 64, 128 or 256 in float16 or bfloat16."""
 
+    trees = False
+
     def __init__(self, pool: KvPool, library: Any) -> None:
         """library: `load_flashinfer()`. Raises ConfigError on what it does not serve."""
         planes = {plane.name: plane for plane in pool.layout.planes}

@@ -31,6 +31,8 @@ class _Plan(ctypes.Structure):
         ("task_rows", ctypes.c_void_p),
         ("task_firsts", ctypes.c_void_p),
         ("tile", ctypes.c_int64),
+        ("nodes", ctypes.c_void_p),
+        ("lineage", ctypes.c_void_p),
     ]
 
 
@@ -49,6 +51,8 @@ class _Layer(ctypes.Structure):
 
 class NativeAttention:
     """The backend, over the pool's planes `k` and `v`, in memory of this process."""
+
+    trees = True
 
     def __init__(self, pool: KvPool, library: NativeLibrary) -> None:
         planes = {plane.name: plane for plane in pool.layout.planes}
@@ -128,6 +132,7 @@ class NativePlan:
         ends = counts.cumsum()
         self._tokens = int(ends[-1])
         self._rows = (starts, counts, ends - counts)
+        self._trees = _trees(batch, self._tokens) if batch.trees else None
         self._alive: list[IntArray] = []
         """What the kernel's plan points to."""
         self._tables = tables
@@ -182,11 +187,30 @@ class NativePlan:
             rows = np.repeat(np.arange(len(counts)), tasks)
             task_firsts = (np.arange(len(rows)) - np.repeat(tasks.cumsum() - tasks, tasks)) * tile
         arrays = [starts, counts, firsts, table, offsets, rows, task_firsts]
-        self._alive += arrays
+        self._alive += [*arrays, *(self._trees or ())]
         where = [array.ctypes.data for array in arrays]
         plan.__init__(  # type: ignore[misc]
-            len(counts), *where[:5], self._backend.pool.page_size, len(rows), *where[5:], tile
+            len(counts),
+            *where[:5],
+            self._backend.pool.page_size,
+            len(rows),
+            *where[5:],
+            tile,
+            *((None, None) if self._trees is None else (array.ctypes.data for array in self._trees)),
         )
+
+
+def _trees(batch: AttentionBatch, tokens: int) -> tuple[IntArray, IntArray]:
+    """`nodes` and `lineage` of `Plan` in attention.cpp. Raises ValueError where a node would see what is not there."""
+    nodes, lineage = np.zeros(len(batch.counts), dtype=np.int64), np.zeros(tokens, dtype=np.int64)
+    ends = batch.counts.cumsum()
+    for row, words in batch.trees.items():
+        places = np.arange(len(words))
+        if not 1 <= len(words) <= min(63, int(batch.counts[row]) - 1) or ((words >> places) != 1).any():
+            raise ValueError(f"row {row} has a tree of {len(words)} tokens that see others than themselves and earlier")
+        nodes[row] = len(words)
+        lineage[ends[row] - len(words) : ends[row]] = words
+    return nodes, lineage
 
 
 def _kinds(pool: KvPool) -> list[tuple[int, int, str]]:

@@ -16,8 +16,10 @@ def visible_pages(
 
     `firsts[row] + position // page_size` is where a position's page stands, so that a first may be negative where a
     window leaves pages out. Raises ValueError when pages are missing or out of range: kernels would read and write
-    foreign memory.
+    foreign memory; and on a tree, which those kernels do not serve.
     """
+    if batch.trees:
+        raise ValueError(f"rows {', '.join(map(str, batch.trees))} have trees; these kernels attend to chains")
     firsts = np.zeros_like(batch.starts)
     if window is not None:
         firsts = np.maximum(batch.starts - window + 1, 0) // page_size

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.device import upload
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
-from tandem.engine.attention.buckets import Pieces, cut_rows, page_table, split_rows
+from tandem.engine.attention.buckets import BoolArray, Pieces, cut_rows, page_table, split_rows, tree_hidden
 from tandem.engine.kv_pool import KvPool
 
 CAPPED_QUERIES = 128
@@ -58,6 +58,8 @@ class _GroupPlan:
 class TorchPagedAttention:
     """The backend: causal attention, full or windowed, with grouped queries over the pool's planes `k` and `v`."""
 
+    trees = True
+
     def __init__(self, pool: KvPool) -> None:
         if {plane.name for plane in pool.layout.planes} != {"k", "v"}:
             raise ValueError("torch_paged serves layouts of planes k and v")
@@ -77,11 +79,17 @@ class TorchPagedAttention:
             table = page_table(pages)
             slots = table[row, positions // page] * page + positions % page
             pieces = cut_rows(batch, group.window)
-            buckets = [self._bucket(pieces.take(which), table) for which in split_rows(pieces.counts, pieces.lengths)]
+            plain = np.flatnonzero(~np.isin(pieces.rows, list(batch.trees)))
+            parts = split_rows(pieces.counts[plain], pieces.lengths[plain]) if len(plain) else []
+            buckets = [self._bucket(pieces.take(plain[which]), table) for which in parts]
+            for tree, lineage in batch.trees.items():
+                own = pieces.take(np.flatnonzero(pieces.rows == tree))
+                buckets.append(self._bucket(_whole(own, lineage), table, lineage))
             plans.update(dict.fromkeys(group.layers, _GroupPlan(group.window, self._on_device(slots), buckets)))
         return TorchPagedPlan(self.pool, plans)
 
-    def _bucket(self, pieces: Pieces, table: IntArray) -> _Bucket:
+    def _bucket(self, pieces: Pieces, table: IntArray, lineage: IntArray | None = None) -> _Bucket:
+        """lineage: of the one piece, a row with a tree."""
         counts, lengths = pieces.counts, pieces.lengths
         count, length, page = int(counts.max()), int(lengths.max()), self.pool.page_size
         # Padding repeats the row's own last position: what lies elsewhere may be another sequence's, or not finite.
@@ -91,23 +99,22 @@ class TorchPagedAttention:
         tokens = (pieces.offsets[:, None] + steps).ravel()
         contiguous = bool((np.diff(tokens) == 1).all())
         real = np.flatnonzero((np.arange(count) < counts[:, None]).ravel())
-        causal = pieces.causal()
+        causal = lineage is None and pieces.causal()
         return _Bucket(
             tokens=None if contiguous else self._on_device(tokens),
             first=int(tokens[0]),
             real=None if len(real) == len(tokens) else self._on_device(real),
             slots=self._on_device(slots.ravel()),
             gathered=self._room_for(slots.size),
-            mask=None if causal else self._mask(pieces),
+            mask=None if causal else self._mask(pieces.hidden() if lineage is None else tree_hidden(pieces, lineage)),
             causal=causal,
             rows=len(counts),
             count=count,
             length=length,
         )
 
-    def _mask(self, pieces: Pieces) -> torch.Tensor | None:
+    def _mask(self, hidden: BoolArray | None) -> torch.Tensor | None:
         """See `_Bucket.mask`."""
-        hidden = pieces.hidden()
         if hidden is None:
             return None
         mask = torch.zeros(hidden.shape, dtype=self.pool.plane("k", 0).dtype)
@@ -122,6 +129,13 @@ class TorchPagedAttention:
 
     def _on_device(self, indices: IntArray) -> torch.Tensor:
         return upload(torch.from_numpy(indices), self.pool.device)
+
+
+def _whole(piece: Pieces, lineage: IntArray) -> Pieces:
+    """The piece of a row with a tree, if it is one."""
+    if len(piece.rows) != 1 or len(lineage) > int(piece.counts[0]):
+        raise ValueError(f"a tree of {len(lineage)} tokens must be the end of one row that is computed as a whole")
+    return piece
 
 
 class TorchPagedPlan:

@@ -34,6 +34,8 @@ PART_TOKENS = 256
 class TritonPagedAttention:
     """The backend: grouped queries, windows, soft caps, every head size; float32, bfloat16, float16."""
 
+    trees = False
+
     def __init__(self, pool: KvPool, part_tokens: int = PART_TOKENS) -> None:
         """Raises ValueError on layouts that it cannot serve."""
         planes = {plane.name: plane for plane in pool.layout.planes}

@@ -20,6 +20,8 @@ struct Plan {
     const int64_t *task_rows;   // [tasks]
     const int64_t *task_firsts; // [tasks] first of the row's new tokens in this task
     int64_t tile;               // new tokens in a task
+    const int64_t *nodes;       // [rows] how many of a row's last new tokens are a tree; null: none of any row
+    const int64_t *lineage;     // [tokens] which of its row's nodes a node sees, as bits
 };
 
 struct Layer {
@@ -85,6 +87,31 @@ void write(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
 
 INLINE int64_t first_visible(const Layer &layer, int64_t position) {
     return layer.window > 0 && position >= layer.window ? position - layer.window + 1 : 0;
+}
+
+// Where a row's tree begins, if it has one; else behind all of its positions.
+INLINE int64_t tree_of(const Plan &plan, int64_t row) {
+    return plan.starts[row] + plan.counts[row] - (plan.nodes ? plan.nodes[row] : 0);
+}
+
+INLINE uint64_t lineage_of(const Plan &plan, int64_t row, int64_t slot) {
+    return (uint64_t)plan.lineage[plan.tokens[row] + slot - plan.starts[row]];
+}
+
+// The position of what lies in a slot: that of its depth within a tree.
+INLINE int64_t position_of(const Plan &plan, int64_t row, int64_t slot, int64_t tree) {
+    return slot < tree ? slot : tree + __builtin_popcountll(lineage_of(plan, row, slot)) - 1;
+}
+
+// Hides the nodes of a tree that a node does not see: all but those before it on its path, within the window.
+INLINE void prune(const Plan &plan, const Layer &layer, int64_t row, int64_t slot, int64_t tree, int64_t from,
+                  int64_t count, float *scores) {
+    uint64_t seen = lineage_of(plan, row, slot);
+    int64_t least = first_visible(layer, position_of(plan, row, slot, tree));
+    for (int64_t k = tree > from ? tree - from : 0; k < count; k++) {
+        bool visible = from + k <= slot && (seen >> (from + k - tree) & 1);
+        if (!visible || position_of(plan, row, from + k, tree) < least) scores[k] = -INF;
+    }
 }
 
 INLINE vf scaled(vf score, const Layer &layer) {
@@ -481,7 +508,8 @@ void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
         best[r] = -INF, total[r] = 0;
     }
     for (int64_t i = 0; i < rows * dim; i++) out[i] = 0;
-    int64_t position = plan.starts[row] + first, end = position + count, from = first_visible(layer, position);
+    int64_t position = plan.starts[row] + first, end = position + count, tree = tree_of(plan, row);
+    int64_t from = first_visible(layer, position < tree ? position : tree);
     int64_t places[2][BLOCK], *offsets = places[0], *after = places[1];
     int64_t keys_here = end - from < BLOCK ? end - from : BLOCK;
     locate(plan, layer, row, head, from, keys_here, offsets);
@@ -499,12 +527,14 @@ void chunk(const Plan &plan, const Layer &layer, const Tensors<T> &t, int64_t ro
             score_tile<T, 2>(query + r * units, turned, units, keys_here, scores + r * BLOCK);
         for (; r < rows; r++) score_tile<T, 1>(query + r * units, turned, units, keys_here, scores + r * BLOCK);
         for (r = skipped; r < rows; r++) {
-            int64_t at = position + r / group, low = first_visible(layer, at) - from, high = at + 1 - from;
+            int64_t at = position + r / group, high = at + 1 - from;
+            int64_t low = first_visible(layer, position_of(plan, row, at, tree)) - from;
             float *mine = scores + r * BLOCK;
             if (high > keys_here) high = keys_here;
             for (int64_t k = 0; k < high; k += LANES) store(mine + k, scaled(load(mine + k), layer));
             for (int64_t k = 0; k < low && k < BLOCK; k++) mine[k] = -INF;
             for (int64_t k = high; k < BLOCK; k++) mine[k] = -INF;
+            if (at >= tree) prune(plan, layer, row, at, tree, from, high, mine);
             rescale(out + r * dim, dim, soften(mine, best[r], total[r]));
             finish_weights<T>(mine);
         }
