@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ WISHES = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), CheckpointSpec(layers=2, vocab=VOCAB))
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """An engine's thread for masks ends with the engine, which is part of cycles."""
+    yield
+    gc.collect()
 
 
 def build(model: Path, **settings: Any) -> Engine:
