@@ -23,6 +23,8 @@ class Choice:
     finish: FinishReason | None = None
     stop_token: int | None = None
     error: str = ""
+    resumed: int = 0
+    """The first so many output tokens were made by a worker that is gone; the router has them."""
     sent: int = 0
     """Output tokens already put into a message."""
     closed: bool = False
@@ -38,7 +40,7 @@ class Choice:
             choice=self.index,
             first_index=first,
             tokens=tuple(self.tokens[first:]),
-            logprobs=tuple(self.logprobs[first:]),
+            logprobs=tuple(self.logprobs[first - self.resumed :]),
             prompt_logprobs=self.prompt_logprobs if first == 0 else (),
             finish=self.finish,
             stop_token=self.stop_token,
@@ -53,18 +55,18 @@ class Choice:
 
     def rewind(self, next_index: int) -> None:
         """A reconnecting router asks for everything from output index `next_index` on."""
-        self.sent = max(0, min(next_index, len(self.tokens)))
+        self.sent = max(self.resumed, min(next_index, len(self.tokens)))
         self.closed = False
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        owner = self.request
+        owner, prompt = self.request, len(self.request.request.prompt)
         return Usage(
-            prompt_tokens=len(owner.request.prompt),
+            prompt_tokens=prompt,
             completion_tokens=len(self.tokens),
-            cached_tokens=owner.cached_tokens,
-            decode_cached_tokens=owner.decode_cached,
-            moved_tokens=owner.moved_tokens,
+            cached_tokens=min(owner.cached_tokens, prompt),
+            decode_cached_tokens=min(owner.decode_cached, prompt),
+            moved_tokens=min(owner.moved_tokens, prompt),
             sender=owner.sender,
             hand_over_ms=owner.hand_over_ms,
         )
@@ -93,6 +95,11 @@ class Request:
         return max(self.decode_cached, self.sender_cached)
 
     @property
+    def lead(self) -> Choice:
+        """The choice that gets the prompt's KV."""
+        return self.choices[self.request.lead]
+
+    @property
     def finished(self) -> bool:
         """Whether every choice has ended."""
         return all(choice.finish is not None for choice in self.choices)
@@ -113,17 +120,20 @@ def make_request(
 ) -> Request:
     """The record with one sequence for each choice. Only the first one carries the prompt's log-probabilities.
 
+    What other workers made of a choice stands in its sequence behind the prompt, as if it had been made here: places in
+    the output, penalties and grammar go on from there. Choices that ended elsewhere are over at once.
     constrain: makes each choice's way through the request's grammar.
     """
     record = Request(request, router_id, admitted_at=now)
     sampling = request.sampling
     stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
     for index in range(request.choices):
+        made = request.made(index)
         seq = Seq(
             seq_id=f"{request.request_id}.{request.attempt}.{index}",
-            tokens=list(request.prompt),
+            tokens=[*request.prompt, *made],
             prompt_len=len(request.prompt),
-            sampling=sampling if index == 0 else replace(sampling, prompt_logprobs=None),
+            sampling=sampling if index == 0 and not made else replace(sampling, prompt_logprobs=None),
             root=root,
             eos_ids=stops,
             choice=index,
@@ -134,5 +144,11 @@ def make_request(
             order=order + index,
             constraint=constrain() if constrain is not None else None,
         )
-        record.choices.append(Choice(record, index, seq))
+        choice = Choice(record, index, seq, tokens=list(made), resumed=len(made), sent=len(made))
+        if index in request.ended:
+            choice.finish, choice.closed = FinishReason.STOP, True
+        elif seq.constraint is not None:
+            for token in made:
+                seq.constraint.accept(token)
+        record.choices.append(choice)
     return record

@@ -93,12 +93,12 @@ class DecodeWorker:
         record = make_request(request, router_id, root, self._eos_ids, self._order, self._loop.time(), constrain)
         self._order += request.choices
         self._requests[request.request_id] = record
-        self._choices.update((choice.seq.seq_id, choice) for choice in record.choices)
+        self._choices.update((choice.seq.seq_id, choice) for choice in record.open_choices())
         self.tenants.admitted(request.tenant, router_id, len(request.prompt))
-        cached = 0
+        known_tokens, cached = request.known, 0
         if request.sampling.prompt_logprobs is None:
             try:
-                cached = await self._thread.call(self._engine.match_len, root, request.prompt)
+                cached = await self._thread.call(self._engine.match_len, root, known_tokens)
             except BaseException:  # the router did not wait for the answer, or the engine has ended
                 self._end(record, FinishReason.CANCELLED)
                 raise
@@ -106,11 +106,11 @@ class DecodeWorker:
                 raise Fenced(f"request {request.request_id} ended while it was being admitted")
         asked = (
             wants_hand_over(
-                len(request.prompt), cached, expected_cached, planned_local, targets, self._config.local_prefill_tokens
+                len(known_tokens), cached, expected_cached, planned_local, targets, self._config.local_prefill_tokens
             )
             and request.sampling.prompt_logprobs is None
         )
-        self._announce(EventKind.PROMISED, root, request.prompt)
+        self._announce(EventKind.PROMISED, root, known_tokens)
         self._start(record, dispatch, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
 
@@ -139,8 +139,8 @@ class DecodeWorker:
         task.add_done_callback(done)
 
     async def _prepare(self, record: Request, dispatch: int, targets: Sequence[Target]) -> None:
-        """Gives the first choice its prompt's KV, or the task of computing it."""
-        seq = record.choices[0].seq
+        """Gives the leading choice its prompt's KV, or the task of computing it."""
+        seq = record.lead.seq
         if targets:
             seq.state = SeqState.WAITING_KV
         await self._thread.call(self._engine.add, seq)
@@ -151,7 +151,7 @@ class DecodeWorker:
         if targets:
             sink = PageSink(seq, self._engine, self._thread, self._reservations)
             asked_at = self._loop.time()
-            outcome = await self._prefill.fetch(record.request, record.request.prompt[:-1], targets, sink)
+            outcome = await self._prefill.fetch(record.request, record.request.known[:-1], targets, sink)
             record.sender, record.hand_over_ms = outcome.sender, (self._loop.time() - asked_at) * 1000
             record.sender_cached = min(outcome.sender_cached, sink.landed)
             record.moved_tokens = sink.moved_tokens
@@ -178,11 +178,11 @@ class DecodeWorker:
 
     def _append(self, choice: Choice, made: SeqOutput, now: float) -> None:
         record = choice.request
-        if not choice.tokens:
-            if made.tokens:
+        if len(choice.tokens) == choice.resumed:
+            if made.tokens and not choice.resumed:
                 self._metrics.ttft.observe(now - record.admitted_at)
             choice.prompt_logprobs = tuple(choice.seq.prompt_logprobs)
-            if choice.index == 0:
+            if choice is record.lead:
                 self._prompt_computed(record)
         elif made.tokens:
             self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
@@ -199,12 +199,12 @@ class DecodeWorker:
 
     def _prompt_computed(self, record: Request) -> None:
         """The prompt is in the cache now: the other choices find it there."""
-        record.decode_cached = max(record.decode_cached, record.choices[0].seq.cached_tokens)
+        record.decode_cached = max(record.decode_cached, record.lead.seq.cached_tokens)
         self._metrics.prompt_tokens.inc(len(record.request.prompt))
         self._metrics.prefix_hits.labels("decode").inc(record.decode_cached)
         self._metrics.prefix_hits.labels("prefill").inc(max(record.cached_tokens - record.decode_cached, 0))
-        for sibling in record.choices[1:]:
-            if sibling.finish is None:
+        for sibling in record.open_choices():
+            if sibling is not record.lead:
                 self._thread.post(self._engine.add, sibling.seq)
 
     # Ends -----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class DecodeWorker:
         """Takes the promise back; what was stored meanwhile stays stored."""
         request = record.request
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
-        self._announce(EventKind.WITHDRAWN, root, request.prompt)
+        self._announce(EventKind.WITHDRAWN, root, request.known)
 
     def _announce(self, kind: EventKind, root: bytes, prompt: TokenIds) -> None:
         # Without a cache nothing is ever stored, and no promise would be kept.
@@ -332,9 +332,9 @@ class DecodeWorker:
 
     @property
     def siblings_waiting(self) -> int:
-        """Choices that start once their request's first one has its prompt: the engine does not know of them."""
-        firsts = [choice.request.choices[0] for choice in self._choices.values() if choice.index > 0]
-        return sum(not first.tokens and first.finish is None for first in firsts)
+        """Choices that start once their request's leading one has its prompt: the engine does not know of them."""
+        leads = [choice.request.lead for choice in self._choices.values() if choice is not choice.request.lead]
+        return sum(len(lead.tokens) == lead.resumed and lead.finish is None for lead in leads)
 
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""

@@ -161,16 +161,43 @@ class GenerateRequest:
     """Whose it is: workers share their time fairly among tenants. Empty where no keys are configured."""
     cost: int = 0
     """Tokens, prompt and output, that it is expected to take; what a tenant's share is charged with."""
+    generated: tuple[TokenIds, ...] = ()
+    """The output of each choice so far, where the request goes on after a worker was lost; empty for a new one."""
+    ended: tuple[int, ...] = ()
+    """Choices that had ended by then."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field."""
         if not self.prompt:
             raise ValueError("prompt is empty; at least 1 token is needed")
         _within("n", self.choices, 1, MAX_CHOICES)
+        if self.generated and len(self.generated) != self.choices:
+            raise ValueError(f"generated has {len(self.generated)} choices; n is {self.choices}")
+        if any(choice not in range(self.choices) for choice in self.ended):
+            raise ValueError(f"ended names choices {self.ended}; n is {self.choices}")
+        if len(set(self.ended)) == self.choices:
+            raise ValueError("ended names every choice; at least 1 must be left")
+        for choice, tokens in enumerate(self.generated):
+            if choice not in self.ended and tokens and len(tokens) >= self.sampling.max_tokens:
+                raise ValueError(f"generated has {len(tokens)} tokens; max_tokens is {self.sampling.max_tokens}")
 
-    def again(self) -> GenerateRequest:
-        """The same request as its next attempt."""
-        return replace(self, attempt=self.attempt + 1)
+    def again(self, generated: tuple[TokenIds, ...] = (), ended: tuple[int, ...] = ()) -> GenerateRequest:
+        """The same request as its next attempt, from where it stands."""
+        return replace(self, attempt=self.attempt + 1, generated=generated, ended=ended)
+
+    def made(self, choice: int) -> TokenIds:
+        """A choice's output so far."""
+        return self.generated[choice] if self.generated else ()
+
+    @property
+    def lead(self) -> int:
+        """The first choice that has not ended: it gets the prompt's KV, and the others find it in the cache."""
+        return next(choice for choice in range(self.choices) if choice not in self.ended)
+
+    @property
+    def known(self) -> TokenIds:
+        """What is known of that choice: the prompt, and its output so far."""
+        return self.prompt + self.made(self.lead)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Pair:
         self.prefill = list(prefill)
         self._gone: list[WorkerProcess] = []
         self._open: dict[str, list[Answer]] = {}
+        self._attempts: dict[str, int] = {}
         self._ended: set[str] = set()
         self._arrived = asyncio.Event()
         self._broken: Exception | None = None
@@ -57,7 +58,9 @@ class Pair:
         self._channel = grpc.aio.insecure_channel(self.decode.info.address)
         self.stub = decode_pb2_grpc.DecodeStub(self._channel)
         resume = [
-            decode_pb2.ResumePoint(request_id=name, choice=index, next_index=len(answer.tokens))
+            decode_pb2.ResumePoint(
+                request_id=name, attempt=self._attempts[name], choice=index, next_index=len(answer.tokens)
+            )
             for name, answers in self._open.items()
             for index, answer in enumerate(answers)
             if answer.finish is None
@@ -113,7 +116,11 @@ class Pair:
         )
         for worker in self.prefill if hand_over else ():
             message.prefill.add(incarnation=worker.info.incarnation, address=worker.info.address)
-        self._open.setdefault(request.request_id, [Answer() for _ in range(request.choices)])
+        answers = [Answer(list(request.made(choice))) for choice in range(request.choices)]
+        for choice in request.ended:
+            answers[choice].finish = FinishReason.STOP
+        self._open.setdefault(request.request_id, answers)
+        self._attempts[request.request_id] = request.attempt
         await self.stub.Submit(message)
 
     async def answer(self, request_id: str) -> list[Answer]:

@@ -168,6 +168,8 @@ def generate_request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
         priority=request.priority,
         tenant=request.tenant,
         cost=request.cost,
+        generated=[pb.TokenIds(tokens=tokens) for tokens in request.generated],
+        ended=request.ended,
     )
 
 
@@ -189,6 +191,8 @@ def generate_request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
             priority=message.priority,
             tenant=message.tenant,
             cost=_not_negative("cost", message.cost),
+            generated=tuple(tuple(choice.tokens) for choice in message.generated),
+            ended=tuple(message.ended),
         )
     except ValueError as error:
         # Every such text starts with the field's name, here and in tandem.types.
