@@ -10,12 +10,14 @@ from types import TracebackType
 
 import grpc
 import grpc.aio
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from router.admission.gate import Admission
 from router.admission.quota import Quotas
 from router.backend import Reader
 from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
+from router.cancels import Cancels
 from router.dispatch_stream import WorkerStream
 from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder
@@ -23,6 +25,7 @@ from router.open_request import Chain, OpenRequest
 from router.placement import book
 from router.policies import Policy, RequestInfo
 from router.policies.cost import EXPECTED_OUTPUT
+from router.quarantine import Quarantine
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.snapshot import Load
@@ -30,6 +33,7 @@ from tandem.cluster import Candidate, Incarnation, Plan, Role, Status, WorkerInf
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.obs import REQUESTS_MOVED_TOTAL
 from tandem.types import FinishReason, GenerateRequest, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc, was_refused
@@ -45,11 +49,8 @@ STREAM_S = 2.0
 """A new decode worker's token stream stands within this."""
 MAX_CRASHES = 2
 """Workers that may die over one request before it is refused: it may be what killed them."""
-CANCEL_S = 5.0
-CANCEL_TRIES = 3
 CLOSE_S = 2.0
 """What workers get to hear of cancellations when the router stops; their lease ends the rest."""
-CANCEL_RETRY_S = 0.2
 
 MAX_TAILS = 65_536
 """Finished sequences whose last, partial block is remembered."""
@@ -134,7 +135,11 @@ class Dispatcher:
         self._admission = Admission(config.max_inflight, config.max_queued, config.queue_s, self._room, clock)
         self._open: dict[str, OpenRequest] = {}
         self._streams: dict[Incarnation, WorkerStream] = {}
-        self._cancels: dict[tuple[Incarnation, str, int], asyncio.Task[None]] = {}
+        self._cancels = Cancels(fleet)
+        self._moves: set[asyncio.Task[None]] = set()
+        self._quarantine = Quarantine(clock)
+        self.moved = 0
+        """Requests that went on at another decode worker."""
         self._ordinal = 0
         self._model: ModelInfo | None = None
         fleet.listener = self
@@ -164,6 +169,7 @@ class Dispatcher:
         Raises BadRequest (and ContextTooLong), Overloaded or Unavailable; then no worker runs it.
         """
         reference = self._check(request)
+        self._quarantine.check(request)
         story = self._recorder.begin(request)
         try:
             await self._admission.enter(request.request_id, request.priority, request.tenant)
@@ -206,18 +212,27 @@ class Dispatcher:
         ).digest()
         return Chain(root, tuple(block_hashes(root, request.prompt)))
 
-    async def _place(self, record: OpenRequest) -> tuple[Plan, Reply]:
-        """Finds a decode worker that takes the request: the plan's, then others, each planned anew."""
+    async def _place(self, record: OpenRequest, without: Incarnation | None = None) -> tuple[Plan, Reply]:
+        """Finds a decode worker that takes the request: the plan's, then others, each planned anew.
+
+        without: a worker not to be asked.
+        """
         request = record.request
         self._ordinal += 1
+        made = len(request.made(request.lead))
         info = RequestInfo(
-            request.request_id, len(request.prompt), request.sampling.max_tokens, request.choices, self._ordinal
+            request.request_id,
+            len(request.prompt) + made,
+            request.sampling.max_tokens - made,
+            request.choices - len(request.ended),
+            self._ordinal,
         )
         # The prompt's log-probabilities need every position computed, and where sampling is: no cache, no hand-over.
         scores = request.sampling.prompt_logprobs is not None
         refused: dict[Incarnation, TandemError] = {}
         for _ in range(self._config.retries + 1):
-            fleet = self.fleet.snapshot().without(refused)
+            self._still_open(record)
+            fleet = self.fleet.snapshot().without({*refused, *([without] if without else ())})
             if scores:
                 fleet = replace(fleet, prefill=())
             if refused and all(view.draining for view in fleet.decode):
@@ -235,14 +250,19 @@ class Dispatcher:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
                 record.story.refused(error)
                 refused[plan.decode] = error
+                record.losses += isinstance(error, WorkerLost)
                 record.next_attempt()
-            if sum(isinstance(error, WorkerLost) for error in refused.values()) == MAX_CRASHES:
-                raise WorkerLost(f"{MAX_CRASHES} decode workers were lost while they were taking this request")
+            if record.losses >= MAX_CRASHES:
+                self._quarantine.add(request)
+                raise WorkerLost(f"{MAX_CRASHES} decode workers were lost over this request")
         raise _refusal(list(refused.values()))
 
     def _matches(self, record: OpenRequest) -> dict[Incarnation, int]:
-        """Prompt tokens that each worker is believed to have cached."""
-        return self.tails.extend(self._index.match(record.chain.hashes), record.chain, record.request.prompt)
+        """Tokens of prompt and output so far that each worker is believed to have cached."""
+        chain, known = record.chain, record.request.known
+        if len(known) > len(record.request.prompt):
+            chain = Chain(chain.root, tuple(block_hashes(chain.root, known)))
+        return self.tails.extend(self._index.match(chain.hashes), chain, known)
 
     async def _submit(self, record: OpenRequest, info: RequestInfo, plan: Plan) -> Reply:
         """One submission. Raises what the worker refused with; Unavailable when it cannot be reached."""
@@ -250,6 +270,7 @@ class Dispatcher:
         if worker is None or stream is None:
             raise Unavailable(f"decode worker {plan.decode} is gone")
         await stream.ready(STREAM_S)
+        self._still_open(record)
         record.decode = plan.decode
         record.decode_booking, record.prefill_booking = book(self.fleet, info, plan.candidates[0], record.chain.hashes)
         try:
@@ -257,17 +278,22 @@ class Dispatcher:
         except BaseException:
             self._release(record)
             raise
-        record.answered = True
+        record.answered = record.taken = True
         record.story.taken(reply.cached_tokens, reply.prefill, self._clock())
         if plan.prefill is not None and reply.prefill != plan.prefill:
             self.fleet.release(record.prefill_booking)
         request_id = record.request.request_id
         if self._open.get(request_id) is not record:
             # It was ended here while the worker was taking it.
-            self._cancel_there(worker.incarnation, request_id, record.request.attempt)
+            self._cancels.send(worker.incarnation, request_id, record.request.attempt)
         elif record.finished:
             self._close(record)
         return reply
+
+    def _still_open(self, record: OpenRequest) -> None:
+        """Raises Unavailable for a request that ended while a worker was looked for."""
+        if self._open.get(record.request.request_id) is not record:
+            raise Unavailable("the request has ended")
 
     async def _call_submit(self, worker: Worker, message: decode_pb2.SubmitRequest) -> Reply:
         stub = decode_pb2_grpc.DecodeStub(worker.channel)
@@ -278,7 +304,7 @@ class Dispatcher:
         except grpc.aio.AioRpcError as failure:
             if was_refused(failure):
                 raise error_of_rpc(failure) from None
-            self._cancel_there(worker.incarnation, request.request_id, request.attempt)
+            self._cancels.send(worker.incarnation, request.request_id, request.attempt)
             if failure.code() is grpc.StatusCode.UNAVAILABLE:
                 raise WorkerLost(f"decode worker {worker.incarnation} was lost") from None
             raise error_of_rpc(failure) from None
@@ -287,7 +313,7 @@ class Dispatcher:
             if task is None or not task.cancelling():
                 # Closing a channel cancels its calls: the worker is gone, and nobody cancelled us.
                 raise WorkerLost(f"decode worker {worker.incarnation} is gone") from None
-            self._cancel_there(worker.incarnation, request.request_id, request.attempt)
+            self._cancels.send(worker.incarnation, request.request_id, request.attempt)
             raise
         return Reply(reply.cached_tokens, reply.prefill or None)
 
@@ -361,31 +387,7 @@ class Dispatcher:
         self._close(record)
         if record.decode is None:
             return None
-        return self._cancel_there(record.decode, record.request.request_id, record.request.attempt)
-
-    def _cancel_there(self, incarnation: Incarnation, request_id: str, attempt: int) -> asyncio.Task[None]:
-        """The task that makes a worker let go of an attempt; one at a time for each."""
-        key = (incarnation, request_id, attempt)
-        task = self._cancels.get(key)
-        if task is None:
-            task = self._cancels[key] = asyncio.create_task(self._cancel_at(*key))
-            task.add_done_callback(lambda _: self._cancels.pop(key))
-        return task
-
-    async def _cancel_at(self, incarnation: Incarnation, request_id: str, attempt: int) -> None:
-        for _ in range(CANCEL_TRIES):
-            worker = self.fleet.worker(incarnation)
-            if worker is None:
-                return
-            message = decode_pb2.CancelRequest(request_id=request_id, attempt=attempt)
-            try:
-                await decode_pb2_grpc.DecodeStub(worker.channel).Cancel(message, timeout=CANCEL_S)
-            except grpc.aio.AioRpcError as failure:
-                log.info("cancelling %s at %s failed: %s", request_id, incarnation, failure.code().name)
-                await asyncio.sleep(CANCEL_RETRY_S)
-            else:
-                return
-        log.warning("request %s could not be cancelled at %s; it ends by itself there", request_id, incarnation)
+        return self._cancels.send(record.decode, record.request.request_id, record.request.attempt)
 
     # What streams tell ----------------------------------------------------------------------------------------------
 
@@ -396,14 +398,19 @@ class Dispatcher:
             if record is None or record.decode != incarnation:
                 if not message.finish:
                     # The worker missed its Cancel, or it is back after it was silent and given up.
-                    self._cancel_there(incarnation, message.request_id, message.attempt)
+                    self._cancels.send(incarnation, message.request_id, message.attempt)
                 continue
             plain = not (message.finish or message.logprobs or message.HasField("usage") or message.prompt_logprobs)
             try:
                 if plain:
                     problem = record.push_tokens(message.attempt, message.choice, message.first_index, message.tokens)
                 else:
-                    problem = record.push(codec.delta_from_wire(message))
+                    delta = codec.delta_from_wire(message)
+                    if delta.finish is FinishReason.ERROR and record.answered and self._leaving(incarnation):
+                        record.push(replace(delta, finish=None, error=""))
+                        self._go_on(record, delta.error, crashed=False)
+                        continue
+                    problem = record.push(delta)
             except ValueError as error:
                 problem = f"the worker sent a malformed message: {error}"
             if problem:
@@ -414,6 +421,10 @@ class Dispatcher:
             elif record.prefill_booking is not None and message.tokens:
                 self.fleet.release(record.prefill_booking)
                 record.prefill_booking = None
+
+    def _leaving(self, incarnation: Incarnation) -> bool:
+        """Whether a worker has said that it will end: what it gives up is not the request's fault."""
+        return any(view.incarnation == incarnation and view.draining for view in self.fleet.snapshot().decode)
 
     def resume_points(self, incarnation: Incarnation) -> list[decode_pb2.ResumePoint]:
         """Where the requests that this worker has taken should go on. Not yet answered ones fail by their own call."""
@@ -429,7 +440,8 @@ class Dispatcher:
     def stream_lost(self, incarnation: Incarnation, reason: str) -> None:
         """What the worker runs for this router cannot go on."""
         for record in [r for r in self._open.values() if r.decode == incarnation and r.answered]:
-            self._end(record, FinishReason.ERROR, f"the decode worker's token stream was lost: {reason}")
+            self._cancels.send(incarnation, record.request.request_id, record.request.attempt)
+            self._go_on(record, f"the decode worker's token stream was lost: {reason}", crashed=True)
 
     # What the fleet tells -------------------------------------------------------------------------------------------
 
@@ -449,7 +461,7 @@ class Dispatcher:
         self._admission.wake()
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
-        """Ends what a dead worker ran. What it had not answered yet goes elsewhere when its call fails."""
+        """What it ran goes on elsewhere. What it had not answered yet does so when its call fails."""
         self._quotas.forget(incarnation)
         self._admission.wake()
         self.tails.drop(incarnation)
@@ -457,8 +469,37 @@ class Dispatcher:
         if stream is not None:
             stream.close()
         for record in [r for r in self._open.values() if r.decode == incarnation and r.answered]:
-            record.end(FinishReason.ERROR, f"the decode worker was lost: {reason}")
-            self._close(record)
+            self._go_on(record, f"the decode worker was lost: {reason}", crashed=True)
+
+    # Going on elsewhere ---------------------------------------------------------------------------------------------
+
+    def _go_on(self, record: OpenRequest, reason: str, crashed: bool) -> None:
+        """Lets another worker go on from the prompt and what was made of it, since the present one cannot.
+
+        crashed: it may have died of this very request, which therefore gets no third one.
+        """
+        lost = record.decode
+        self._release(record)
+        record.losses += crashed
+        if record.losses >= MAX_CRASHES:
+            self._quarantine.add(record.request)
+            record.decode = None
+            self._end(record, FinishReason.ERROR, f"{reason}; {record.losses} were lost over this request")
+            return
+        record.next_attempt()
+        log.info("request %s goes on elsewhere: %s", record.request.request_id, reason)
+        task = asyncio.create_task(self._move(record, lost, reason))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _move(self, record: OpenRequest, lost: Incarnation | None, reason: str) -> None:
+        try:
+            await self._place(record, without=lost)
+        except TandemError as error:
+            record.decode = None
+            self._end(record, FinishReason.ERROR, f"{reason}; nobody could go on: {error}")
+        else:
+            self.moved += 1
 
     # End of all -----------------------------------------------------------------------------------------------------
 
@@ -466,10 +507,16 @@ class Dispatcher:
         """Ends every request with an error and tells the workers."""
         for record in list(self._open.values()):
             self._end(record, FinishReason.ERROR, "the router is shutting down")
-        if self._cancels:
-            await asyncio.wait(list(self._cancels.values()), timeout=CLOSE_S)
+        for task in self._moves:
+            task.cancel()
+        await self._cancels.settle(CLOSE_S)
         for stream in self._streams.values():
             stream.close()
+
+    def collect(self) -> Iterable[Metric]:
+        """For the metrics page."""
+        name = REQUESTS_MOVED_TOTAL.removesuffix("_total")
+        yield CounterMetricFamily(name, "requests that went on at another decode worker", value=self.moved)
 
     def leaks(self) -> list[str]:
         """What is still held; empty when idle."""

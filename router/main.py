@@ -63,6 +63,7 @@ async def _serve(config: RouterConfig, listener: socket.socket) -> int:
     metrics = RouterMetrics()
     async with ControlPlane(config) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
+        metrics.add_collector(control.dispatcher.collect)
         metrics.add_collector(control.ladder.collect)
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)

@@ -55,6 +55,10 @@ class OpenRequest:
         """The decode worker asked to take it."""
         self.answered = False
         """Whether that worker has taken it."""
+        self.taken = False
+        """Whether any worker ever has: what it made may have been read."""
+        self.losses = 0
+        """Workers that were lost while they ran it, or were taking it."""
         self.decode_booking: Booking | None = None
         self.prefill_booking: Booking | None = None
         self._clock = clock
@@ -80,9 +84,14 @@ class OpenRequest:
         return [(i, choice.next_index) for i, choice in enumerate(self._choices) if not choice.finished]
 
     def next_attempt(self) -> None:
-        """Starts over elsewhere. Only before the request was answered: nothing has been read yet."""
+        """Another worker is to take it: from the start, or, once something may have been read, from where it stands."""
+        self.decode, self.answered = None, False
+        if self.taken:
+            made = tuple(tuple(choice.tokens) for choice in self._choices)
+            ended = tuple(number for number, choice in enumerate(self._choices) if choice.finished)
+            self.request = self.request.again(made, ended)
+            return
         self.request = self.request.again()
-        self.decode = None
         self._choices = [_Choice() for _ in self._choices]
         self._buffer.clear()
         self._buffered = 0

@@ -6,7 +6,8 @@ TandemError
 │   ├── UnknownModel      404
 │   ├── NotFound          404
 │   ├── Unauthorized      401
-│   └── TooLarge          413
+│   ├── TooLarge          413
+│   └── Quarantined       workers died of it
 ├── Overloaded            429: try again later
 │   └── RateLimited
 ├── Unavailable           503: no worker can serve this now
@@ -80,6 +81,12 @@ class TooLarge(BadRequest):
 
     http_status = 413
     code = "request_too_large"
+
+
+class Quarantined(BadRequest):
+    """Workers died while they ran a request like this one."""
+
+    code = "quarantined"
 
 
 class Overloaded(TandemError):

@@ -16,6 +16,7 @@ from typing import Literal
 
 REQUESTS_TOTAL = "tandem_requests_total"
 FAILURES_TOTAL = "tandem_request_failures_total"
+REQUESTS_MOVED_TOTAL = "tandem_requests_moved_total"
 REQUESTS_RUNNING = "tandem_requests_running"
 REQUESTS_QUEUED = "tandem_requests_queued"
 QUEUE_SECONDS = "tandem_request_queue_seconds"

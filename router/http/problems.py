@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from router.answers.responses import Json, to_json
 from router.http.body import ClientGone, RefusedBody
-from tandem.errors import Internal, TandemError, TooLarge, Unauthorized
+from tandem.errors import Internal, Quarantined, TandemError, TooLarge, Unauthorized
 
 RETRY_AFTER_S = 1
 """What clients are told to wait after 429 and 503 when nothing better is known."""
@@ -45,6 +45,8 @@ def response_for(error: Exception) -> Response:
     response = kind(to_json(envelope(shown)), shown.http_status, media_type="application/json")
     if shown.http_status in (429, 503):
         response.headers["retry-after"] = str(max(math.ceil(shown.retry_s or RETRY_AFTER_S), 1))
+    if isinstance(shown, Quarantined):
+        response.headers["x-should-retry"] = "false"
     if isinstance(shown, Unauthorized):
         response.headers["www-authenticate"] = "Bearer"
     return response

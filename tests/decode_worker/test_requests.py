@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from decode_worker.requests import make_request
 from tandem.types import FinishReason, GenerateRequest, SamplingParams
 
@@ -39,11 +41,12 @@ def test_a_request_ends_with_its_last_choice() -> None:
 
 
 def test_usage_names_the_longest_cache_and_what_was_moved() -> None:
-    record = make_request(request(), "r", b"root", frozenset(), 0, 0.0)
+    asked = replace(request(), prompt=tuple(range(100)))
+    record = make_request(asked, "r", b"root", frozenset(), 0, 0.0)
     record.decode_cached, record.sender_cached, record.moved_tokens = 16, 64, 48
     record.choices[1].tokens = [4, 5]
     usage = record.choices[1].usage()
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 64)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (100, 2, 64)
     assert (usage.decode_cached_tokens, usage.moved_tokens) == (16, 48)
 
 

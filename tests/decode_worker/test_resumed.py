@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,9 +112,14 @@ class Recorder:
 
 async def test_a_grammar_knows_what_was_made() -> None:
     asked = GenerateRequest(new_id(), "test", PROMPT, WHOLE, choices=2, attempt=1, generated=((5, 6), (7,)))
-    record = make_request(asked, "router", b"root", frozenset(), 0, 0.0, Recorder)
-    taken = [choice.seq.constraint.taken for choice in record.choices if isinstance(choice.seq.constraint, Recorder)]
-    assert taken == [[5, 6], [7]]
+    made: list[Recorder] = []
+
+    def constrain() -> Any:
+        made.append(Recorder())
+        return made[-1]
+
+    make_request(asked, "router", b"root", frozenset(), 0, 0.0, constrain)
+    assert [constraint.taken for constraint in made] == [[5, 6], [7]]
 
 
 @pytest.mark.parametrize(

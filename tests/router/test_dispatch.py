@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from router.control import ControlPlane
 from router.dispatch import Accepted, Dispatcher
 from tandem.cluster import CacheEvent, EventKind, Role, new_id
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable, WorkerLost
+from tandem.errors import BadRequest, ContextTooLong, Overloaded, Quarantined, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.testing.router import Deltas
 from tandem.testing.workers import MODEL, FakeWorker, answer
@@ -253,25 +254,92 @@ async def test_more_than_the_bound_is_refused() -> None:
             assert made.dispatcher.inflight == 1
 
 
-async def test_a_dead_worker_ends_its_requests_with_an_error_and_the_others_go_on() -> None:
+async def test_what_a_dead_worker_ran_goes_on_elsewhere_without_gap_or_repeat() -> None:
     async with cluster(decode=2) as made:
         running = [await made.submit(request(choices=2)) for _ in range(8)]
         dead, alive = made.decode
         assert dead.submissions
-        assert alive.submissions
+        before = len(alive.submissions)
+        assert before
         for worker in made.decode:
-            worker.send(*(answer(message, [1]) for message in worker.submissions))
+            worker.send(*(answer(message, [1, 2]) for message in worker.submissions))
+            worker.send(*(answer(message, [7], choice=1, **STOP) for message in worker.submissions))
+        readers = [aiter(Deltas(accepted.follow)) for accepted, _ in running]
+        for reader in readers:
+            assert (await anext(reader)).tokens == (1, 2)
         await dead.stop()
-        for accepted, worker in running:
-            if worker is dead:
-                ends = [d for d in await read(accepted) if d.finish is not None]
-                assert [(d.choice, d.finish) for d in ends] == [(0, FinishReason.ERROR), (1, FinishReason.ERROR)]
-                assert "the decode worker was lost" in ends[0].error
-            else:
-                await accepted.cancel()
+        await alive.until(lambda: len(alive.submissions) == 8)
+        for message in alive.submissions[before:]:
+            assert message.request.attempt == 1
+            assert [tuple(choice.tokens) for choice in message.request.generated] == [(1, 2), (7,)]
+            assert list(message.request.ended) == [1]
+            assert message.dispatch, "its load counts again"
+        alive.send(*(answer(message, [3], 2, **STOP) for message in alive.submissions))
+        async with asyncio.timeout(10):
+            for reader in readers:
+                rest = [(delta.choice, delta.first_index, delta.tokens) async for delta in reader]
+                assert rest == [(1, 0, (7,)), (0, 2, (3,))]
+        assert made.dispatcher.moved == 8 - before
+
+
+async def test_without_another_worker_the_stream_says_what_was_lost() -> None:
+    async with cluster() as made:
         accepted, worker = await made.submit(request())
-        assert worker is alive
+        worker.send(answer(worker.submissions[0], [1]))
+        await worker.stop()
+        *_, last = await read(accepted)
+        assert last.finish is FinishReason.ERROR
+        assert "the decode worker was lost" in last.error
+        assert "nobody could go on: no decode worker is connected" in last.error
+
+
+async def test_a_request_that_ended_two_workers_is_quarantined() -> None:
+    async with cluster(decode=3) as made:
+        asked = request()
+        accepted, first = await made.submit(asked)
+        first.send(answer(first.submissions[0], [1]))
+        await first.stop()
+        others = [worker for worker in made.decode if worker is not first]
+        await eventually(lambda: any(worker.submissions for worker in others))
+        await next(worker for worker in others if worker.submissions).stop()
+        *_, last = await read(accepted)
+        assert "2 were lost over this request" in last.error
+        assert sum(len(worker.submissions) for worker in made.decode) == 2
+        with pytest.raises(Quarantined, match="workers were lost over a request like this one"):
+            await made.dispatcher.submit(replace(asked, request_id=new_id(), sampling=replace(asked.sampling, seed=5)))
+        innocent, worker = await made.submit(request(prompt_tokens=6))
+        worker.send(answer(worker.submissions[0], [1], **STOP))
+        assert [d.tokens for d in await read(innocent)] == [(1,)]
+
+
+async def test_what_a_leaving_worker_gives_up_goes_on_and_counts_as_no_crash() -> None:
+    async with cluster(decode=2) as made:
+        accepted, leaving = await made.submit(request(choices=2))
+        (other,) = (worker for worker in made.decode if worker is not leaving)
+        (message,) = leaving.submissions
+        leaving.report(draining=True)
+        await eventually(lambda: any(view.draining for view in made.control.fleet.snapshot().decode))
+        fault: dict[str, Any] = {"finish": FinishReason.ERROR, "error": "the worker is shutting down"}
+        leaving.send(answer(message, [4], **fault), answer(message, [], choice=1, **fault))
+        await other.until(lambda: other.submissions)
+        (again,) = other.submissions
+        assert [tuple(choice.tokens) for choice in again.request.generated] == [(4,), ()]
+        other.send(answer(again, [5], 1, **STOP), answer(again, [6], choice=1, **STOP))
+        deltas = await read(accepted)
+        assert sorted((d.choice, d.first_index, d.tokens) for d in deltas) == [(0, 0, (4,)), (0, 1, (5,)), (1, 0, (6,))]
+
+
+async def test_a_client_that_leaves_while_its_request_moves_leaves_nothing_behind() -> None:
+    async with cluster(decode=2) as made:
+        accepted, dead = await made.submit(request())
+        (other,) = (worker for worker in made.decode if worker is not dead)
+        other.hold = asyncio.Event()
+        await dead.stop()
+        await other.until(lambda: other.submissions)
         await accepted.cancel()
+        other.hold.set()
+        await other.until(lambda: other.cancelled)
+        assert (await read(accepted))[-1].finish is FinishReason.CANCELLED
 
 
 async def test_a_worker_that_dies_before_it_answered_costs_only_a_retry() -> None:
