@@ -17,7 +17,7 @@ from router.admission.quota import Quotas
 from router.backend import Reader
 from router.cache.prefix_index import PrefixIndex
 from router.cache.tails import TailMemory
-from router.cancels import Cancels
+from router.dispatch_cancels import Cancels
 from router.dispatch_stream import WorkerStream
 from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder

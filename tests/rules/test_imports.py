@@ -13,6 +13,7 @@ NOUNS = {"tandem/types.py", "tandem/kv.py", "tandem/cluster.py", "tandem/errors.
 MESSAGE_MODULES = {
     "service",
     "dispatch",
+    "dispatch_cancels",
     "dispatch_stream",
     "fleet",
     "fleet_link",
