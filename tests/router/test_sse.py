@@ -151,7 +151,7 @@ async def test_events_of_one_turn_are_one_direct_write_and_nothing_overtakes_wha
             if number == 20:
                 peer.gate.clear()
                 direct.open = False  # the client stops reading
-            if number == 30:
+            if number == 22:
                 direct.open = True  # the transport takes more, while a write through ASGI still waits
             if number == 40:
                 peer.gate.set()
