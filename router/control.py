@@ -17,7 +17,7 @@ from router.explain.recorder import Recorder
 from router.file_watch import FileWatch
 from router.policies import POLICIES
 from router.workers.fleet import Fleet
-from router.workers.registry import serve_registry
+from router.workers.registry import Relay, serve_registry
 from tandem.cluster import new_id
 from tandem.config import RouterConfig
 
@@ -27,7 +27,8 @@ STOP_GRACE_S = 0.5
 class ControlPlane:
     """`async with ControlPlane(config) as control:` follows workers and serves their registrations until it exits."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, relay: Relay | None = None) -> None:
+        """relay: to the other processes of this router."""
         self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, time.monotonic)
         self.fleet = Fleet(new_id(), self.index, config.workers, config.lease_s, time.monotonic)
         self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, time.monotonic)
@@ -45,6 +46,7 @@ class ControlPlane:
         self.port = 0
         """The control port taken."""
         self._config = config
+        self._relay = relay
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -52,7 +54,9 @@ class ControlPlane:
         config = self._config
         for watch in self._watches:
             watch.read()
-        self._server, self.port = await serve_registry(self.fleet, config.control_host, config.control_port)
+        self._server, self.port = await serve_registry(
+            self.fleet, config.control_host, config.control_port, self._relay
+        )
         await self.fleet.start()
         self._tasks = [asyncio.create_task(watch.run(), name="file-watch") for watch in self._watches]
 
@@ -63,6 +67,8 @@ class ControlPlane:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.dispatcher.close()
         await self.fleet.close()
+        if self._relay is not None:
+            await self._relay.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
 

@@ -7,22 +7,26 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
 from router.control import ControlPlane
+from router.http.api import Api
 from router.http.app import create_app
 from router.http.http_limits import LimitedHttp
 from router.metrics import RouterMetrics
 from router.requests.texts import ModelTexts
+from router.siblings import Siblings
+from router.supervisor import Place, supervise
 from router.workers.fleet_metrics import FleetMetrics
+from router.workers.registry import Relay
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.obs import setup_logging
-from tandem.ports import authority
+from tandem.ports import authority, check_port
 from tandem.text.tokenizer import import_transformers_without_torch
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ CLOSE_GRACE_S = 2
 KEEP_ALIVE_S = 75
 """Seconds an idle connection is kept: longer than clients and load balancers keep theirs, so that they close first."""
 BACKLOG = 2048
+READY_POLL_S = 0.05
 
 
 def run(config: RouterConfig) -> int:
@@ -41,14 +46,18 @@ def run(config: RouterConfig) -> int:
     setup_logging(config.log_level, config.log_format)
     import_transformers_without_torch()
     with listen(config.host, config.port) as listener:
-        return uvloop.run(_serve(config, listener))
+        if config.processes == 1:
+            return uvloop.run(_serve(config, listener))
+        address = listener.getsockname()
+    check_port(config.control_host, config.control_port, "--control-port")
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(_shared(*address[:2])) for _ in range(config.processes)]
+        return supervise(listeners, lambda place: uvloop.run(_serve(config, place.listener, place)))
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Takes the HTTP port before anything is started. Raises ConfigError when it is not free."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = _socket(host)
     try:
         listener.bind((host, port))
     except OSError as error:
@@ -59,25 +68,60 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: RouterConfig, listener: socket.socket) -> int:
+def _socket(host: str) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
+
+
+def _shared(host: str, port: int) -> socket.socket:
+    """One of several sockets on a port that was just seen to be free."""
+    made = _socket(host)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made.bind((host, port))
+    made.listen(BACKLOG)
+    return made
+
+
+async def _serve(config: RouterConfig, listener: socket.socket, place: Place | None = None) -> int:
     metrics = RouterMetrics()
-    async with ControlPlane(config) as control:
+    relay = siblings = None
+    if place is not None:
+        relay = Relay(place.folder, place.index, place.count)
+        siblings = Siblings(place.folder, place.index, place.count)
+    async with ControlPlane(config, relay) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
         metrics.add_collector(control.dispatcher.collect)
         metrics.add_collector(control.ladder.collect)
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
-        server = HttpServer(create_app(config, control.dispatcher, texts, metrics, control.recorder, control.callers))
+        api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
+        server = HttpServer(create_app(config, api))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)
         ending = asyncio.create_task(_end_streams(server, control))
+        asked = None if siblings is None else await siblings.serve(api.tell_sibling)
         try:
+            if place is not None and place.replacement:
+                await _until_ready(control, config.lease_s)
             await server.serve([listener])
         finally:
+            if asked is not None:
+                asked.close()
             ending.cancel()
             await asyncio.gather(ending, return_exceptions=True)
     return 0
+
+
+async def _until_ready(control: ControlPlane, limit_s: float) -> None:
+    """Lets clients wait in the socket's queue until workers are known again: refusing them would be sooner, and worse."""
+    try:
+        async with asyncio.timeout(limit_s):
+            while not control.dispatcher.ready():
+                await asyncio.sleep(READY_POLL_S)
+    except TimeoutError:
+        log.warning("no decode worker is known after %g seconds; requests are refused until there is one", limit_s)
 
 
 async def _end_streams(server: HttpServer, control: ControlPlane) -> None:

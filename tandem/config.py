@@ -111,6 +111,9 @@ class RouterConfig(_Settings):
     )
     host: str = Field("127.0.0.1", description="address of the HTTP port")
     port: Port = Field(8000, description="HTTP port")
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes that share the HTTP port, each with its own subscription to every worker"
+    )
     control_host: str = Field("127.0.0.1", description="address of the gRPC port that workers register at")
     control_port: Port = Field(8001, description="gRPC port that workers register at")
     workers: Addresses = Field((), description="host:port of workers, for clusters without registration")

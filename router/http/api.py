@@ -29,6 +29,7 @@ from router.requests.job import Endpoint, Job, chat_job, completion_job
 from router.requests.messages import chat_turns
 from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
 from router.requests.tools import declarations, template_values
+from router.siblings import Siblings, merged
 from tandem.config import RouterConfig
 from tandem.errors import (
     BadRequest,
@@ -79,7 +80,10 @@ class Api:
         metrics: RouterMetrics,
         stories: Recorder,
         callers: Callers,
+        siblings: Siblings | None = None,
     ) -> None:
+        """siblings: the other processes of this router."""
+        self._siblings = siblings
         self._config = config
         self._dispatcher = dispatcher
         self._texts = texts
@@ -169,15 +173,37 @@ class Api:
         """`GET /v1/explain/{id}`: why a recent request went where it went, and what came of it."""
         tenant, name = self._callers.tenant(request.headers), request.path_params["id"]
         sees_all = tenant.operator or not tenant.name
-        found = self._stories.find(name, None if sees_all else tenant.name)
-        if not found:
+        said = self._explained(name, None if sees_all else tenant.name)
+        if said is None and self._siblings is not None:
+            others = await self._siblings.ask("explain", name, *([] if sees_all else [tenant.name]))
+            said = next((each for each in others.values() if each), None)
+        if said is None:
             raise NotFound(f"nothing is known of a request {name[:64]!r}; only recent ones are remembered", "id")
-        said = [explanation(story, self._dispatcher.address_of if sees_all else None) for story in found]
-        return _json({"object": "tandem.explanation", "id": name, "requests": said})
+        return _body(said)
+
+    def _explained(self, name: str, tenant: str | None) -> bytes | None:
+        """What this process remembers of a request; tenant: whose it must be, None for anyone's."""
+        found = self._stories.find(name, tenant)
+        if not found:
+            return None
+        said = [explanation(story, self._dispatcher.address_of if tenant is None else None) for story in found]
+        return to_json({"object": "tandem.explanation", "id": name, "requests": said})
 
     async def metrics_page(self, request: Request) -> Response:
-        """`GET /metrics`"""
-        return Response(self._metrics.page(), media_type=CONTENT_TYPE)
+        """`GET /metrics`: of all processes of this router."""
+        page = self._metrics.page()
+        if self._siblings is not None:
+            page = merged({self._siblings.index: page, **await self._siblings.ask("metrics")})
+        return Response(page, media_type=CONTENT_TYPE)
+
+    async def tell_sibling(self, asked: list[str]) -> bytes:
+        """What another process of this router wants to know."""
+        match asked:
+            case ["metrics"]:
+                return self._metrics.page()
+            case ["explain", name, *tenant]:
+                return self._explained(name, tenant[0] if tenant else None) or b""
+        raise ValueError(f"another process asked for {asked}")
 
     async def _generate(
         self,

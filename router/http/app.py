@@ -8,12 +8,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.admission.callers import Callers
-from router.backend import Dispatcher
-from router.explain.recorder import Recorder
 from router.http import problems
-from router.http.api import ANSWER_HEADERS, Api, TextSource
-from router.metrics import RouterMetrics
+from router.http.api import ANSWER_HEADERS, Api
 from tandem import obs
 from tandem.cluster import new_id
 from tandem.config import RouterConfig
@@ -21,17 +17,9 @@ from tandem.config import RouterConfig
 log = logging.getLogger(__name__)
 
 
-def create_app(
-    config: RouterConfig,
-    dispatcher: Dispatcher,
-    texts: TextSource,
-    metrics: RouterMetrics,
-    stories: Recorder,
-    callers: Callers,
-) -> FastAPI:
+def create_app(config: RouterConfig, api: Api) -> FastAPI:
     """The router's HTTP application."""
     app = FastAPI(title="Tandem", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api = Api(config, dispatcher, texts, metrics, stories, callers)
     for method, path, handler in (
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.completion),

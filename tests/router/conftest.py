@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from router.admission.callers import Callers
 from router.admission.quota import Quotas
 from router.explain.recorder import Recorder
+from router.http.api import Api
 from router.http.app import create_app
 from router.metrics import RouterMetrics
 from router.requests.defaults import GenerationDefaults
@@ -84,7 +85,7 @@ def build_world(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Wo
     metrics = RouterMetrics()
     stories, callers = recorder(), Callers(Quotas("r", time.monotonic))
     source = OneText(text)
-    app = create_app(config, dispatcher, source, metrics, stories, callers)
+    app = create_app(config, Api(config, dispatcher, source, metrics, stories, callers))
     return World(config, tokenizer, text, dispatcher, metrics, source, stories, callers, app, answers)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from router.http.api import Api
 from router.http.app import create_app
 from router.metrics import RouterMetrics
 from tandem.config import RouterConfig
@@ -149,9 +150,9 @@ async def test_a_template_refusal_names_the_messages(client: httpx.AsyncClient, 
 async def test_a_client_that_is_cut_before_the_first_token_leaves_no_work(world: Any) -> None:
     """Each choice of a chat starts with an event of its own; they must not fill the buffer before the work is owned."""
 
-    app = create_app(
-        RouterConfig(stream_queue=1), world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers
-    )
+    config = RouterConfig(stream_queue=1)
+    api = Api(config, world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers)
+    app = create_app(config, api)
     body = json.dumps({**CHAT, "n": 3, "stream": True}).encode()
     asked = iter([{"type": "http.request", "body": body}])
 

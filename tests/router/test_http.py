@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from router.http.api import Api
 from router.http.app import create_app
 from router.metrics import RouterMetrics
 from router.requests.defaults import GenerationDefaults, read_defaults
@@ -23,10 +24,9 @@ PAGE = "https://chat.example"
 
 def at(world: Any, **settings: Any) -> httpx.AsyncClient:
     """A client of the world's router under other settings."""
-    app = create_app(
-        RouterConfig(**settings), world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers
-    )
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
+    config = RouterConfig(**settings)
+    api = Api(config, world.dispatcher, world.source, RouterMetrics(), world.stories, world.callers)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(config, api)), base_url="http://router")
 
 
 async def test_other_methods_are_refused_in_the_envelope(client: httpx.AsyncClient) -> None:
