@@ -115,10 +115,10 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
 
 
 async def _until_ready(control: ControlPlane, limit_s: float) -> None:
-    """Lets clients wait in the socket's queue until workers are known again: refusing them would be sooner, and worse."""
+    """Lets clients wait in the socket's queue until workers are known again: refusing them would be worse."""
     try:
         async with asyncio.timeout(limit_s):
-            while not control.dispatcher.ready():
+            while not control.dispatcher.ready():  # noqa: ASYNC110 - it depends on all that workers report
                 await asyncio.sleep(READY_POLL_S)
     except TimeoutError:
         log.warning("no decode worker is known after %g seconds; requests are refused until there is one", limit_s)
