@@ -38,7 +38,7 @@ EXPECTED_OUTPUT = 128
 PAUSE = 0.25
 """Weight of a millisecond for which a prompt holds up streams under way, beside one before this request's first token.
 At 1, prompts queue at a prefill worker while decode workers idle; measured (docs/log.md), 0.25 shortens both waits."""
-OTHERS = 6.0
+OTHERS = 8.0
 """Weight of the requests that a prompt's computing delays, whoever comes after it. Fitted by simulation on the first
 half of a trace (docs/routing.md): without it prompts are computed again to avoid short queues, and that work delays
 everybody; from 3 to 10 the results hardly change."""

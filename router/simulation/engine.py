@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
@@ -20,6 +20,8 @@ AGEING_S = 2.0
 """Prompts that waited longer go first; else those with the longest cached prefix. As the workers' engine has it."""
 REFRESHES = 8
 """Queued prompts looked up again in one step."""
+RUN = 16
+"""Steps of decoding alone that are simulated as one event, unless something happens meanwhile."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,20 @@ class Prompt:
 
 
 @dataclass(slots=True, eq=False)
+class _Run:
+    """Equal steps one after another; more than one only where they do nothing but decode."""
+
+    began: float
+    ms: float
+    """Of each."""
+    steps: int
+    outputs: int
+    tokens: int
+    chunks: list[tuple[Prompt, int]]
+    fresh: list[Output]
+
+
+@dataclass(slots=True, eq=False)
 class Output:
     """Tokens to sample, one in each step."""
 
@@ -60,8 +76,8 @@ class Host(Protocol):
     def stored(self, hashes: tuple[BlockHash, ...], parent: BlockHash) -> None:
         """Blocks have come into the cache."""
 
-    def stepped(self, milliseconds: float, outputs: int) -> None:
-        """A step has ended, in which so many sequences got a token."""
+    def stepped(self, milliseconds: float, tokens: int) -> None:
+        """Steps of so long have ended, in which sequences got so many tokens altogether."""
 
 
 class Engine:
@@ -98,6 +114,7 @@ class Engine:
         self._steps = 0
         self._order = 0
         self._stepping = False
+        self._run: _Run | None = None
         self._fit = TimingFit()
 
     @property
@@ -137,6 +154,18 @@ class Engine:
         if not self._stepping:
             self._stepping = True
             self._clock.after(0.0, self._step)
+        elif self._run is not None and self._run.steps > 1:
+            self._cut_short(self._run)
+
+    def _cut_short(self, run: _Run) -> None:
+        """What has come takes part as soon as the step under way has ended."""
+        steps = int((self._clock.now - run.began) * 1e3 / run.ms) + 1
+        if steps < run.steps:
+            self._begin(replace(run, steps=steps))
+
+    def _begin(self, run: _Run) -> None:
+        self._run = run
+        self._clock.at(run.began + run.steps * run.ms / 1e3, self._end, run)
 
     def _step(self) -> None:
         for output in self._joining:
@@ -149,12 +178,15 @@ class Engine:
         chunks = self._chunks(self._machine.max_batch_tokens - outputs)
         tokens = outputs + sum(count for _, count in chunks)
         if not tokens and not chunks:
-            self._stepping = False
+            self._stepping, self._run = False, None
             return
-        ms = self._machine.step_ms(tokens, self.context) * max(0.1, self._rng.gauss(1.0, self._noise))
-        if not tokens:
-            ms = 0.0
-        self._clock.after(ms / 1e3, self._end_step, ms, tokens, outputs, chunks, fresh)
+        steps = 1
+        if not (chunks or fresh or self._queue):
+            steps = min(RUN, self._outputs[0][0] - self._steps)
+        # In each step every sequence looks back on one token more.
+        context = self.context + outputs * (steps - 1) / 2
+        ms = self._machine.step_ms(tokens, context) * max(0.1, self._rng.gauss(1.0, self._noise)) if tokens else 0.0
+        self._begin(_Run(self._clock.now, ms, steps, outputs, tokens, chunks, fresh))
 
     def _chunks(self, budget: int) -> list[tuple[Prompt, int]]:
         """Prompt tokens of a step: those under way first, then from the queue."""
@@ -196,23 +228,25 @@ class Engine:
         prompt.held = self._cache.acquire(prompt.hashes)
         prompt.on_start(prompt.known)
 
-    def _end_step(
-        self, ms: float, tokens: int, outputs: int, chunks: list[tuple[Prompt, int]], fresh: list[Output]
-    ) -> None:
-        self._steps += 1
-        self.context += outputs
-        self.busy_s += ms / 1e3
-        if tokens:
-            self._fit.add(tokens, ms / 1e3)
-        for prompt, count in chunks:
+    def _end(self, run: _Run) -> None:
+        if run is not self._run:
+            return  # it was cut short
+        self._run = None
+        self._steps += run.steps
+        self.context += run.outputs * run.steps
+        self.busy_s += run.ms * run.steps / 1e3
+        if run.tokens:
+            for _ in range(run.steps):
+                self._fit.add(run.tokens, run.ms / 1e3)
+        for prompt, count in run.chunks:
             self._advance(prompt, count)
-        for output in fresh:
+        for output in run.fresh:
             output.on_first()
         while self._outputs and self._outputs[0][0] <= self._steps:
             _, _, output = heapq.heappop(self._outputs)
             self.context -= output.context + output.tokens
             output.on_end()
-        self._host.stepped(ms, outputs)
+        self._host.stepped(run.ms, run.outputs * run.steps)
         self._step()
 
     def _advance(self, prompt: Prompt, count: int) -> None:

@@ -32,7 +32,7 @@ class Replay:
         self.plan_s: list[float] = []
         """Real time that each plan took: index, snapshot and policy."""
         self.steps: list[tuple[float, float, int]] = []
-        """When a decode worker's step ended, its milliseconds, and how many sequences got a token."""
+        """When a decode worker's steps ended, the milliseconds of each, and the tokens that sequences got."""
         self.index = PrefixIndex(INDEX_BLOCKS, INDEX_AGE_S, self.clock)
         self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
         self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: True, self.clock)
@@ -64,8 +64,8 @@ class Replay:
     def _note_busy(self) -> None:
         self.busy.append({worker.incarnation: worker.engine.busy_s for worker in self.prefill})
 
-    def _step(self, milliseconds: float, outputs: int) -> None:
-        self.steps.append((self.clock.now - SETTLE_S, milliseconds, outputs))
+    def _step(self, milliseconds: float, tokens: int) -> None:
+        self.steps.append((self.clock.now - SETTLE_S, milliseconds, tokens))
 
     # The router -----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class Result:
     goodput_per_s: float
     busiest: float
     """Busy time of the busiest prefill worker over the mean, while reported requests arrived; 0 without any."""
+    busiest_share: float
+    """Of that time, how long the busiest prefill worker computed."""
     local_share: float
     """Requests whose prompt the decode worker computed."""
     plan_ms_p50: float
@@ -48,6 +50,7 @@ def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
         flight.ttft_s * 1e3 <= objective.ttft_ms and flight.tpot_s * 1e3 <= objective.tpot_ms for flight in served
     )
     start, end = replay.window
+    busiest, mean = _busy(replay)
     itl_p50, itl_p99 = _between_tokens(replay.steps, start, (0.5, 0.99))
     ttft_p50, ttft_p90, ttft_p99 = (float(np.quantile(ttft, share)) for share in (0.5, 0.9, 0.99))
     plan_p50, plan_p99 = (float(np.quantile(replay.plan_s, share)) * 1e3 for share in (0.5, 0.99))
@@ -63,7 +66,8 @@ def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
         itl_p99=itl_p99,
         goodput_share=kept / len(asked),
         goodput_per_s=kept / max(end - start, 1e-9),
-        busiest=_busiest(replay),
+        busiest=busiest / mean if mean else 0.0,
+        busiest_share=busiest / max(end - start, 1e-9),
         local_share=sum(flight.local for flight in served) / len(served),
         plan_ms_p50=plan_p50,
         plan_ms_p99=plan_p99,
@@ -83,10 +87,10 @@ def _between_tokens(
     return low, high
 
 
-def _busiest(replay: Replay) -> float:
+def _busy(replay: Replay) -> tuple[float, float]:
+    """Seconds that the busiest prefill worker computed while reported requests arrived, and the mean of all."""
     if not replay.busy or not replay.prefill:
-        return 0.0
+        return 0.0, 0.0
     first, last = replay.busy[0], replay.busy[-1]
     spent = [last[name] - first[name] for name in last]
-    mean = sum(spent) / len(spent)
-    return max(spent) / mean if mean else 0.0
+    return max(spent), sum(spent) / len(spent)

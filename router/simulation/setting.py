@@ -31,7 +31,7 @@ class Machine:
     kv_tokens: int = 2_000_000
     """Tokens of sequences under way, beside the cache."""
 
-    def step_ms(self, tokens: int, context: int) -> float:
+    def step_ms(self, tokens: int, context: float) -> float:
         """Of one step."""
         return self.base_ms + self.per_token_ms * tokens + self.per_context_ms * context
 

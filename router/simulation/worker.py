@@ -85,7 +85,7 @@ class SimulatedWorker:
         """See `Host`."""
         self._events.append(CacheEvent(EventKind.STORED, hashes, parent))
 
-    def stepped(self, milliseconds: float, outputs: int) -> None:
+    def stepped(self, milliseconds: float, tokens: int) -> None:
         """See `Host`."""
         self.poke()
 
@@ -213,10 +213,10 @@ class SimulatedDecode(SimulatedWorker):
             dispatches={ROUTER_ID: self._dispatched},
         )
 
-    def stepped(self, milliseconds: float, outputs: int) -> None:
+    def stepped(self, milliseconds: float, tokens: int) -> None:
         """Counts the time between tokens."""
-        self._observe(milliseconds, outputs)
-        super().stepped(milliseconds, outputs)
+        self._observe(milliseconds, tokens)
+        super().stepped(milliseconds, tokens)
 
     def submit(self, flight: Flight, fetch: Callable[[Flight], None]) -> None:
         """Takes a request. fetch: asks its prefill worker, which is done when `arrived` is called."""

@@ -27,7 +27,7 @@ class Member:
         self._recent = 0.0
         self._recent_at = now
         self._view: WorkerView | None = None
-        self._viewed: tuple[Status, int, bool] | None = None
+        self._changes = -1
 
     @property
     def incarnation(self) -> Incarnation:
@@ -36,13 +36,18 @@ class Member:
 
     def view(self) -> WorkerView:
         """What policies see of it; made anew only when something changed."""
-        seen = (self.status, self.ledger.changes, self.leaving)
-        if self._view is None or self._viewed is None or seen[0] is not self._viewed[0] or seen[1:] != self._viewed[1:]:
-            draining = self.leaving or self.status.draining
+        view = self._view
+        draining = self.leaving or self.status.draining
+        if (
+            view is None
+            or view.status is not self.status
+            or view.draining is not draining
+            or self._changes != self.ledger.changes
+        ):
             recent = (self._recent, self._recent_at)
-            self._view = WorkerView(self.info, self.status, self.ledger.pending, draining, *recent)
-            self._viewed = seen
-        return self._view
+            view = self._view = WorkerView(self.info, self.status, self.ledger.pending, draining, *recent)
+            self._changes = self.ledger.changes
+        return view
 
     def worked(self, tokens: int, now: float) -> None:
         """Notes prompt tokens sent to be computed there."""
@@ -64,6 +69,7 @@ class Members(Generic[M]):
         self._index = index
         self._clock = clock
         self._workers: dict[Incarnation, M] = {}
+        self._roles: dict[Role, dict[Incarnation, M]] = {role: {} for role in Role}
 
     def worker(self, incarnation: Incarnation) -> M | None:
         """The worker, unless it is gone."""
@@ -74,11 +80,11 @@ class Members(Generic[M]):
         return FleetSnapshot(prefill=self._views(Role.PREFILL), decode=self._views(Role.DECODE))
 
     def _views(self, role: Role) -> tuple[WorkerView, ...]:
-        return tuple(w.view() for w in self._workers.values() if w.info.role is role and w.usable)
+        return tuple([worker.view() for worker in self._roles[role].values() if worker.usable])
 
     def add(self, worker: M) -> None:
         """Takes a worker in; it can be used once it has reported."""
-        self._workers[worker.incarnation] = worker
+        self._workers[worker.incarnation] = self._roles[worker.info.role][worker.incarnation] = worker
 
     def observe(self, worker: M, update: WorkerUpdate) -> None:
         """Applies events to the index, then the status: it includes what the events before it told."""
@@ -102,7 +108,7 @@ class Members(Generic[M]):
         """Forgets an incarnation."""
         self.lose_sight(worker)
         worker.ledger.close()
-        del self._workers[worker.incarnation]
+        del self._workers[worker.incarnation], self._roles[worker.info.role][worker.incarnation]
 
     # Load -----------------------------------------------------------------------------------------------------------
 

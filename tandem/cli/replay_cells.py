@@ -30,13 +30,14 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "itl_p99": ("p99", "{:.1f}"),
     "goodput_share": ("goodput", "{:.2%}"),
     "busiest": ("busiest / mean", "{:.2f}"),
+    "busiest_share": ("busiest", "{:.0%}"),
     "local_share": ("decode-only", "{:.1%}"),
     "rejected_share": ("rejected", "{:.1%}"),
     "plan_ms_p50": ("plan p50, ms", "{:.2f}"),
 }
 
 
-LEAST_WIDTH = 150
+LEAST_WIDTH = 165
 """Of a table, where the output is no terminal."""
 
 
