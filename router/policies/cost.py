@@ -45,6 +45,8 @@ everybody; from 3 to 10 the results hardly change."""
 RECENT = 0.05
 """Weight of the work that a prefill worker got recently, beside work that waits there now. It levels what queues are
 too short to show, caches included; any small weight does (docs/routing.md)."""
+SLOW_START_S = 10.0
+"""A worker is a newcomer for so long."""
 SPREAD = np.uint64(0x9E3779B1)
 """An odd number near the golden ratio of 2**32: multiplying by it scatters numbers (Knuth)."""
 RESOLUTION_MS = 1e-3
@@ -59,13 +61,13 @@ class CostPolicy(Policy):
     name = "cost"
 
     def plan(self, request: RequestInfo, fleet: FleetSnapshot, matches: Matches, now: float) -> Plan:
-        """See the module; `now` is not needed, because a snapshot's load is already up to date."""
+        """See the module."""
         decode = _Group(eligible_decode(fleet), request, matches)
         prefill = _Group(eligible(fleet.prefill), request, matches)
         model = _Coefficients(prefill, decode)
         helpers = _helpers(request, prefill, model, now)
         shared = _decode_terms(request, decode, model)
-        local = _local_terms(request, decode, model)
+        local = _local_terms(request, decode, model, now)
         missing_bytes = _missing_bytes(request, decode)
         moves = [np.where(missing_bytes > 0, HAND_OVER_MS + missing_bytes / helper.rate, 0.0) for helper in helpers]
         best = _total(local)
@@ -186,6 +188,18 @@ class _Coefficients:
         return found
 
 
+def _start(group: _Group, now: float) -> Numbers:
+    """How many times longer a newcomer is taken to need: twice at first, as much as the others after SLOW_START_S.
+
+    Its caches are cold in ways that nobody reports. Where most have just begun, nobody is a newcomer.
+    """
+    age = now - group.column(Column.SINCE)
+    if not len(age) or float(np.median(age)) < SLOW_START_S:
+        return np.ones(len(age))
+    found: Numbers = 1.0 + np.clip(1.0 - age / SLOW_START_S, 0.0, 1.0)
+    return found
+
+
 class _Timing:
     """Of one role: its typical coefficients, and each worker's pace, how many times longer a step of `tokens` takes."""
 
@@ -211,9 +225,10 @@ def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: flo
     """The best prefill workers. The pair's terms add up, so the same ones are best for every decode worker."""
     if not group.views:
         return []
-    queue = model.prefill_ms(group, group.column(Column.QUEUED_TOKENS))
-    prefill = model.prefill_ms(group, request.computable - group.cached)
-    others = OTHERS * prefill
+    start = _start(group, now)
+    computed = model.prefill_ms(group, request.computable - group.cached)
+    queue = start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS))
+    prefill, others = start * computed, OTHERS * computed
     recent = RECENT * _recent_ms(group, model, now)
     cost = queue + prefill + others + recent
     rates = model.rates(group)
@@ -260,15 +275,15 @@ def _decode_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> 
     }
 
 
-def _local_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> dict[str, Numbers]:
+def _local_terms(request: RequestInfo, group: _Group, model: _Coefficients, now: float) -> dict[str, Numbers]:
     """What it costs that the decode worker computes the prompt itself."""
-    here = model.prefill_ms(group, request.computable - group.cached)
+    here, start = model.prefill_ms(group, request.computable - group.cached), _start(group, now)
     # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
     # worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
     held_up = PAUSE * np.maximum(group.column(Column.SEQUENCES), 1.0) * here
     return {
-        "queue": model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
-        "prefill": here,
+        "queue": start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
+        "prefill": start * here,
         "others": OTHERS * here,
         "slowdown": held_up,
     }

@@ -24,6 +24,8 @@ class Member:
         self.leaving = False
         self.heard = now
         """When its last update came."""
+        self.since = now
+        """When it was first known."""
         self._recent = 0.0
         self._recent_at = now
         self._view: WorkerView | None = None
@@ -45,13 +47,17 @@ class Member:
             or self._changes != self.ledger.changes
         ):
             recent = (self._recent, self._recent_at)
-            view = self._view = WorkerView(self.info, self.status, self.ledger.pending, draining, *recent)
+            view = self._view = WorkerView(self.info, self.status, self.ledger.pending, draining, *recent, self.since)
             self._changes = self.ledger.changes
         return view
 
-    def worked(self, tokens: int, now: float) -> None:
+    def recent(self, now: float) -> float:
+        """Prompt tokens sent to be computed there, each counting less as time goes by."""
+        return decayed(self._recent, now - self._recent_at)
+
+    def worked(self, tokens: float, now: float) -> None:
         """Notes prompt tokens sent to be computed there."""
-        self._recent = decayed(self._recent, now - self._recent_at) + tokens
+        self._recent = self.recent(now) + tokens
         self._recent_at = now
 
 
@@ -83,7 +89,13 @@ class Members(Generic[M]):
         return tuple([worker.view() for worker in self._roles[role].values() if worker.usable])
 
     def add(self, worker: M) -> None:
-        """Takes a worker in; it can be used once it has reported."""
+        """Takes a worker in; it can be used once it has reported.
+
+        It counts as having worked as much as the others lately: else it would be given everything at once.
+        """
+        now, peers = self._clock(), self._roles[worker.info.role].values()
+        if peers:
+            worker.worked(sum(peer.recent(now) for peer in peers) / len(peers), now)
         self._workers[worker.incarnation] = self._roles[worker.info.role][worker.incarnation] = worker
 
     def observe(self, worker: M, update: WorkerUpdate) -> None:

@@ -56,7 +56,8 @@ class Column(IntEnum):
     CAPACITY_TOKENS = 7
     RECENT_TOKENS = 8
     RECENT_AT = 9
-    NAME = 10
+    SINCE = 10
+    NAME = 11
     """A number that stands for its name, below 2**32."""
 
 
@@ -75,6 +76,8 @@ class WorkerView:
     recent_tokens: float = 0.0
     """Prompt tokens that this router sent it to compute, each counting less as time goes by; as of `recent_at`."""
     recent_at: float = 0.0
+    since: float = 0.0
+    """When this router first knew it."""
     row: bytes = field(init=False, repr=False, compare=False)
     """Its numbers in the order of `Column`, as doubles, for policies that weigh a thousand workers at once."""
 
@@ -92,6 +95,7 @@ class WorkerView:
             self.info.capacity_tokens,
             self.recent_tokens,
             self.recent_at,
+            self.since,
             zlib.crc32(self.incarnation.encode()),
         )
         object.__setattr__(self, "row", row)
