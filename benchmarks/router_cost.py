@@ -168,7 +168,7 @@ def measure(server: Server, texts: Texts, folder: Path, concurrencies: tuple[int
     load.run(texts.bodies(64, SHORT, "short") + texts.bodies(8, 1, "warm"), 16)
     for concurrency in concurrencies:
         cost = Cost(server.name, concurrency)
-        count = max(concurrency, 64)
+        count = max(concurrency, 32)
         short, first = load.run(texts.bodies(count, SHORT, "short"), concurrency)
         long, second = load.run(texts.bodies(count, LONG, "short"), concurrency)
         cost.token_us = (long - short) / (count * (LONG - SHORT)) * 1e6

@@ -17,9 +17,9 @@ from tandem.text.tokenizer import Tokenizer
 from tandem.text.turns import TurnCache
 
 PIECES = [
-    END, END, END, SYSTEM, USER, ASSISTANT, "Hello, world!", " The cat", "  two  ", "\n", " ", "   ", "\u0301", "\u0338=",
-    "<think>", "<tool>", "</tool>", "naïve", " naïve", "👩\u200d👩\u200d👧", "🙂", "中文", "<|end|", "|>", "<", "don't", " .", "x",
-    "\u2581", "##a", "0123", "</w>", "\ufffd", "don", "ING", "ß", "\u200d",
+    END, END, END, SYSTEM, USER, ASSISTANT, "Hello, world!", " The cat", "  two  ", "\n", " ", "   ", "\u0301",
+    "\u0338=", "<think>", "<tool>", "</tool>", "naïve", " naïve", "👩\u200d👩\u200d👧", "🙂", "中文",
+    "<|end|", "|>", "<", "don't", " .", "x", "\u2581", "##a", "0123", "</w>", "\ufffd", "don", "ING", "ß", "\u200d",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=14)
 
