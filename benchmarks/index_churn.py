@@ -30,9 +30,9 @@ from tandem.testing.workers import fake_info
 
 ROUTER = "r" * 32
 IN_FLIGHT = 40
-TALKS = 600
+TALKS = 1500
 """Conversations at a time."""
-LONGEST = 120
+LONGEST = 40
 """Blocks after which a conversation ends."""
 RESTART = 1 / 3000
 """Chance of a worker's restart, a request."""
@@ -54,7 +54,7 @@ class Worker(Member):
 
     def may_have(self, block: BlockHash) -> bool:
         """Whether a match of the block is right."""
-        return block in self._cache or self.asked[block] > 0
+        return block in self._cache or block in self.asked
 
     def update(self, events: list[CacheEvent], dispatch: int, snapshot: bool = False) -> WorkerUpdate:
         """Its next message."""
@@ -121,7 +121,7 @@ class Churn:
         if len(self._talks[place]) > LONGEST:
             self._talks[place] = list(rng.choice(self._systems))
         hashes = self._talks[place]
-        hashes += self._blocks(rng.randint(1, 12))
+        hashes += self._blocks(rng.randint(1, 6))
         worker = self._checked(hashes)
         booking = self.fleet.book(worker.incarnation, Load(prefill_tokens=64), hashes)
         assert booking is not None
@@ -151,8 +151,10 @@ class Churn:
         if worker is None:
             assert not self.fleet.release(booking), "a dead worker's booking is still open"
             return
-        worker.asked.subtract(hashes)
-        worker.asked = +worker.asked if len(worker.asked) > 100_000 else worker.asked
+        for block in hashes:
+            worker.asked[block] -= 1
+            if not worker.asked[block]:
+                del worker.asked[block]
         if self._rng.random() < 0.05:
             self.fleet.release(booking)
             return
@@ -182,8 +184,8 @@ class Churn:
 def main(
     requests: Annotated[int, typer.Option(min=100)] = 1_000_000,
     workers: Annotated[int, typer.Option(min=2)] = 64,
-    capacity: Annotated[int, typer.Option(help="blocks of a worker's cache")] = 4000,
-    max_blocks: Annotated[int, typer.Option(help="blocks that the index keeps")] = 150_000,
+    capacity: Annotated[int, typer.Option(help="blocks of a worker's cache")] = 2500,
+    max_blocks: Annotated[int, typer.Option(help="blocks that the index keeps")] = 60_000,
     seed: int = 1,
 ) -> None:
     """Prints memory as it goes, and a verdict."""
