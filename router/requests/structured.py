@@ -130,6 +130,9 @@ def _structured_outputs(value: Any, field: str) -> Read:
         return None
     if not isinstance(value, dict):
         raise BadRequest(f"{field} must be an object", field)
+    for name, each in value.items():
+        if name not in VLLM_FORMS and each not in (None, False):
+            raise BadRequest(f"{field}.{name[:80]} is not supported: it takes {', '.join(VLLM_FORMS)}", field)
     found = [
         made for name, read in VLLM_FORMS.items() if (made := read(value.get(name), f"{field}.{name}")) is not None
     ]

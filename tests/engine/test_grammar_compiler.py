@@ -18,7 +18,7 @@ import psutil
 import pytest
 import xgrammar
 
-from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler
+from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler, _Cached
 from tandem.engine.grammar.compiler_process import schema_grammar
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
 from tandem.engine.grammar.schema.lower import lower
@@ -159,6 +159,28 @@ async def test_what_is_refused_and_that_it_holds_up_nobody_else() -> None:
         with pytest.raises(BadRequest):
             await asyncio.wait_for(compiler.compile(Grammar(GrammarKind.EBNF, SLOW)), 0.5)
         assert allowed(GrammarConstraint(await compiler.compile(regex("x+"))))
+
+
+@pytest.mark.parametrize(("again_s", "complaint"), [(0.0, "of its own"), (99.0, "longer than")])
+async def test_what_took_too_long_is_tried_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, again_s: float, complaint: str
+) -> None:
+    """The machine may only have been busy."""
+    compiler = GrammarCompiler(replace(SETTINGS, seconds=0.01, again_s=again_s))
+    waits = iter([60.0, 0.0])
+
+    async def ask(process: object, key: object) -> _Cached:
+        await asyncio.sleep(next(waits))
+        return _Cached(None, "a complaint of its own", 1)
+
+    monkeypatch.setattr(compiler, "_kept", object)
+    monkeypatch.setattr(compiler, "_ask", ask)
+    monkeypatch.setattr(compiler, "_kill", lambda process: None)
+    with pytest.raises(BadRequest, match=r"longer than 0\.01 s"):
+        await compiler.compile(regex("a"))
+    with pytest.raises(BadRequest, match=complaint):
+        await compiler.compile(regex("a"))
+    compiler.check_integrity()
 
 
 async def test_a_compiler_that_was_ended_while_idle_is_no_fault_of_the_next_text() -> None:

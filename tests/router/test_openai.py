@@ -74,6 +74,7 @@ BAD_SHARED: list[tuple[dict[str, Any], str, str]] = [
     ({"regex": "a" * (1 << 18) + "a"}, "regex", "at most 262144"),
     ({"regex": "a", "ebnf": "root ::= 'a'"}, "ebnf", "exclude each other"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regex": "a", "whitespace": 1}}, "structured_outputs", "structured_outputs.whitespace is"),
     ({"response_format": {"type": "xml"}}, "response_format", "text, json_object, json_schema"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
     ({"skip_special_tokens": 1}, "skip_special_tokens", "not supported"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
@@ -24,6 +25,8 @@ ORPHAN_LIMIT = 2.0
 """How many times the limit for a grammar a process takes before it ends itself: its worker may have been killed."""
 IDLE = 1
 """Compiling processes that are kept for the next grammar."""
+AGAIN_S = 60.0
+"""A text whose compiling took too long is tried again after so long: the machine may have been busy."""
 FAILURE_BYTES = 1024
 """What a complaint counts in the cache."""
 
@@ -43,6 +46,7 @@ class CompilerSettings:
     """For one grammar."""
     memory_mib: int = 1024
     """For one grammar, beside the vocabulary."""
+    again_s: float = AGAIN_S
     cache_mib: int = 256
     processes: int = 2
     """Grammars compiled at the same time."""
@@ -59,6 +63,8 @@ class _Cached:
     size: int
     field: str = ""
     """Which of the request's fields the complaint is about, where that is known."""
+    until: float = math.inf
+    """When it is forgotten; the event loop's time."""
 
 
 def refusal(grammar: Grammar, why: str, field: str = "") -> BadRequest:
@@ -96,6 +102,9 @@ class GrammarCompiler:
         """Raises BadRequest naming what is wrong with the text, Unavailable when compiling is not possible here."""
         key = (grammar.kind.value, grammar.source)
         cached = self._cache.get(key)
+        if cached is not None and cached.until <= asyncio.get_running_loop().time():
+            self._bytes -= self._cache.pop(key).size
+            cached = None
         if cached is None:
             task = self._running.get(key)
             if task is None:
@@ -117,7 +126,9 @@ class GrammarCompiler:
                     done = await self._ask(process, key)
             except TimeoutError:
                 self._kill(process)
-                done = _Cached(None, f"compiling it takes longer than {self._settings.seconds:g} s", FAILURE_BYTES)
+                complaint = f"compiling it takes longer than {self._settings.seconds:g} s"
+                until = asyncio.get_running_loop().time() + self._settings.again_s
+                done = _Cached(None, complaint, FAILURE_BYTES, until=until)
             except EOFError:
                 self._kill(process)
                 done = _Cached(None, "compiling it ended the compiler", FAILURE_BYTES)
