@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import jsonschema
 import pytest
 
 from tandem.testing.cluster import Cluster, cluster
+
+log = logging.getLogger(__name__)
 
 MODEL = Path(__file__).parents[2] / "tandem" / "demo" / "model"
 MESSAGES = [{"role": "user", "content": "Describe it, please."}]
@@ -125,4 +128,4 @@ async def test_the_others_do_not_wait_for_a_hostile_compile(
     for name, gaps in (("alone", before), ("during", during)):
         median, worst = statistics.median(gaps) * 1e3, max(gaps) * 1e3
         record_property(f"inter_token_ms_{name}", f"median {median:.2f}, worst {worst:.1f}, of {len(gaps)}")
-        print(f"inter-token ms {name}: median {median:.2f}, worst {worst:.1f}, of {len(gaps)}")
+        log.warning("inter-token ms %s: median %.2f, worst %.1f, of %d", name, median, worst, len(gaps))
