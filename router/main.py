@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -31,8 +32,6 @@ from tandem.text.tokenizer import import_transformers_without_torch
 
 log = logging.getLogger(__name__)
 
-STOP_GRACE_S = 2.0
-"""Seconds that answers under way get when the router is told to stop; then they end with an error event."""
 CLOSE_GRACE_S = 2
 """Seconds for telling clients so."""
 KEEP_ALIVE_S = 75
@@ -96,11 +95,11 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
-        server = HttpServer(create_app(config, api))
+        server = HttpServer(create_app(config, api), config.drain_s)
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)
-        ending = asyncio.create_task(_end_streams(server, control))
+        ending = asyncio.create_task(_end_streams(server, control, config.drain_s))
         asked = None if siblings is None else await siblings.serve(api.tell_sibling)
         try:
             if place is not None and place.replacement:
@@ -124,17 +123,17 @@ async def _until_ready(control: ControlPlane, limit_s: float) -> None:
         log.warning("no decode worker is known after %g seconds; requests are refused until there is one", limit_s)
 
 
-async def _end_streams(server: HttpServer, control: ControlPlane) -> None:
+async def _end_streams(server: HttpServer, control: ControlPlane, drain_s: float) -> None:
     """Once the server is told to stop: lets answers go on for a while, then ends them with errors that clients see."""
     await server.stopping.wait()
-    await asyncio.sleep(STOP_GRACE_S)
+    await asyncio.sleep(drain_s)
     await control.dispatcher.close()
 
 
 class HttpServer(uvicorn.Server):
     """Uvicorn with its signals on the event loop: it raises them again at its end, before others could close."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -146,7 +145,7 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(STOP_GRACE_S) + CLOSE_GRACE_S,
+                timeout_graceful_shutdown=math.ceil(drain_s) + CLOSE_GRACE_S,
             )
         )
         self.stopping = asyncio.Event()

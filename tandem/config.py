@@ -156,6 +156,9 @@ class RouterConfig(_Settings):
     stream_queue: Annotated[int, Field(ge=1)] = Field(
         4096, description="tokens buffered for one slow reader before it is cut"
     )
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="seconds that answers under way get to end after SIGTERM; a second signal ends them at once"
+    )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="other workers tried before a first token was made"
     )

@@ -6,7 +6,8 @@ import asyncio
 import signal
 from pathlib import Path
 
-from openai import AsyncOpenAI
+import pytest
+from openai import APIConnectionError, AsyncOpenAI
 
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, Process, cluster
@@ -58,3 +59,22 @@ async def test_a_rolling_restart_costs_no_request(tmp_path: Path) -> None:
                         await asyncio.sleep(0.05)
                 over.set()
         assert asked == finished
+
+
+async def test_a_router_that_is_told_to_end_finishes_its_answers(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "llama", CheckpointSpec(family="llama", seed=1))
+    with cluster(model, tmp_path, prefill=0, decode=1, worker_args=["--kv-mib", "16"]) as running:
+        async with AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=60) as openai:
+            stream = await openai.completions.create(
+                model="llama", prompt=[5, 6, 7], max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+            )
+            chunks = aiter(stream)
+            await anext(chunks)
+            running.router.signal(signal.SIGTERM)
+            assert [chunk async for chunk in chunks][-1].choices[0].finish_reason == "length"
+            with pytest.raises(APIConnectionError):
+                await openai.models.list()
+        assert running.router.popen is not None
+        assert await asyncio.to_thread(running.router.popen.wait, 30) == 0
+        running.router.start()
+        await asyncio.to_thread(running.wait_ready)
