@@ -7,10 +7,10 @@ namespace {
 
 constexpr int BLOCK = 16; // outputs that are finished together
 
-// `ROWS` rows of x against TILE / ROWS rows of W; out[row * BLOCK + output].
-template <class T, int ROWS, bool FIRST>
+// `ROWS` rows of x against `OUTPUTS` rows of W; out[row * BLOCK + output].
+template <class T, int ROWS, int OUTPUTS, bool FIRST>
 INLINE void tile(const T *x, int64_t x_stride, const T *w, int64_t inputs, float *out) {
-    constexpr int OUTPUTS = TILE / ROWS;
+    static_assert(ROWS * OUTPUTS <= TILE && BLOCK % OUTPUTS == 0, "sums lie in registers");
     using D = Dot<T>;
     vf total[TILE] = {};
     int64_t i = 0;
@@ -75,12 +75,28 @@ template <class T> INLINE void finish(const Job<T> &job, int64_t row, int64_t fi
     });
 }
 
-template <class T, int ROWS, bool FIRST> INLINE void rows_of_block(const Job<T> &job, int64_t row, int64_t first) {
+template <class T, int ROWS, int OUTPUTS, bool FIRST>
+INLINE void rows_of_block(const Job<T> &job, int64_t row, int64_t first) {
     alignas(64) float out[ROWS * BLOCK];
     const T *x = job.x + row * job.x_stride;
-    for (int n = 0; n < BLOCK; n += TILE / ROWS)
-        tile<T, ROWS, FIRST>(x, job.x_stride, job.w + (first + n) * job.inputs, job.inputs, out + n);
+    for (int n = 0; n < BLOCK; n += OUTPUTS)
+        tile<T, ROWS, OUTPUTS, FIRST>(x, job.x_stride, job.w + (first + n) * job.inputs, job.inputs, out + n);
     for (int m = 0; m < ROWS; m++) finish(job, row + m, first, BLOCK, out + m * BLOCK);
+}
+
+// The rows that meet a block's weights as they come from memory, as many as registers allow: their products cost no time
+// of their own. Returns how many.
+template <class T> INLINE int64_t first_rows(const Job<T> &job, int64_t first) {
+    if constexpr (TILE >= 16) switch (job.rows < 8 ? job.rows : 8) {
+        case 8: return rows_of_block<T, 8, 2, true>(job, 0, first), 8;
+        case 7: return rows_of_block<T, 7, 2, true>(job, 0, first), 7;
+        case 6: return rows_of_block<T, 6, 2, true>(job, 0, first), 6;
+        case 5: return rows_of_block<T, 5, 2, true>(job, 0, first), 5;
+        case 4: return rows_of_block<T, 4, 4, true>(job, 0, first), 4;
+        case 3: return rows_of_block<T, 3, 4, true>(job, 0, first), 3;
+        }
+    if (job.rows >= 2) return rows_of_block<T, 2, TILE / 2, true>(job, 0, first), 2;
+    return rows_of_block<T, 1, TILE, true>(job, 0, first), 1;
 }
 
 template <class T> void blocks(const Job<T> &job, int64_t begin, int64_t end) {
@@ -95,13 +111,11 @@ template <class T> void blocks(const Job<T> &job, int64_t begin, int64_t end) {
             }
             continue;
         }
-        if (TILE >= 16 && job.rows >= 4)
-            for (; row + 4 <= job.rows; row += 4)
-                row ? rows_of_block<T, 4, false>(job, row, first) : rows_of_block<T, 4, true>(job, row, first);
-        for (; row + 2 <= job.rows; row += 2)
-            row ? rows_of_block<T, 2, false>(job, row, first) : rows_of_block<T, 2, true>(job, row, first);
-        for (; row < job.rows; row++)
-            row ? rows_of_block<T, 1, false>(job, row, first) : rows_of_block<T, 1, true>(job, row, first);
+        row = first_rows(job, first);
+        if constexpr (TILE >= 16)
+            for (; row + 4 <= job.rows; row += 4) rows_of_block<T, 4, 4, false>(job, row, first);
+        for (; row + 2 <= job.rows; row += 2) rows_of_block<T, 2, TILE / 2, false>(job, row, first);
+        for (; row < job.rows; row++) rows_of_block<T, 1, TILE, false>(job, row, first);
     }
 }
 
