@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.drafters import make_head
 from tandem.testing.reference import Reference
 
 VOCAB = 400
@@ -29,6 +30,8 @@ class Subject:
     path: Path
     reference: Reference
     prompts: tuple[tuple[int, ...], ...]
+    head: Path
+    """A draft head of random weights, which is nearly always wrong."""
 
 
 def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
@@ -48,6 +51,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     """Family -> subject."""
     made = {}
     for seed, (family, spec) in enumerate(SPECS.items()):
-        path = make_checkpoint(tmp_path_factory.mktemp("models") / family, spec)
-        made[family] = Subject(path, Reference.load(path), make_prompts(seed))
+        folder = tmp_path_factory.mktemp("models")
+        path = make_checkpoint(folder / family, spec)
+        made[family] = Subject(path, Reference.load(path), make_prompts(seed), make_head(folder / "head", path))
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,9 +37,11 @@ class Cell:
     prompt: str = "whole"
     batch: int = 1
     pages: str = "ample"
+    drafts: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.form}-page{self.page}-{self.cache}-{self.prompt}-batch{self.batch}-{self.pages}"
+        plain = f"{self.form}-page{self.page}-{self.cache}-{self.prompt}-batch{self.batch}-{self.pages}"
+        return plain if self.drafts == "none" else f"{plain}-{self.drafts}"
 
     def pairs(self) -> set[tuple[tuple[str, object], tuple[str, object]]]:
         """All pairs of this cell's values, each with its axis."""
@@ -52,6 +55,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "prompt": ("whole", "chunked"),
     "batch": (1, 16),
     "pages": ("ample", "retracted"),
+    "drafts": ("none", "ngram", "head"),
 }
 ALL = [Cell(*values) for values in itertools.product(*AXES.values())]
 ALONE = [Cell(), *(replace(Cell(), **{name: value}) for name, values in AXES.items() for value in values[1:])]
@@ -110,8 +114,8 @@ def retract_by_hand(engine: Engine, at: int) -> None:
     engine.scheduler.schedule = retracting  # type: ignore[method-assign]
 
 
-def settings_of(cell: Cell) -> dict[str, Any]:
-    """Of the workers of a cell."""
+def settings_of(cell: Cell, head: Path) -> dict[str, Any]:
+    """Of the workers of a cell. Drafts are never given up, however badly they do."""
     settings: dict[str, Any] = {
         "prefill": int(cell.form == "disaggregated"),
         "page_size": cell.page,
@@ -121,6 +125,10 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     }
     if cell.pages == "retracted" and cell.batch > 1:
         settings["decode_settings"]["pages"] = CAPACITY // cell.page
+    if cell.drafts == "ngram":
+        settings["decode_settings"] |= {"speculative": "ngram", "draft_adaptive": False}
+    elif cell.drafts == "head":
+        settings |= {"draft_model": str(head), "draft_adaptive": False, "draft_tokens": 3}
     return settings
 
 
@@ -165,12 +173,16 @@ async def test_greedy_answers_equal_the_reference(cell: Cell, family: str, subje
     subject = subjects[family]
     length = LONG if cell.pages == "retracted" else TOKENS
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, logprobs=4)
-    async with pair(subject.path, **settings_of(cell)) as workers:
+    async with pair(subject.path, **settings_of(cell, subject.head)) as workers:
         if cell.pages == "retracted" and cell.batch == 1:
             retract_by_hand(workers.decode.engine, at=3)
         rounds = 2 if cell.cache == "warm" else 1
         passes = [await ask(workers, subject.prompts, sampling, cell.batch) for _ in range(rounds)]
         retractions = workers.decode.engine.status().retractions
+        speculation = workers.decode.engine.speculation
+    assert (speculation is None) == (cell.drafts == "none")
+    if speculation is not None and (cell.drafts == "head" or cell.cache == "warm"):
+        assert speculation.drafted > 100
     answers, near_ties = list(itertools.chain(*passes)), 0
     for prompt, answer in zip(subject.prompts * rounds, answers, strict=True):
         assert (answer.finish, answer.error, len(answer.tokens)) == (FinishReason.LENGTH, "", length)

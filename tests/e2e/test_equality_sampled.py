@@ -27,7 +27,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunked-and-handed-over": {"prefill": 1, "max_batch_tokens": 24},
     "retracted": {"prefill": 0, "decode_settings": {"pages": 16, "ageing_s": 60.0}},
     "handed-over-and-retracted": {"prefill": 1, "decode_settings": {"pages": 16, "ageing_s": 60.0}},
-}
+    "handed-over-and-drafted": {"prefill": 1, "draft_tokens": 3, "draft_adaptive": False},
+    "drafted-and-retracted": {
+        "prefill": 0, "draft_tokens": 3, "draft_adaptive": False,
+        "decode_settings": {"pages": 16, "ageing_s": 60.0},
+    },
+}  # fmt: skip
 
 
 async def _sample(subject: Any, batch: int, **settings: Any) -> tuple[list[list[int]], int]:
@@ -57,7 +62,10 @@ async def test_the_way_changes_no_sampled_token(
     if family not in plain:
         plain[family], _ = await _sample(subjects[family], 1, prefill=0)
         assert len({tuple(tokens) for tokens in plain[family]}) == len(plain[family])
-    tokens, retractions = await _sample(subjects[family], 16, **WAYS[way])
+    settings = WAYS[way]
+    if "drafted" in way:
+        settings = {**settings, "draft_model": str(subjects[family].head)}
+    tokens, retractions = await _sample(subjects[family], 16, **settings)
     assert tokens == plain[family]
     assert bool(retractions) == ("retracted" in way)
 
