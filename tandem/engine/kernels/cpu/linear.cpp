@@ -96,6 +96,7 @@ template <class T> INLINE int64_t first_rows(const Job<T> &job, int64_t first) {
         case 3: return rows_of_block<T, 3, 4, true>(job, 0, first), 3;
         }
     if (job.rows >= 2) return rows_of_block<T, 2, TILE / 2, true>(job, 0, first), 2;
+    if (job.rows == 0) return 0; // a chunk of which nothing is wanted
     return rows_of_block<T, 1, TILE, true>(job, 0, first), 1;
 }
 
