@@ -72,7 +72,7 @@ def test_gated(ops: NativeOps, activation: Activation, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 31, 32, 33])
 def test_linear(ops: NativeOps, rows: int, dtype: torch.dtype) -> None:
     for inputs, outputs in ((64, 48), (33, 17), (256, 5), (100, 160), (704, 256)):
         x, weight = noise(rows, inputs, dtype=dtype), noise(outputs, inputs, dtype=dtype, seed=1) / inputs**0.5
