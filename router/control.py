@@ -16,6 +16,7 @@ from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder
 from router.file_watch import FileWatch
 from router.policies import POLICIES
+from router.workers.discovery import Discovery, FixedWorkers, WorkersFile
 from router.workers.fleet import Fleet
 from router.workers.registry import Relay, serve_registry
 from tandem.cluster import new_id
@@ -30,7 +31,7 @@ class ControlPlane:
     def __init__(self, config: RouterConfig, relay: Relay | None = None) -> None:
         """relay: to the other processes of this router."""
         self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, time.monotonic)
-        self.fleet = Fleet(new_id(), self.index, config.workers, config.lease_s, time.monotonic)
+        self.fleet = Fleet(new_id(), self.index, config.lease_s, time.monotonic)
         self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, time.monotonic)
         self.recorder = Recorder(
             config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, time.monotonic
@@ -38,6 +39,9 @@ class ControlPlane:
         self.quotas = Quotas(self.fleet.router_id, time.monotonic)
         self.callers = Callers(self.quotas)
         self._watches = [FileWatch(config.api_keys, self.callers.load)] if config.api_keys is not None else []
+        self._discovery: list[Discovery] = [FixedWorkers(config.workers, self.fleet)]
+        if config.workers_file is not None:
+            self._discovery.append(WorkersFile(config.workers_file, self.fleet))
         self._tasks: list[asyncio.Task[None]] = []
         policy = POLICIES[config.policy]()
         self.dispatcher = Dispatcher(
@@ -57,8 +61,10 @@ class ControlPlane:
         self._server, self.port = await serve_registry(
             self.fleet, config.control_host, config.control_port, self._relay
         )
-        await self.fleet.start()
-        self._tasks = [asyncio.create_task(watch.run(), name="file-watch") for watch in self._watches]
+        for source in self._discovery:
+            source.start()
+        runs = [watch.run() for watch in self._watches] + [source.run() for source in self._discovery]
+        self._tasks = [asyncio.create_task(run, name="watch") for run in runs]
 
     async def close(self) -> None:
         """Ends every request, then every connection."""

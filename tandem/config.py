@@ -117,6 +117,9 @@ class RouterConfig(_Settings):
     control_host: str = Field("127.0.0.1", description="address of the gRPC port that workers register at")
     control_port: Port = Field(8001, description="gRPC port that workers register at")
     workers: Addresses = Field((), description="host:port of workers, for clusters without registration")
+    workers_file: Annotated[Path, AfterValidator(_existing)] | None = Field(
+        None, description="YAML or JSON list of such addresses, read again when it changes"
+    )
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
     )

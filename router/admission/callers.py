@@ -25,6 +25,11 @@ class Callers:
         self._keyring = keyring
         self._quotas.update(keyring.tenants)
 
+    @property
+    def open(self) -> bool:
+        """Whether no key is needed."""
+        return self._keyring.open
+
     def tenant(self, headers: Mapping[str, str]) -> Tenant:
         """Who asks. Raises Unauthorized when keys are configured and this has none of them."""
         return self._keyring.tenant(headers.get("authorization"), headers.get("x-api-key"))

@@ -20,6 +20,7 @@ from router.backend import Dispatcher
 from router.explain.recorder import Recorder
 from router.explain.story import explanation
 from router.http.body import ClientGone, read_body, while_connected
+from router.http.openapi import document
 from router.http.problems import envelope, public
 from router.http.sse import EventBuffer, EventStream, Flusher, SlowClient
 from router.metrics import CONTENT_TYPE, RequestTimer, RouterMetrics
@@ -188,6 +189,11 @@ class Api:
             return None
         said = [explanation(story, self._dispatcher.address_of if tenant is None else None) for story in found]
         return to_json({"object": "tandem.explanation", "id": name, "requests": said})
+
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`"""
+        model = self._dispatcher.model
+        return _json(document("Tandem", not self._callers.open, None if model is None else self._served_name(model)))
 
     async def metrics_page(self, request: Request) -> Response:
         """`GET /metrics`: of all processes of this router."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc.aio
@@ -42,7 +42,6 @@ class Fleet(Members[Worker]):
         self,
         router_id: str,
         index: PrefixIndex,
-        addresses: Iterable[str],
         lease_s: float,
         clock: Callable[[], float],
     ) -> None:
@@ -51,15 +50,30 @@ class Fleet(Members[Worker]):
         self.listener: FleetListener | None = None
         self.reference: WorkerInfo | None = None
         """The first worker ever known. All must share its model and layout: the router's tokeniser is that model's."""
-        self._addresses = tuple(addresses)
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._past_moves: dict[tuple[str, str, str], MoveStat] = {}
 
-    async def start(self) -> None:
-        """Starts following the listed addresses."""
-        for address in self._addresses:
+    def follow(self, address: str) -> None:
+        """Looks for a worker at an address until `unfollow`."""
+        link = self._links.get(address)
+        if link is None:
             self._connect(address, listed=True)
+            return
+        link.set_listed(True)
+        for worker in self._at(address):
+            worker.leaving = False
+
+    def unfollow(self, address: str) -> None:
+        """Looks for no worker there any more. One that is there gets no new requests, and is followed to its end."""
+        link = self._links.get(address)
+        if link is not None:
+            link.set_listed(False)
+        for worker in self._at(address):
+            worker.leaving = True
+
+    def _at(self, address: str) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.info.address == address]
 
     async def close(self) -> None:
         """Ends all links; every worker is gone afterwards."""

@@ -87,6 +87,12 @@ class Link:
         self.renewed = self._clock()
         self._wake.set()
 
+    def set_listed(self, listed: bool) -> None:
+        """Whether the address is looked at for ever from now on; if not, and without a lease, until its worker ends."""
+        self._listed = listed
+        self.renewed = self._clock() if listed else float("-inf")
+        self._wake.set()
+
     def give_up(self) -> None:
         """The worker said goodbye: the link ends with its connection, unless the address is listed."""
         self.renewed = float("-inf")

@@ -47,7 +47,8 @@ class Setting:
     def __init__(self, *addresses: str, lease_s: float = 5.0) -> None:
         clock = asyncio.get_running_loop().time
         self.index = PrefixIndex(1000, 1e9, clock)
-        self.fleet = Fleet("router-1", self.index, addresses, lease_s, clock)
+        self.fleet = Fleet("router-1", self.index, lease_s, clock)
+        self.addresses = addresses
         self.fleet.listener = self.listener = Listener()
 
     def matched(self, worker: FakeWorker) -> int:
@@ -57,7 +58,8 @@ class Setting:
 @asynccontextmanager
 async def following(*addresses: str, lease_s: float = 5.0) -> AsyncIterator[Setting]:
     setting = Setting(*addresses, lease_s=lease_s)
-    await setting.fleet.start()
+    for address in addresses:
+        setting.fleet.follow(address)
     try:
         yield setting
     finally:

@@ -1,0 +1,102 @@
+"""Addresses that come and go: a list, a file that changes, and what the fleet makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from router.control import ControlPlane
+from router.workers.discovery import FixedWorkers, WorkersFile
+from tandem.cluster import Role
+from tandem.config import RouterConfig
+from tandem.errors import ConfigError
+from tandem.testing.workers import FakeWorker
+
+
+class Names:
+    """A roster that notes."""
+
+    def __init__(self) -> None:
+        self.now: set[str] = set()
+        self.told: list[str] = []
+
+    def follow(self, address: str) -> None:
+        assert address not in self.now
+        self.now.add(address)
+        self.told.append("+" + address)
+
+    def unfollow(self, address: str) -> None:
+        self.now.remove(address)
+        self.told.append("-" + address)
+
+
+def test_a_list_is_told_once() -> None:
+    roster = Names()
+    FixedWorkers(["b:2", "a:1", "b:2", "[::1]:3"], roster).start()
+    assert roster.told == ["+b:2", "+a:1", "+[::1]:3"]
+
+
+@pytest.mark.parametrize("address", ["a", "a:", ":1", "a:0", "a:65536", "a b:1", "http://a:1", "a:1x"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="is not host:port"):
+        FixedWorkers([address], Names())
+
+
+def test_a_file_is_followed(tmp_path: Path) -> None:
+    path, roster = tmp_path / "workers.yaml", Names()
+    path.write_text("workers: [a:1, b:2]")
+    file = WorkersFile(path, roster)
+    file.start()
+    for content, expected in (
+        ("[a:1, b:2, c:3]", {"a:1", "b:2", "c:3"}),
+        ("- c:3\n- d:4\n", {"c:3", "d:4"}),
+        ('{"workers": ["broken"]}', {"c:3", "d:4"}),
+        ("workers: 7", {"c:3", "d:4"}),
+        ("a: [", {"c:3", "d:4"}),
+        ("workers:\n", set()),
+    ):
+        path.write_text(content)
+        file.look()
+        assert roster.now == expected
+    path.write_text("[e:5]")
+    file.look()
+    path.unlink()
+    file.look()
+    assert roster.now == {"e:5"}
+    assert roster.told == ["+a:1", "+b:2", "+c:3", "+d:4", "-a:1", "-b:2", "-c:3", "-d:4", "+e:5"]
+
+
+def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text("workers: {a: 1}")
+    with pytest.raises(ConfigError, match="must be a list of host:port"):
+        WorkersFile(path, Names()).start()
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_fleet_takes_workers_in_and_gives_those_that_are_unlisted_nothing_more(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    async with FakeWorker(Role.DECODE) as first, FakeWorker(Role.DECODE) as second:
+        path.write_text(f"[{first.info.address}]")
+        async with ControlPlane(RouterConfig(control_port=0, workers_file=path)) as control:
+
+            def usable() -> set[str]:
+                return {view.incarnation for view in control.fleet.snapshot().decode if not view.draining}
+
+            await eventually(lambda: usable() == {first.info.incarnation})
+            path.write_text(f"[{second.info.address}]")
+            await eventually(lambda: usable() == {second.info.incarnation})
+            path.write_text(f"[{first.info.address}, {second.info.address}]")
+            await eventually(lambda: usable() == {first.info.incarnation, second.info.incarnation})
+            path.write_text(f"[{second.info.address}]")
+            await eventually(lambda: usable() == {second.info.incarnation})
+            await first.stop()
+            await eventually(lambda: control.fleet.following() == {second.info.address})
