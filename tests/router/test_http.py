@@ -32,7 +32,7 @@ def at(world: Any, **settings: Any) -> httpx.AsyncClient:
 async def test_other_methods_are_refused_in_the_envelope(client: httpx.AsyncClient) -> None:
     for method, path, status in (
         ("OPTIONS", "/v1/chat/completions", 405), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405),
-        ("POST", "/v1/embeddings", 404), ("GET", "/openapi.json", 404), ("GET", "/v1", 404),
+        ("POST", "/v1/embeddings", 404), ("GET", "/docs", 404), ("GET", "/v1", 404),
     ):  # fmt: skip
         response = await client.request(method, path)
         assert response.status_code == status
