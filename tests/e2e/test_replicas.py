@@ -22,6 +22,8 @@ FIRST, MORE = 150, 90
 """Tokens of a session's first prompt, and what each turn adds."""
 STREAM_TOKENS = 1600
 WITHIN = 0.02
+PAGE = 16
+"""Workers reuse whole pages, whatever the router remembers."""
 
 
 @dataclass
@@ -170,6 +172,7 @@ async def test_a_killed_replica_harms_its_own_streams_only_and_hits_again_once_i
     restarted = await hit_share(second.url, "back", range(half, SESSIONS), [2])
     assert lasting > 0.5
     assert restarted >= lasting - WITHIN
+    await asyncio.to_thread(second.router.kill)
     await asyncio.to_thread(partial(first.check_leaks, within_s=20.0))
 
 
@@ -191,7 +194,7 @@ async def test_a_real_route_can_be_explained(replicas: Replicas) -> None:
     assert best["decode"]["id"] == happened["decode"]["id"]
     assert abs(sum(best["costs_ms"].values()) - best["cost_ms"]) < 0.01
     assert best["decode_matched_blocks"] == FIRST // 64
-    assert told["predicted"]["cached_tokens"] <= cached
+    assert cached <= told["predicted"]["cached_tokens"] < cached + PAGE
     assert unknown.status_code == 404
     rungs = dict.fromkeys(("prompt", "ideal", "capacity", "perfect_routing", "achieved"), 0.0)
     for line in replicas.first.get("/metrics").splitlines():
