@@ -22,6 +22,11 @@ class MoveLedger:
         old = self._stats.get(key, MoveStat(sender, self._receiver, transport))
         self._stats[key] = replace(old, bytes=old.bytes + size, seconds=old.seconds + seconds, tickets=old.tickets + 1)
 
+    def failed(self, sender: str, transport: str) -> None:
+        """A hand-over from `sender` was not brought to its end."""
+        old = self._stats.get((sender, transport), MoveStat(sender, self._receiver, transport))
+        self._stats[sender, transport] = replace(old, failures=old.failures + 1)
+
     def stats(self) -> tuple[MoveStat, ...]:
         """All pairs so far."""
         return tuple(self._stats.values())

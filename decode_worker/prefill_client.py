@@ -49,13 +49,16 @@ class PrefillClient:
         queue_deadline_s: float,
         transfer_deadline_s: float,
         failed: Callable[[str], None],
+        pair_failed: Callable[[str], None],
     ) -> None:
+        """failed: told the stage of each failure. pair_failed: told the sender's incarnation."""
         self._incarnation = incarnation
         self._layout_digest = layout_digest
         self._make_pair = make_pair
         self._queue_deadline_s = queue_deadline_s
         self._transfer_deadline_s = transfer_deadline_s
         self._failed = failed
+        self._pair_failed = pair_failed
         self._pairs: dict[str, PairClient] = {}
         self._connecting: dict[str, asyncio.Task[PairClient]] = {}
         self._warming: set[asyncio.Task[None]] = set()
@@ -91,6 +94,7 @@ class PrefillClient:
             if not result.error:
                 return Outcome(sender_cached, tried, complete=True, sender=target.incarnation)
             self._failed("hand_over")
+            self._pair_failed(target.incarnation)
             log.warning("hand-over of request %s from %s failed: %s", request.request_id, target.address, result.error)
         return Outcome(sender_cached, len(targets), complete=False, sender=targets[-1].incarnation if targets else "")
 

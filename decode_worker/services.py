@@ -51,6 +51,7 @@ class DecodeServices:
             config.queue_deadline_s,
             config.transfer_deadline_s,
             metrics.failed,
+            lambda sender: self._moves.failed(sender, transports.preferred.name),
         )
         self._client = client
         self._grammars = Grammars(_compiler_settings(config, parts.info.model))

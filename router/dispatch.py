@@ -28,10 +28,11 @@ from router.policies.cost import EXPECTED_OUTPUT
 from router.quarantine import Quarantine
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
-from router.workers.snapshot import Load
+from router.workers.pairs import PairHealth, avoiding
+from router.workers.snapshot import Load, WorkerView
 from tandem.cluster import Candidate, Incarnation, Plan, Role, Status, WorkerInfo
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
+from tandem.errors import BadRequest, ContextTooLong, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.obs import REQUESTS_MOVED_TOTAL
 from tandem.types import FinishReason, GenerateRequest, ModelInfo
@@ -101,11 +102,18 @@ def _cost(request: GenerateRequest, chosen: Candidate) -> int:
     return missing + request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
 
 
+def _larger_than(refusing: Incarnation, others: Sequence[WorkerView]) -> bool:
+    """Whether some worker has room for more tokens than the one that refused a request as too long."""
+    least = min((view.info.capacity_tokens for view in others if view.incarnation == refusing), default=0)
+    return any(view.info.capacity_tokens > least and not view.draining for view in others)
+
+
 def _refusal(errors: Sequence[TandemError]) -> TandemError:
     """What a client is told when nobody took its request: to come back later."""
-    for error in errors:
-        if isinstance(error, Overloaded):
-            return error
+    for kind in (Overloaded, ContextTooLong):
+        for error in errors:
+            if isinstance(error, kind):
+                return error
     return errors[-1] if isinstance(errors[-1], Unavailable) else Unavailable(str(errors[-1]))
 
 
@@ -132,6 +140,7 @@ class Dispatcher:
         self._ladder = ladder
         self._clock = clock
         self._quotas = quotas
+        self._pairs = PairHealth(clock)
         self._admission = Admission(config.max_inflight, config.max_queued, config.queue_s, self._room, clock)
         self._open: dict[str, OpenRequest] = {}
         self._streams: dict[Incarnation, WorkerStream] = {}
@@ -238,7 +247,7 @@ class Dispatcher:
             if refused and all(view.draining for view in fleet.decode):
                 break
             matches = {} if scores else self._matches(record)
-            plan = self._policy.plan(info, fleet, matches, self._clock())
+            plan = avoiding(self._policy.plan(info, fleet, matches, self._clock()), self._pairs.broken())
             log.debug("plan of %s, cached %s: %s", request.request_id, matches, plan.candidates)
             self._recorder.planned(record.story, plan, matches)
             if record.rungs is None and self._ladder.on and not scores:
@@ -246,6 +255,12 @@ class Dispatcher:
                 record.rungs = self._ladder.planned(record.chain.hashes, len(request.prompt), best, capacity)
             try:
                 return plan, await self._submit(record, info, plan)
+            except ContextTooLong as error:
+                if not _larger_than(plan.decode, fleet.decode):
+                    raise
+                record.story.refused(error)
+                refused[plan.decode] = error
+                record.next_attempt()
             except Elsewhere as error:
                 log.info("decode worker %s does not take %s: %s", plan.decode, request.request_id, error)
                 record.story.refused(error)
@@ -458,11 +473,13 @@ class Dispatcher:
     def worker_reported(self, status: Status) -> None:
         """A worker has told its load, and what tenants use of it."""
         self._quotas.observe(status)
+        self._pairs.observe(status)
         self._admission.wake()
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         """What it ran goes on elsewhere. What it had not answered yet does so when its call fails."""
         self._quotas.forget(incarnation)
+        self._pairs.forget(incarnation)
         self._admission.wake()
         self.tails.drop(incarnation)
         stream = self._streams.pop(incarnation, None)

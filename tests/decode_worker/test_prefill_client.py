@@ -63,7 +63,8 @@ class Rig:
         self.pairs = {pair.peer: pair for pair in pairs}
         self.made: list[str] = []
         self.failures: list[str] = []
-        self.client = PrefillClient("d" * 32, "layout", self._make, 3.0, 4.0, self.failures.append)
+        self.broken: list[str] = []
+        self.client = PrefillClient("d" * 32, "layout", self._make, 3.0, 4.0, self.failures.append, self.broken.append)
 
     def _make(self, incarnation: str, address: str) -> Any:
         self.made.append(address)
@@ -105,6 +106,7 @@ async def test_when_all_fail_the_request_goes_on_without_them() -> None:
     )
     assert await rig.fetch([A, B, C]) == Outcome(0, 3, complete=False, sender=C.incarnation)
     assert rig.failures == ["hand_over"] * 3
+    assert rig.broken == [A.incarnation, B.incarnation, C.incarnation]
 
 
 async def test_a_pair_is_used_again_and_a_broken_one_made_anew() -> None:
