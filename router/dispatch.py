@@ -286,7 +286,7 @@ class Dispatcher:
             raise Unavailable(f"decode worker {plan.decode} is gone")
         await stream.ready(STREAM_S)
         self._still_open(record)
-        record.decode = plan.decode
+        record.decode, generation = plan.decode, stream.generation
         record.decode_booking, record.prefill_booking = book(self.fleet, info, plan.candidates[0], record.chain.hashes)
         try:
             reply = await self._call_submit(worker, self._submission(record, plan))
@@ -294,6 +294,9 @@ class Dispatcher:
             self._release(record)
             raise
         record.answered = record.taken = True
+        if record.gapped or stream.generation != generation:
+            record.resumed = False
+            stream.reopen()  # it broke meanwhile, and its resume points did not name this request yet
         record.story.taken(reply.cached_tokens, reply.prefill, self._clock())
         if plan.prefill is not None and reply.prefill != plan.prefill:
             self.fleet.release(record.prefill_booking)
@@ -442,15 +445,16 @@ class Dispatcher:
         return any(view.incarnation == incarnation and view.draining for view in self.fleet.snapshot().decode)
 
     def resume_points(self, incarnation: Incarnation) -> list[decode_pb2.ResumePoint]:
-        """Where the requests that this worker has taken should go on. Not yet answered ones fail by their own call."""
-        return [
-            decode_pb2.ResumePoint(
-                request_id=request_id, attempt=record.request.attempt, choice=choice, next_index=next_index
-            )
-            for request_id, record in self._open.items()
-            if record.decode == incarnation and record.answered
-            for choice, next_index in record.resume_points()
-        ]
+        """Where the requests that this worker has taken should go on; those not yet answered come later."""
+        points = []
+        for request_id, record in self._open.items():
+            if record.decode == incarnation and record.answered:
+                record.resumed, attempt = True, record.request.attempt
+                points += [
+                    decode_pb2.ResumePoint(request_id=request_id, attempt=attempt, choice=choice, next_index=index)
+                    for choice, index in record.resume_points()
+                ]
+        return points
 
     def stream_lost(self, incarnation: Incarnation, reason: str) -> None:
         """What the worker runs for this router cannot go on."""

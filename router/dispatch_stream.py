@@ -46,6 +46,9 @@ class WorkerStream:
         self._lease_s = lease_s
         self._sink = sink
         self._up = asyncio.Event()
+        self._call: grpc.aio.UnaryStreamCall[decode_pb2.StreamRequest, decode_pb2.StepMessage] | None = None
+        self.generation = 0
+        """Counts the times that resume points were taken."""
         self._task = asyncio.create_task(self._run(), name=f"stream-{worker.incarnation}")
 
     async def ready(self, timeout: float) -> None:
@@ -55,6 +58,11 @@ class WorkerStream:
                 await self._up.wait()
         except TimeoutError:
             raise Unavailable(f"decode worker {self._worker.incarnation} opens no token stream") from None
+
+    def reopen(self) -> None:
+        """Opens the stream anew, with resume points: one of its requests may have missed tokens."""
+        if self._call is not None:
+            self._call.cancel()
 
     def close(self) -> None:
         """Ends the stream for good."""
@@ -82,9 +90,10 @@ class WorkerStream:
 
     async def _once(self) -> None:
         incarnation = self._worker.incarnation
+        self.generation += 1
         resume = self._sink.resume_points(incarnation)
         stub = decode_pb2_grpc.DecodeStub(self._worker.channel)
-        call = stub.Stream(decode_pb2.StreamRequest(router_id=self._router_id, resume=resume))
+        self._call = call = stub.Stream(decode_pb2.StreamRequest(router_id=self._router_id, resume=resume))
         try:
             await call.initial_metadata()
             async for message in call:
@@ -93,5 +102,11 @@ class WorkerStream:
                 self._up.set()
                 if message.deltas:
                     self._sink.receive(incarnation, message.deltas)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Unavailable("it is opened anew") from None
         finally:
+            self._call = None
             call.cancel()

@@ -59,6 +59,10 @@ class OpenRequest:
         """Whether any worker ever has: what it made may have been read."""
         self.losses = 0
         """Workers that were lost while they ran it, or were taking it."""
+        self.gapped = False
+        """Whether tokens came that had lost those before them."""
+        self.resumed = True
+        """Whether the worker's stream, as it stands, knows where to go on; False while it is opened anew for that."""
         self.decode_booking: Booking | None = None
         self.prefill_booking: Booking | None = None
         self._clock = clock
@@ -86,6 +90,7 @@ class OpenRequest:
     def next_attempt(self) -> None:
         """Another worker is to take it: from the start, or, once something may have been read, from where it stands."""
         self.decode, self.answered = None, False
+        self.gapped, self.resumed = False, True
         if self.taken:
             made = tuple(tuple(choice.tokens) for choice in self._choices)
             ended = tuple(number for number, choice in enumerate(self._choices) if choice.finished)
@@ -131,6 +136,10 @@ class OpenRequest:
             return ""
         choice = self._choices[delta.choice]
         if choice.finished:
+            return ""
+        if delta.first_index > choice.next_index and not (self.answered and self.resumed):
+            # The stream broke before the worker's answer came; after the answer, all is asked for again.
+            self.gapped = True
             return ""
         if delta.first_index > choice.next_index:
             return f"tokens {choice.next_index} to {delta.first_index - 1} were lost on the way"

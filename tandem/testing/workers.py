@@ -114,6 +114,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
         for queue in self._streams:
             queue.put_nowait(None)
 
+    @property
+    def streams(self) -> int:
+        """Token streams that are open."""
+        return len(self._streams)
+
     async def until(self, condition: Any) -> None:
         """Waits until `condition()` holds; checked at every call that arrives."""
         async with self.changed, asyncio.timeout(10):

@@ -13,7 +13,7 @@ import pytest
 
 from router.control import ControlPlane
 from router.dispatch import Accepted, Dispatcher
-from tandem.cluster import CacheEvent, EventKind, Role, new_id
+from tandem.cluster import CacheEvent, EventKind, MoveStat, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Quarantined, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
@@ -243,6 +243,58 @@ async def test_a_bad_request_is_not_tried_elsewhere() -> None:
         assert sum(len(worker.submissions) for worker in made.decode) == 1
         with pytest.raises(BadRequest, match=r"prompt has token id 1000; it must be in \[0, 1000\)"):
             await made.dispatcher.submit(GenerateRequest(new_id(), "fake", (1, 1000), SamplingParams()))
+
+
+async def test_a_larger_worker_is_asked_when_a_smaller_one_finds_a_request_too_long() -> None:
+    async with FakeWorker(Role.DECODE) as small, FakeWorker(Role.DECODE, total_pages=512) as large:
+        small.refusal = ContextTooLong("at most 8 fit", param="messages")
+        config = RouterConfig(control_port=0, workers=(small.info.address, large.info.address), policy="round_robin")
+        async with ControlPlane(config) as control:
+            await eventually(lambda: len(control.fleet.snapshot().decode) == 2)
+            for _ in range(2):
+                accepted = await control.dispatcher.submit(request())
+                assert accepted.plan.decode == large.info.incarnation
+                await accepted.cancel()
+            assert (len(small.submissions), len(large.submissions)) == (1, 2)
+            large.refusal = ContextTooLong("at most 16 fit", param="messages")
+            with pytest.raises(ContextTooLong, match="fit"):
+                await control.dispatcher.submit(request())
+
+
+async def test_a_pair_whose_hand_over_failed_is_avoided_for_a_while() -> None:
+    async with cluster(prefill=1, policy="longest_prefix") as made:
+        (worker,), (prefill,) = made.decode, made.prefill
+        names = prefill.info.incarnation, worker.info.incarnation
+        worker.report(free_pages=256, total_pages=256)
+        for failures in (0, 1):
+            stat = MoveStat(*names, "tcp", failures=failures)
+            worker.report(free_pages=256, total_pages=256, moves=(stat,))
+            await eventually(lambda stat=stat: made.control.fleet.moves() == [stat])  # type: ignore[misc]
+            accepted, _ = await made.submit(request(prompt_tokens=300))
+            assert accepted.plan.prefill == (None if failures else prefill.info.incarnation)
+            assert accepted.plan.prefill_alternatives == (prefill.info.incarnation,)
+            await accepted.cancel()
+
+
+async def test_what_a_stream_that_broke_before_the_answer_carried_is_asked_for_again() -> None:
+    async with cluster() as made:
+        (worker,) = made.decode
+        worker.hold = asyncio.Event()
+        task = asyncio.create_task(made.dispatcher.submit(request()))
+        await worker.until(lambda: worker.submissions)
+        worker.break_streams()
+        await worker.until(lambda: len(worker.resumes) == 2)
+        (message,) = worker.submissions
+        await eventually(lambda: worker.streams == 1)
+        worker.send(answer(message, [3], 2))
+        worker.hold.set()
+        accepted = await task
+        await worker.until(lambda: len(worker.resumes) == 3)
+        (point,) = worker.resumes[2]
+        assert (point.request_id, point.next_index) == (message.request.request_id, 0)
+        await eventually(lambda: worker.streams == 1)
+        worker.send(answer(message, [1, 2, 3], **STOP))
+        assert [d.tokens for d in await read(accepted)] == [(1, 2, 3)]
 
 
 async def test_more_than_the_bound_is_refused() -> None:

@@ -22,7 +22,9 @@ SLICES = st.lists(
 
 def make(choices: int = 2, max_buffered: int = 10_000) -> OpenRequest:
     request = GenerateRequest("r", "m", (1,), SamplingParams(), choices=choices, attempt=1)
-    return OpenRequest(request, max_buffered, Chain(b"root", ()), Story.of(request, 0.0, 0.0), lambda: 0.0)
+    record = OpenRequest(request, max_buffered, Chain(b"root", ()), Story.of(request, 0.0, 0.0), lambda: 0.0)
+    record.answered = True
+    return record
 
 
 async def drain(record: OpenRequest) -> list[Delta]:
