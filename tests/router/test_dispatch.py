@@ -270,7 +270,7 @@ async def test_a_pair_whose_hand_over_failed_is_avoided_for_a_while() -> None:
             stat = MoveStat(*names, "tcp", failures=failures)
             worker.report(free_pages=256, total_pages=256, moves=(stat,))
             await eventually(lambda stat=stat: made.control.fleet.moves() == [stat])  # type: ignore[misc]
-            accepted, _ = await made.submit(request(prompt_tokens=300))
+            accepted, _ = await made.submit(request(prompt_tokens=300, salt=str(failures)))
             assert accepted.plan.prefill == (None if failures else prefill.info.incarnation)
             assert accepted.plan.prefill_alternatives == (prefill.info.incarnation,)
             await accepted.cancel()
