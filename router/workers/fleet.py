@@ -34,8 +34,7 @@ class FleetListener(Protocol):
 class Fleet(Members[Worker]):
     """Follows listed and registered workers. All methods run on the event loop.
 
-    addresses: host:port of workers that are followed for ever. lease_s: silence after which a worker is gone.
-    clock: seconds, monotonic.
+    lease_s: silence after which a worker is gone. clock: seconds, monotonic.
     """
 
     def __init__(
