@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -190,16 +191,18 @@ class Dispatcher:
         self._open[request.request_id] = record
         try:
             plan, reply = await self._place(record)
+            self._admission.placed(request.request_id)
         except BaseException as error:
             record.story.error = str(error)
             self._close(record)
             raise
         return Accepted(record, plan, reply, self)
 
-    def _room(self) -> bool:
-        """Whether some decode worker has few enough waiting to be given more; without any, waiting would not help."""
+    def _room(self) -> float:
+        """Requests that may be sent to decode workers before each has its backlog; without workers, waiting is vain."""
         views = [view for view in self.fleet.snapshot().decode if not view.draining]
-        return not views or any(view.sequences - view.status.running < self._config.worker_backlog for view in views)
+        waiting = (max(view.sequences - view.status.running, 0) for view in views)
+        return sum(max(self._config.worker_backlog - count, 0) for count in waiting) if views else math.inf
 
     def _check(self, request: GenerateRequest) -> WorkerInfo:
         reference = self.fleet.reference

@@ -32,7 +32,8 @@ class Admission:
     """Lets requests in, by priority, then the tenant with the fewest inside, then arrival.
 
     max_inflight: requests inside. max_queued: requests waiting; 0 refuses instead. deadline_s: longest wait.
-    room: whether workers can use another request now. clock: seconds, monotonic.
+    room: how many more requests workers can use now, those admitted but not yet `placed` included. clock: seconds,
+    monotonic.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Admission:
         max_inflight: int,
         max_queued: int,
         deadline_s: float,
-        room: Callable[[], bool],
+        room: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
         self._max_inflight = max_inflight
@@ -50,6 +51,7 @@ class Admission:
         self._clock = clock
         self._inside: dict[str, str] = {}
         self._tenants: Counter[str] = Counter()
+        self._unplaced: set[str] = set()
         self._queue: dict[int, _Waiting] = {}
         self._arrivals = 0
 
@@ -99,11 +101,16 @@ class Admission:
     def leave(self, request_id: str) -> None:
         """The request ended; a second time does nothing."""
         tenant = self._inside.pop(request_id, None)
+        self._unplaced.discard(request_id)
         if tenant is not None:
             self._tenants[tenant] -= 1
             if not self._tenants[tenant]:
                 del self._tenants[tenant]
             self.wake()
+
+    def placed(self, request_id: str) -> None:
+        """The request is with a worker, whose load tells of it from now on."""
+        self._unplaced.discard(request_id)
 
     def wake(self) -> None:
         """Something changed: lets in who can be."""
@@ -123,10 +130,11 @@ class Admission:
         return Unavailable(text, retry_s=self._retry_s())
 
     def _open(self) -> bool:
-        return len(self._inside) < self._max_inflight and self._room()
+        return len(self._inside) < self._max_inflight and self._room() > len(self._unplaced)
 
     def _admit(self, request_id: str, tenant: str) -> None:
         self._inside[request_id] = tenant
+        self._unplaced.add(request_id)
         self._tenants[tenant] += 1
 
     def _shed(self) -> None:
@@ -147,6 +155,7 @@ class Admission:
         """Raises AssertionError when a bound or a count is broken; for tests."""
         assert len(self._inside) <= self._max_inflight
         assert len(self._queue) <= self._max_queued
+        assert self._unplaced <= self._inside.keys()
         assert self._tenants == Counter(self._inside.values())
         assert all(not waiting.entered.done() for waiting in self._queue.values())
         assert not self._queue or not self._open()

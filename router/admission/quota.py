@@ -142,6 +142,8 @@ class Quotas:
                 account.tenant, now = new[name], self._clock()
                 account.requests = Bucket(account.tenant.requests_per_minute, now)
                 account.tokens = Bucket(account.tenant.tokens_per_minute, now)
+        for tenant in new.values():
+            self._account(tenant)  # what goes through other routers counts from now on
 
     def observe(self, status: Status) -> None:
         """A worker's status: what went through other routers is taken from the same allowance."""
@@ -168,13 +170,17 @@ class Quotas:
         tokens = CounterMetricFamily("tandem_tenant_tokens", "Prompt and output tokens", labels=("tenant",))
         refused = CounterMetricFamily("tandem_tenant_refused", "HTTP requests over a limit", labels=("tenant", "limit"))
         inside = GaugeMetricFamily("tandem_tenant_running", "HTTP requests at work", labels=("tenant",))
+        left = GaugeMetricFamily("tandem_tenant_requests_left", "Of the minute's allowance", labels=("tenant",))
+        now = self._clock()
         for name, account in self._accounts.items():
+            if account.requests.per_minute:
+                left.add_metric([name], account.requests.left(now))
             requests.add_metric([name], account.admitted)
             tokens.add_metric([name], account.spent)
             inside.add_metric([name], account.inside)
             for limit, count in account.refused.items():
                 refused.add_metric([name, limit], count)
-        return [requests, tokens, refused, inside]
+        return [requests, tokens, refused, inside, left]
 
     def inside(self) -> Mapping[str, int]:
         """Requests at work by tenant, where there are any."""

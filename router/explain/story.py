@@ -13,7 +13,7 @@ from tandem.types import FinishReason, GenerateRequest, Usage
 Json = dict[str, Any]
 AddressOf = Callable[[Incarnation], str | None]
 
-PAID_BY_OTHERS = frozenset({"slowdown"})
+PAID_BY_OTHERS = frozenset({"slowdown", "others", "recent"})
 """Cost terms that are not part of this request's own wait for its first token."""
 BASE_BYTES = 1500
 ATTEMPT_BYTES = 400

@@ -17,6 +17,13 @@ from tandem.ports import free_ports
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, Process, cluster
 
+KEYS = """
+tenants:
+  - {name: load, keys: [key-of-the-load]}
+  - {name: small, keys: [key-of-the-small], requests_per_minute: 3}
+"""
+LOAD = {"authorization": "Bearer key-of-the-load"}
+SMALL = {"authorization": "Bearer key-of-the-small"}
 SESSIONS, TURNS = 12, 4
 FIRST, MORE = 150, 90
 """Tokens of a session's first prompt, and what each turn adds."""
@@ -79,10 +86,13 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
     model = make_checkpoint(folder / "llama", CheckpointSpec(seed=1, max_positions=2048))
     http, control = free_ports(2)
     lease = ["--lease-s", "3"]
-    arguments = ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *lease]
+    keys = folder / "keys.yaml"
+    keys.write_text(KEYS)
+    asked = [*lease, "--api-keys", str(keys)]
+    arguments = ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *asked]
     other = Process("router-1", arguments, http, folder / "router-1.log")
     both = ["--router", f"127.0.0.1:{control}", "--kv-mib", "32", *lease]
-    with cluster(model, folder, prefill=0, decode=2, worker_args=both, router_args=lease) as first:
+    with cluster(model, folder, prefill=0, decode=2, worker_args=both, router_args=asked) as first:
         other.start()
         try:
             second = Cluster(other, first.workers)
@@ -99,7 +109,7 @@ def prompt(session: int, turn: int) -> list[int]:
 async def ask(url: str, salt: str, session: int, turn: int) -> tuple[int, int]:
     """One turn on a connection of its own: its prompt tokens, and how many of them were cached."""
     body = {"prompt": prompt(session, turn), "max_tokens": 4, "temperature": 0, "cache_salt": salt}
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, headers=LOAD) as client:
         answer = await client.post(url + "/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     usage = answer.json()["usage"]
@@ -121,7 +131,7 @@ async def stream(url: str, started: asyncio.Event, session: int) -> int:
     body = {"prompt": prompt(session, 0), "max_tokens": STREAM_TOKENS, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
     async with (
-        httpx.AsyncClient(timeout=60) as client,
+        httpx.AsyncClient(timeout=60, headers=LOAD) as client,
         client.stream("POST", url + "/v1/completions", json=body) as got,
     ):
         assert got.status_code == 200
@@ -145,6 +155,20 @@ async def test_two_replicas_hit_as_often_as_one(replicas: Replicas) -> None:
         assert abs(made.chosen.count(made.ports[0]) - made.chosen.count(made.ports[1])) <= 1
     assert alone > 0.5
     assert together >= alone - WITHIN
+
+
+async def test_two_replicas_keep_one_quota(replicas: Replicas) -> None:
+    body = {"prompt": "Hello", "max_tokens": 2}
+    async with httpx.AsyncClient(timeout=60, headers=SMALL) as client:
+
+        async def status(replica: Cluster) -> int:
+            return (await client.post(replica.url + "/v1/completions", json=body)).status_code
+
+        assert [await status(replicas.first) for _ in range(2)] == [200, 200]
+        async with asyncio.timeout(10):
+            while replicas.second.metric("tandem_tenant_requests_left") > 2:
+                await asyncio.sleep(0.05)
+        assert [await status(replicas.second) for _ in range(2)] == [200, 429]
 
 
 async def test_a_killed_replica_harms_its_own_streams_only_and_hits_again_once_it_is_back(replicas: Replicas) -> None:
@@ -178,7 +202,7 @@ async def test_a_killed_replica_harms_its_own_streams_only_and_hits_again_once_i
 
 async def test_a_real_route_can_be_explained(replicas: Replicas) -> None:
     await ask(replicas.first.url, "why", 1, 0)
-    async with httpx.AsyncClient(base_url=replicas.first.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=replicas.first.url, timeout=60, headers=LOAD) as client:
         body = {"prompt": prompt(1, 1), "max_tokens": 4, "temperature": 0, "cache_salt": "why"}
         answer = await client.post("/v1/completions", json=body)
         cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ class Clock:
 
 
 def gate(
-    inflight: int = 2, queued: int = 0, deadline_s: float = 60.0, room: Callable[[], bool] = lambda: True
+    inflight: int = 2, queued: int = 0, deadline_s: float = 60.0, room: Callable[[], float] = lambda: math.inf
 ) -> Admission:
     return Admission(inflight, queued, deadline_s, room, Clock())
 
@@ -113,6 +114,22 @@ async def test_requests_wait_for_room_at_workers() -> None:
     assert (admission.inflight, admission.queued) == (1, 0)
 
 
+async def test_no_more_are_let_in_at_once_than_there_is_room_for() -> None:
+    room = 0
+    admission = gate(inflight=9, queued=9, room=lambda: room)
+    waiting = [asyncio.ensure_future(admission.enter(name)) for name in "abc"]
+    await settle()
+    room = 2
+    admission.wake()
+    await settle()
+    assert [task.done() for task in waiting] == [True, True, False]
+    room = 1
+    admission.placed("a")
+    admission.placed("b")
+    admission.wake()
+    await waiting[2]
+
+
 @pytest.mark.parametrize("leave_first", [False, True])
 async def test_a_client_that_goes_away_while_it_waits_leaves_nothing(leave_first: bool) -> None:
     """Also when it is let in in the same moment."""
@@ -169,7 +186,7 @@ SERVICE_S, DEADLINE_S, SERVERS = 1000.0, 4000.0, 2
 async def served_in_time(offered: float, services: int) -> tuple[int, Counter[int]]:
     """Requests of three priorities, offered at a multiple of what can be served; all in virtual time."""
     clock = Clock()
-    admission = Admission(SERVERS, 8, DEADLINE_S - SERVICE_S, lambda: True, clock)
+    admission = Admission(SERVERS, 8, DEADLINE_S - SERVICE_S, lambda: math.inf, clock)
     ends: list[tuple[float, str]] = []
     good: Counter[int] = Counter()
 

@@ -276,6 +276,30 @@ async def test_a_pair_whose_hand_over_failed_is_avoided_for_a_while() -> None:
             await accepted.cancel()
 
 
+async def test_a_submission_carries_tenant_priority_and_cost() -> None:
+    async with cluster() as made:
+        accepted, worker = await made.submit(request(200, tenant="a", priority=3, max_tokens=16, choices=2))
+        (message,) = worker.submissions
+        assert (message.request.tenant, message.request.priority, message.request.cost) == ("a", 3, 200 + 2 * 16)
+        await accepted.cancel()
+
+
+async def test_requests_wait_at_the_router_while_every_worker_has_enough_waiting() -> None:
+    async with cluster(worker_backlog=8) as made:
+        (worker,) = made.decode
+        worker.report(waiting=8, free_pages=256, total_pages=256)
+        await eventually(lambda: made.control.fleet.snapshot().decode[0].status.waiting == 8)
+        tasks = [asyncio.create_task(made.dispatcher.submit(request(priority=rank))) for rank in (0, 1)]
+        await eventually(lambda: "2 requests waiting" in made.dispatcher.leaks())
+        assert worker.submissions == []
+        worker.report(waiting=7, free_pages=256, total_pages=256)
+        high = await tasks[1]
+        assert [message.request.priority for message in worker.submissions] == [1]
+        worker.report(waiting=0, dispatches={made.control.fleet.router_id: 1}, free_pages=256, total_pages=256)
+        for accepted in (high, await tasks[0]):
+            await accepted.cancel()
+
+
 async def test_what_a_stream_that_broke_before_the_answer_carried_is_asked_for_again() -> None:
     async with cluster() as made:
         (worker,) = made.decode
