@@ -98,10 +98,13 @@ class Pair:
         self._arrived.set()
 
     async def submit(
-        self, prompt: Sequence[int], sampling: SamplingParams, choices: int = 1, hand_over: bool = True, salt: str = ""
+        self, prompt: Sequence[int], sampling: SamplingParams, hand_over: bool = True, **fields: Any
     ) -> str:
-        """Submits and returns the request id; with `hand_over` all prefill workers are named in order."""
-        request = GenerateRequest(new_id(), "test", tuple(prompt), sampling, choices=choices, salt=salt)
+        """Submits and returns the request id; with `hand_over` all prefill workers are named in order.
+
+        fields: of GenerateRequest.
+        """
+        request = GenerateRequest(new_id(), "test", tuple(prompt), sampling, **fields)
         await self.send(request, hand_over)
         return request.request_id
 

@@ -79,7 +79,9 @@ async def test_all_but_the_last_token_is_handed_over(small_model: Path, monkeypa
     async with pair(small_model, decode_settings=SPANS) as workers:
         exports = Exports(workers, monkeypatch)
         (answer,) = await workers.generate(PROMPT, GREEDY)
-        assert usage_of(answer, await expected(workers)).moved_tokens == 199
+        usage = usage_of(answer, await expected(workers))
+        assert (usage.moved_tokens, usage.sender) == (199, workers.prefill[0].info.incarnation)
+        assert usage.hand_over_ms > 0
         covered = sorted(token for span in exports.spans for token in range(span.start, span.end))
         assert covered == list(range(199))
         size = workers.decode.info.layout.token_bytes * 199
@@ -123,7 +125,18 @@ async def test_a_sender_that_is_gone_is_passed_over(stopped: int, small_model: P
             await workers.stop(workers.prefill[index])
         (answer,) = await workers.generate(PROMPT, GREEDY)
         assert usage_of(answer, tokens).moved_tokens == (199 if stopped == 1 else 0)
+        failed = {move.sender: move.failures for move in workers.decode.services.report().moves}
+        for index, worker in enumerate(workers.prefill):
+            assert failed.get(worker.info.incarnation, 0) == (1 if index < stopped else 0)
         assert failures(workers) == stopped
+
+
+async def test_what_a_tenant_uses_is_reported(small_model: Path) -> None:
+    async with pair(small_model, decode_settings=SPANS) as workers:
+        await workers.generate(PROMPT, GREEDY, tenant="t")
+        await workers.generate(PROMPT, GREEDY)
+        (use,) = workers.decode.services.report().tenants
+        assert (use.tenant, use.requests, use.tokens, use.running) == ("t", 1, len(PROMPT) + 8, 0)
 
 
 @pytest.mark.parametrize("senders", [1, 2])
