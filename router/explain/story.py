@@ -13,8 +13,8 @@ from tandem.types import FinishReason, GenerateRequest, Usage
 Json = dict[str, Any]
 AddressOf = Callable[[Incarnation], str | None]
 
-PAID_BY_OTHERS = frozenset({"slowdown", "others", "recent"})
-"""Cost terms that are not part of this request's own wait for its first token."""
+OWN_WAIT = ("queue", "prefill", "move", "admission")
+"""Cost terms, in milliseconds, that are this request's own wait for its first token; others pay the rest."""
 BASE_BYTES = 1500
 ATTEMPT_BYTES = 400
 CANDIDATE_BYTES = 750
@@ -107,7 +107,7 @@ class Story:
 
 def predicted_first_token_ms(candidate: Candidate) -> float | None:
     """The wait for a first token that a policy expected of a pair; None where it does not count in milliseconds."""
-    own = [cost for term, cost in candidate.costs.items() if term not in PAID_BY_OTHERS]
+    own = [candidate.costs[term] for term in OWN_WAIT if term in candidate.costs]
     return sum(own) if own else None
 
 
@@ -127,8 +127,8 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
             "decode_matched_blocks": each.decode_cached // BLOCK_TOKENS,
             "prefill_cached_tokens": each.prefill_cached,
             "prefill_matched_blocks": each.prefill_cached // BLOCK_TOKENS,
-            "costs_ms": {term: round(cost, 4) for term, cost in each.costs.items()},
-            "cost_ms": round(each.cost, 4),
+            "costs": {term: round(cost, 4) for term, cost in each.costs.items()},
+            "cost": round(each.cost, 4),
         }
 
     def attempt(each: Attempt) -> Json:

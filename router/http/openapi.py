@@ -252,8 +252,8 @@ def _story() -> Json:
     number, integer = _or_null(NUMBER), _or_null(INTEGER)
     counts = ("decode_cached_tokens", "decode_matched_blocks", "prefill_cached_tokens", "prefill_matched_blocks")
     candidate = _object(
-        {"decode": worker, "prefill": worker, "cost_ms": NUMBER}
-        | {"costs_ms": {"type": "object", "additionalProperties": NUMBER}}
+        {"decode": worker, "prefill": worker, "cost": NUMBER}
+        | {"costs": {"type": "object", "additionalProperties": NUMBER}}
         | dict.fromkeys(counts, INTEGER)
     )
     attempt = _object(

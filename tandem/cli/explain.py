@@ -92,16 +92,16 @@ def story_tables(request: Mapping[str, Any]) -> list[Table | str]:
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> Table:
-    terms = list(dict.fromkeys(term for each in candidates for term in each["costs_ms"]))
-    table = Table("decode", "cached", "prefill", "cached", *terms, "sum, ms", title=title, title_justify="left")
+    terms = list(dict.fromkeys(term for each in candidates for term in each["costs"]))
+    table = Table("decode", "cached", "prefill", "cached", *terms, "sum", title=title, title_justify="left")
     for each in candidates:
         table.add_row(
             _name(each["decode"]),
             _cached(each, "decode"),
             "local" if each["prefill"] is None else _name(each["prefill"]),
             "" if each["prefill"] is None else _cached(each, "prefill"),
-            *(f"{each['costs_ms'].get(term, 0.0):.2f}" for term in terms),
-            f"{each['cost_ms']:.2f}",
+            *(f"{each['costs'].get(term, 0.0):.2f}" for term in terms),
+            f"{each['cost']:.2f}",
         )
     return table
 

@@ -88,7 +88,8 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
     lease = ["--lease-s", "3"]
     keys = folder / "keys.yaml"
     keys.write_text(KEYS)
-    asked = [*lease, "--api-keys", str(keys)]
+    # What replicas know is compared, not what a policy makes of step times that a busy machine has measured.
+    asked = [*lease, "--api-keys", str(keys), "--policy", "longest_prefix"]
     arguments = ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *asked]
     other = Process("router-1", arguments, http, folder / "router-1.log")
     both = ["--router", f"127.0.0.1:{control}", "--kv-mib", "32", *lease]
@@ -216,7 +217,7 @@ async def test_a_real_route_can_be_explained(replicas: Replicas) -> None:
     assert {each["decode"]["id"] for each in attempt["candidates"]} >= {happened["decode"]["id"]}
     best = attempt["candidates"][0]
     assert best["decode"]["id"] == happened["decode"]["id"]
-    assert abs(sum(best["costs_ms"].values()) - best["cost_ms"]) < 0.01
+    assert abs(sum(best["costs"].values()) - best["cost"]) < 0.01
     assert best["decode_matched_blocks"] == FIRST // 64
     assert cached <= told["predicted"]["cached_tokens"] < cached + PAGE
     assert unknown.status_code == 404
@@ -224,4 +225,6 @@ async def test_a_real_route_can_be_explained(replicas: Replicas) -> None:
     for line in replicas.first.get("/metrics").splitlines():
         if line.startswith("tandem_hit_ladder_tokens_total{"):
             rungs[line.split('"')[1]] = float(line.rsplit(" ", 1)[1])
-    assert rungs["prompt"] > rungs["ideal"] >= rungs["capacity"] >= rungs["achieved"] > 0
+    # The other router's prompts are not among what this one calls ideal.
+    assert rungs["prompt"] > rungs["ideal"] >= rungs["capacity"] > 0
+    assert rungs["prompt"] > rungs["perfect_routing"] > 0 < rungs["achieved"]

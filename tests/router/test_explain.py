@@ -122,8 +122,8 @@ def test_an_explanation_has_every_cost_and_what_came_of_it() -> None:
     assert (first["workers_matched"], first["best_match_tokens"]) == (2, 199)
     (candidate, _) = second["candidates"]
     assert (candidate["decode_matched_blocks"], candidate["prefill_matched_blocks"]) == (1, 2)
-    assert candidate["costs_ms"] == {"queue": 1.0, "prefill": 2.0, "move": 3.0, "admission": 4.0, "slowdown": 5.0}
-    assert candidate["cost_ms"] == 15.0
+    assert candidate["costs"] == {"queue": 1.0, "prefill": 2.0, "move": 3.0, "admission": 4.0, "slowdown": 5.0}
+    assert candidate["cost"] == 15.0
     assert candidate["decode"] == {"id": made.decode, "address": "host:1"}
     assert said["predicted"] == {
         "cached_tokens": 130, "decode_cached_tokens": 64, "first_token_ms": 10.0, "hand_over_ms": 6.0
@@ -134,6 +134,12 @@ def test_an_explanation_has_every_cost_and_what_came_of_it() -> None:
     assert (happened["cached_tokens_at_start"], happened["cached_tokens"], happened["moved_tokens"]) == (64, 128, 135)
     assert (happened["hand_over_ms"], happened["prefill"]["id"]) == (12.5, made.prefill)
     assert "address" not in explanation(story, None)["happened"]["decode"]
+
+
+def test_a_policy_that_does_not_count_milliseconds_predicts_none() -> None:
+    story = Story.of(request(), 0.0, 0.0)
+    story.planned(Plan((Candidate("d", None, 3, 0, {"uncached_tokens": 9.0}),), "longest_prefix"), {}, 0.0)
+    assert explanation(story, None)["predicted"]["first_token_ms"] is None
 
 
 def test_a_route_names_no_address_and_no_whole_id() -> None:

@@ -40,8 +40,8 @@ STORY = {
                     "decode_matched_blocks": 2,
                     "prefill_cached_tokens": 0,
                     "prefill_matched_blocks": 0,
-                    "costs_ms": {"queue": 1.25, "prefill": 7.5},
-                    "cost_ms": 8.75,
+                    "costs": {"queue": 1.25, "prefill": 7.5},
+                    "cost": 8.75,
                 }
             ],
         }
