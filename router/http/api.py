@@ -92,6 +92,8 @@ class Api:
         self._stories = stories
         self._callers = callers
         self._formats = FormatChoice(config)
+        self._document: tuple[tuple[bool, str | None], bytes] | None = None
+        """The OpenAPI document, and what it was made for; making it takes milliseconds."""
         self._flusher = Flusher()
         self._max_body = int(config.max_body_mib * (1 << 20))
 
@@ -193,7 +195,10 @@ class Api:
     async def openapi(self, request: Request) -> Response:
         """`GET /openapi.json`"""
         model = self._dispatcher.model
-        return _json(document("Tandem", not self._callers.open, None if model is None else self._served_name(model)))
+        about = not self._callers.open, None if model is None else self._served_name(model)
+        if self._document is None or self._document[0] != about:
+            self._document = about, to_json(document("Tandem", *about))
+        return _body(self._document[1])
 
     async def metrics_page(self, request: Request) -> Response:
         """`GET /metrics`: of all processes of this router."""
