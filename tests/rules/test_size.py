@@ -9,7 +9,14 @@ from pathlib import PurePosixPath
 
 FILE_LINES = 600
 FUNCTION_LINES = 50
-BUDGETS = {"router/": 6000, "router/simulation/": 1200, "kvtransfer/": 2000, "tandem/engine/": 8000}
+BUDGETS = {
+    "router/": 6000,
+    "router/admission/": 600,
+    "router/explain/": 600,
+    "router/simulation/": 1200,
+    "kvtransfer/": 2000,
+    "tandem/engine/": 8000,
+}
 """Code lines. The longest folder that holds a file is the one that counts it."""
 DRAWERS = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 
