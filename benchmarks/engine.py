@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -34,7 +34,12 @@ from tandem.hub import resolve_model
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.engine import make_seq
 
-KINDS: tuple[Literal["torch", "native"], ...] = ("torch", "native")
+KINDS: dict[str, dict[str, str]] = {
+    "torch": {"kernels": "torch"},
+    "native": {"kernels": "native"},
+    "native, overlapping": {"kernels": "native", "overlap": "on"},
+}
+"""Kinds of kernels, and of steps: settings of a worker."""
 SHAPES = {
     "qwen2-380m": CheckpointSpec(
         "qwen2", hidden=1024, layers=24, heads=16, kv_heads=4, head_dim=64, intermediate=4096, vocab=17000,
@@ -128,10 +133,9 @@ def measure_limit(weights: list[torch.Tensor], ops: Ops) -> Limit:
 class Bench:
     """One engine; sequences of it are measured again and again."""
 
-    def __init__(self, folder: Path, kernels: Literal["torch", "native"], room: int) -> None:
-        config = DecodeConfig(
-            model=str(folder), kernels=kernels, prefix_cache=False, max_batch_tokens=CHUNK, pages=-(-room // 16)
-        )
+    def __init__(self, folder: Path, kind: str, room: int) -> None:
+        fixed = {"model": str(folder), "prefix_cache": False, "max_batch_tokens": CHUNK, "pages": -(-room // 16)}
+        config = DecodeConfig.model_validate({**fixed, **KINDS[kind]})
         self.engine: Engine
         self.loaded: LoadedModel
         self.engine, self.loaded = build_engine(config)
@@ -171,18 +175,21 @@ class Bench:
             self._add(context - steps // 2, steps + WARM_STEPS + batch * context)
         while any(seq.pending > 1 for seq in self.engine.seqs.values()):
             self.engine.step()
-        for _ in range(WARM_STEPS):
-            self.engine.step()
         taken: list[Step] = []
-        for _ in range(steps):
-            self._inside, started = 0.0, time.perf_counter()
+        for _ in range(WARM_STEPS + steps):
+            before, self._inside, started = self._inside, 0.0, time.perf_counter()
             done = self.engine.step()
             wall = time.perf_counter() - started
             assert done.batch_tokens == batch, "a step that is measured must be a full one"
-            parts = (wall, wall - self._inside, done.schedule_s, done.forward_s - self._inside, done.commit_s)
+            # Where steps overlap, the one that is reported was launched by the call before.
+            inside = before if self.engine.config.overlap else self._inside
+            parts = (wall, wall - self._inside, done.schedule_s, done.forward_s - inside, done.commit_s)
             taken.append(Step(*(part * 1e3 for part in parts)))
+        del taken[:WARM_STEPS]
         for name in list(self.engine.seqs):
             self.engine.cancel(name)
+        while self.engine.has_work():
+            self.engine.step()
         return combine(min, taken)
 
 
@@ -193,7 +200,7 @@ def combine(pick: Callable[[list[float]], float], steps: list[Step]) -> Step:
 
 
 def measure(folder: Path, name: str, batches: list[int], context: int, threads: int, rounds: int, steps: int) -> Report:
-    """Both kinds of kernels, turn by turn."""
+    """All kinds, turn by turn."""
     threads = set_compute_threads(threads)
     room = max(PREFILL_TOKENS + 16, max(batches) * (context + steps + max(batches) * context // CHUNK + 64))
     benches = {kind: Bench(folder, kind, room) for kind in KINDS}

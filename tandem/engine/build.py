@@ -53,7 +53,10 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
         log.info(text, len(group.layers), span, count, config.page_size, size)
     if net is not None:
         model = replace(model, fingerprint=joined_fingerprint(model.fingerprint, net.fingerprint))
-    return Engine(runner, pool, engine_config(config), drafter=drafter or _reader(config)), model
+    guesses = drafter or _reader(config)
+    if config.overlap == "on" and guesses is not None:
+        log.warning("steps do not overlap: a draft follows the tokens of the step before it")
+    return Engine(runner, pool, engine_config(config), drafter=guesses), model
 
 
 def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool) -> ModelDrafter:

@@ -40,7 +40,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         drafter: Drafter | None = None,
     ) -> None:
-        """drafter: None decodes a token a step."""
+        """drafter: None decodes a token a step; with one, steps do not overlap."""
         self.config = config
         self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens)
         self.scheduler = Scheduler(self.memory, config)
@@ -58,6 +58,8 @@ class Engine:
         if drafter is not None:
             self.speculation = Speculation(drafter, self.memory, config.draft_tokens, config.draft_adaptive)
             self.memory.on_close = self.speculation.forget
+        # A draft follows the tokens of the step before it: these have to be looked at first.
+        self._overlaps = config.overlap and drafter is None
         self._admitted = 0
         self._retractions = 0
 
@@ -120,8 +122,7 @@ class Engine:
         If the runner raises, no sequence has advanced: they can be stepped again, or cancelled.
         """
         flight = self._flight = self._flight or self._launch(None)
-        ahead = self.config.overlap and leads_on(flight, drafting=self.speculation is not None)
-        behind = self._launch(flight) if ahead else None
+        behind = self._launch(flight) if self._overlaps and leads_on(flight) else None
         self._flight = None if behind is None or behind.idle else behind
         waiting = self._clock()
         sampled = self._collect(flight)
@@ -150,13 +151,14 @@ class Engine:
         started = self._clock()
         timing = self._timing.fit() if self.config.inter_token_ms else None
         plan = self.scheduler.schedule(started, timing, ahead=after is not None)
-        if self.speculation is not None and not plan.ahead:
+        if self.speculation is not None:
             self.speculation.draft(plan)
         batch = Batch(()) if plan.stalled else plan.batch
         scheduled = self._clock()
         handle = self._runner.launch(batch, after and after.handle) if batch.rows else None
         flight = Flight(plan, batch, handle, started, scheduled - started, self._clock() - scheduled)
-        flight.lift()
+        if self._overlaps:
+            flight.lift()
         return flight
 
     def _collect(self, flight: Flight) -> list[Sampled]:

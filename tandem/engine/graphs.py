@@ -22,6 +22,7 @@ from tandem.device import upload
 from tandem.engine.attention.base import AttentionPlan, IntArray
 from tandem.engine.attention.triton_fixed import DoesNotFit, FixedDecodePlan
 from tandem.engine.attention.triton_paged import TritonPagedAttention, TritonPagedPlan
+from tandem.engine.inputs import InputTokens
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,10 @@ class GraphReplay:
         for rows in reversed(self.sizes):
             self._graph(rows, self._plan.load(None, rows))
 
-    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        tokens: `[rows]`, on the device. None when the step has to be computed in the usual way.
+        None when the step has to be computed in the usual way.
         """
         count = len(tokens)
         if not self._working or count > self.sizes[-1] or not isinstance(plan, TritonPagedPlan):
@@ -93,8 +94,8 @@ class GraphReplay:
         if graph is None:
             return None
         # What is behind the batch's own rows stays from earlier steps: real tokens, and nobody looks at what they give.
-        self._tokens[:count].copy_(tokens)
-        self._positions[:count].copy_(upload(torch.from_numpy(positions), tokens.device))
+        self._tokens[:count].copy_(tokens.on(self._tokens.device))
+        self._positions[:count].copy_(upload(torch.from_numpy(positions), self._tokens.device))
         graph.launch()
         return graph.logits[:count]
 

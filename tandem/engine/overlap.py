@@ -49,21 +49,21 @@ class Flight:
         return row.seq.state is not SeqState.FINISHED
 
 
-def leads_on(flight: Flight, drafting: bool) -> bool:
-    """Whether a step can be launched behind this one before it is committed. drafting: there is a drafter."""
-    return bool(flight.batch.rows) and not any(_holds_up(row, drafting) for row in flight.batch.rows)
+def leads_on(flight: Flight) -> bool:
+    """Whether a step can be launched behind this one before it is committed."""
+    return bool(flight.batch.rows) and not any(_holds_up(row) for row in flight.batch.rows)
 
 
-def _holds_up(row: Row, drafting: bool) -> bool:
+def _holds_up(row: Row) -> bool:
     """Whether what a row yields is needed on the host before its sequence can go on.
 
-    So it is with a grammar, whose next mask depends on the token, and which may add others (jump-forward); with
-    penalties, which count tokens; and with drafts: they follow the token, and nobody knows how many are accepted.
+    So it is with a grammar, whose next mask depends on the token, and which may add others (jump-forward); and with
+    penalties, which count tokens. (So it would be with drafts, but an engine that drafts does not overlap at all.)
     """
     seq = row.seq
     if seq.state is SeqState.FINISHED or not row.samples or not seq.future:
         return False
-    return drafting or seq.constraint is not None or seq.sampling.penalised
+    return seq.constraint is not None or seq.sampling.penalised
 
 
 def ended(flight: Flight | None) -> list[Seq]:

@@ -14,6 +14,7 @@ from tandem.device import upload
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionPlan, IntArray
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.grammar.masks import Allowed, MaskFiller
+from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
@@ -73,7 +74,7 @@ class InFlight:
 
 def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], allowed: Allowed | None) -> Drawn:
     """A token for each row, and behind it one for each node of its draft."""
-    if not any(len(row.draft) for row in rows):
+    if not any(row.draft.tokens for row in rows):
         return sample(logits, [row.seq for row in rows], allowed, [row.place for row in rows])
     nodes = [(row, node) for row in rows for node in range(ROOT, len(row.draft))]
     ahead = [row.draft.ahead(node) for row, node in nodes]
@@ -145,20 +146,19 @@ class Runner:
         rows = [batch.rows[index] for index in sampling]
         masks = self._masks.start([row.seq for row in rows], [row.draft for row in rows])
         inputs = self._inputs(batch, after)
-        hidden, logits, drawn = None, self._replayed(batch, *inputs), None
-        wanted = _wanted(batch)
+        logits, drawn, prompts = self._replayed(batch, *inputs), None, dict[int, list[Scores]]()
         if self._observer is not None and logits is not None:
-            self._observer.observe(batch, inputs[0], None)
+            self._observer.observe(batch, inputs[0].on(self.device), None)
         if logits is None:
+            wanted = _wanted(batch)
             hidden = self._observed(batch, *inputs, wanted)
             logits = self._logits_of(hidden, wanted.sampled(batch)) if sampling else None
+            for index, row in enumerate(batch.rows):
+                if row.seq.sampling.prompt_logprobs is not None:
+                    prompts[index] = self._prompt_scores(row, hidden[wanted.firsts[index] : wanted.firsts[index + 1]])
         if logits is not None:
             allowed = masks.result() if masks is not None else None
             drawn = _sample_rows(logits[:, : self.vocab_size], rows, allowed)
-        prompts = {}
-        for index, row in enumerate(batch.rows):
-            if hidden is not None and row.seq.sampling.prompt_logprobs is not None:
-                prompts[index] = self._prompt_scores(row, hidden[wanted.firsts[index] : wanted.firsts[index + 1]])
         return InFlight(batch, sampling, drawn, prompts)
 
     def collect(self, flight: InFlight) -> list[Sampled]:
@@ -179,49 +179,41 @@ class Runner:
         """The forward pass alone: `[tokens, hidden]` of all rows, one after another."""
         return self._hidden(*self._inputs(batch))
 
-    def _inputs(self, batch: Batch, after: InFlight | None = None) -> tuple[torch.Tensor, IntArray, AttentionPlan]:
+    def _inputs(self, batch: Batch, after: InFlight | None = None) -> tuple[InputTokens, IntArray, AttentionPlan]:
         """Tokens, their positions, and where their KV is."""
         rows, page = batch.rows, self.pool.page_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
-        before = np.cumsum(counts) - counts
+        known = [token for row in rows for token in _known(row)]
         needed = (-(-(starts + counts) // page)).tolist()
         pages = [
             [np.array(row.seq.pages[group][:size], dtype=np.int64) for row, size in zip(rows, needed, strict=True)]
             for group in range(len(self.pool.layout.groups))
         ]
-        positions = np.arange(int(counts.sum())) - np.repeat(before - starts, counts)
+        before = np.cumsum(counts) - counts
+        positions = np.arange(len(known)) - np.repeat(before - starts, counts)
         trees = _place_trees(rows, positions, counts)
         plan = self.attention.plan(AttentionBatch(starts, counts, pages, trees))
-        return self._tokens(batch, before, after), positions, plan
-
-    def _tokens(self, batch: Batch, firsts: IntArray, after: InFlight | None) -> torch.Tensor:
-        """The input tokens `[tokens]`; future ones are copied from where they were sampled. firsts: of each row."""
-        known = [token for row in batch.rows for token in _known(row)]
-        tokens = upload(torch.from_numpy(np.array(known, dtype=np.int64)), self.device)
         if after is None or after.drawn is None:
-            return tokens
+            return InputTokens(known), positions, plan
         sampled = after.places()
-        moves = [(sampled[row.seq], at) for row, at in zip(batch.rows, firsts.tolist(), strict=True) if row.future]
-        if moves:
-            sources, targets = upload(torch.tensor(moves).T.contiguous(), self.device)
-            tokens[targets] = after.drawn.tokens[sources]
-        return tokens
+        moves = [(sampled[row.seq], at) for row, at in zip(rows, before.tolist(), strict=True) if row.future]
+        return InputTokens(known, after.drawn.tokens, moves), positions, plan
 
     def _observed(
-        self, batch: Batch, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan, wanted: _Wanted
+        self, batch: Batch, tokens: InputTokens, positions: IntArray, plan: AttentionPlan, wanted: _Wanted
     ) -> torch.Tensor:
         """As `_hidden`; the observer gets what it reads."""
         if self._observer is None:
             return self._hidden(tokens, positions, plan, wanted)
         taps = HiddenTaps(self._observer.layers) if self._observer.layers else None
         hidden = self._hidden(tokens, positions, plan, wanted, taps)
-        self._observer.observe(batch, tokens, None if taps is None else taps.joined())
+        self._observer.observe(batch, tokens.on(self.device), None if taps is None else taps.joined())
         return hidden
 
     def _hidden(
         self,
-        tokens: torch.Tensor,
+        tokens: InputTokens,
         positions: IntArray,
         plan: AttentionPlan,
         wanted: _Wanted | None = None,
@@ -230,13 +222,14 @@ class Runner:
         keep = None
         if wanted is not None and len(wanted.tokens) < len(tokens):
             keep = upload(torch.tensor(wanted.tokens, dtype=torch.int64), self.device)
-        return self.model.forward(tokens, upload(torch.from_numpy(positions), self.device), plan, keep, taps)
+        ids = tokens.on(self.device)
+        return self.model.forward(ids, upload(torch.from_numpy(positions), self.device), plan, keep, taps)
 
     def _logits_of(self, hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
         return self.model.logits(hidden.index_select(0, upload(torch.from_numpy(rows), self.device)))
 
     def _replayed(
-        self, batch: Batch, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan
+        self, batch: Batch, tokens: InputTokens, positions: IntArray, plan: AttentionPlan
     ) -> torch.Tensor | None:
         """The logits of a step that can be replayed: each row has one new token, and a token is sampled from each."""
         rows = batch.rows

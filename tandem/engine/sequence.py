@@ -145,6 +145,8 @@ class Seq:
     @property
     def due(self) -> int:
         """Tokens that the next step can compute, known or sampled by the step in flight: `pending` when none is."""
+        if self.flying is None:
+            return len(self.tokens) - self.computed
         return len(self.tokens) + self.future - self.reached
 
     def check(self, page_size: int) -> None:
@@ -261,7 +263,7 @@ class Row:
     @property
     def own(self) -> int:
         """Tokens of the sequence itself among those that are computed."""
-        return self.count - len(self.draft)
+        return self.count - len(self.draft.tokens)
 
     @property
     def place(self) -> int:

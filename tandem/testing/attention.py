@@ -68,9 +68,9 @@ def attend(
     generator = torch.Generator().manual_seed(sum(case.lengths))
     dtype = pool.plane("k", 1).dtype
     tokens = sum(count for _, count in case.rows)
-    # Queries, keys and values as a model has them: slices of one product, the last dimension dense.
-    merged = torch.randn((tokens, heads + 2 * case.kv_heads, case.dim), generator=generator).to(device, dtype)
-    query, key, value = merged.split((heads, case.kv_heads, case.kv_heads), dim=1)
+    # Queries, keys and values as a model has them: slices of one product, the last dimension dense, nothing aligned.
+    merged = torch.randn((tokens, heads + 2 * case.kv_heads, case.dim + 1), generator=generator).to(device, dtype)
+    query, key, value = merged[..., 1:].split((heads, case.kv_heads, case.kv_heads), dim=1)
     stored = {}
     for name, new in (("k", key), ("v", value)):
         tensor = pool.plane(name, 1).fill_(1e4 if others_finite else torch.nan)

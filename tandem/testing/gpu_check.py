@@ -1,7 +1,8 @@
 """What must hold on a GPU before anything is measured there: `python -m tandem.testing.gpu_check [DEVICE]`.
 
 Attention of every backend that is installed against float64, operations against torch, and a model's greedy output with
-each kind of kernels and with graphs against torch's. Prints one line for each check and ends with 1 when one failed.
+each kind of kernels and with graphs against torch's, and with steps that overlap against one at a time. Prints one line
+for each check and ends with 1 when one failed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import torch
 
+from tandem.config import WorkerConfig
 from tandem.device import resolve_device
+from tandem.engine.build import build_engine
 from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.kernels.choose_gpu import GpuKernels, installed_gpu_kernels, load_gpu_kernels
 from tandem.engine.kernels.ops import TorchOps
 from tandem.engine.model import load_model
 from tandem.testing.attention import AttentionCase, attend
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.engine import make_seq
 from tandem.testing.runner_loop import RunnerLoop
 from tandem.types import SamplingParams
 
@@ -71,6 +75,27 @@ def models(folder: Path, device: torch.device, graphs: bool) -> Iterator[Found]:
         yield f"{kernels.name} model, graphs of {kernels.graph_rows} rows", wrong, 0
 
 
+def overlap(folder: Path, device: torch.device) -> Iterator[Found]:
+    """How many tokens of whole engines differ where steps overlap, greedy and sampled ones."""
+    kinds = ["torch", *(name for name in installed_gpu_kernels() if name == "triton")]
+    for kernels in kinds:
+        outputs = []
+        for way in ("off", "on"):
+            config = {"kernels": kernels, "overlap": way, "dtype": "float32", "pages": 64, "device": str(device)}
+            engine, _ = build_engine(WorkerConfig.model_validate({"model": str(folder), **config}))
+            for number in range(4):
+                prompt = [(7 * i * i + number) % 280 for i in range(12 + 9 * number)]
+                sampling = SamplingParams(temperature=number % 2, top_p=0.9, seed=number, max_tokens=8 + number)
+                engine.add(make_seq(f"s{number}", prompt, sampling=sampling))
+            seqs = list(engine.seqs.values())
+            while engine.has_work():
+                engine.step()
+                engine.check_integrity()
+            outputs.append([token for seq in seqs for token in seq.tokens])
+        wrong = sum(one != other for one, other in zip(*outputs, strict=True))
+        yield f"{kernels} engine, steps that overlap", wrong, 0
+
+
 def check(device: torch.device) -> Iterator[Found]:
     """Everything."""
     for name in installed_gpu_kernels():
@@ -79,7 +104,9 @@ def check(device: torch.device) -> Iterator[Found]:
             yield from operations(name, device)
     with tempfile.TemporaryDirectory() as folder:
         spec = CheckpointSpec(layers=2, vocab=280)
-        yield from models(make_checkpoint(Path(folder), spec), device, device.type == "cuda")
+        model = make_checkpoint(Path(folder), spec)
+        yield from models(model, device, device.type == "cuda")
+        yield from overlap(model, device)
 
 
 def main() -> int:

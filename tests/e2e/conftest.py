@@ -21,6 +21,8 @@ SPECS = {
     "llama": CheckpointSpec(layers=3, vocab=VOCAB, max_positions=512, seed=11),
     "qwen2": CheckpointSpec(family="qwen2", layers=3, vocab=VOCAB, max_positions=512, seed=12),
 }
+TINY = CheckpointSpec(layers=1, heads=2, kv_heads=1, vocab=VOCAB, max_positions=512, std=0.3, seed=13)
+"""For what is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,12 @@ class Subject:
     prompts: tuple[tuple[int, ...], ...]
     head: Path
     """A draft head of random weights, which is nearly always wrong."""
+
+
+def few_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
+    source = random.Random(seed)
+    short, long, own = (tuple(source.randrange(VOCAB) for _ in range(length)) for length in (5, 17, 4))
+    return short, long, long[:16] + own
 
 
 def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
@@ -48,10 +56,13 @@ def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
 
 @pytest.fixture(scope="session")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
-    """Family -> subject."""
+    """Family -> subject; `tiny` has few and short prompts, of which two begin alike."""
     made = {}
     for seed, (family, spec) in enumerate(SPECS.items()):
         folder = tmp_path_factory.mktemp("models")
         path = make_checkpoint(folder / family, spec)
         made[family] = Subject(path, Reference.load(path), make_prompts(seed), make_head(folder / "head", path))
+    folder = tmp_path_factory.mktemp("models")
+    path = make_checkpoint(folder / "tiny", TINY)
+    made["tiny"] = Subject(path, Reference.load(path), few_prompts(0), make_head(folder / "head", path))
     return made

@@ -1,20 +1,26 @@
 """Greedy answers are those of `transformers` in float32, whatever way they are computed.
 
-Every axis alone, and every pair of values of two axes.
+Every axis alone, and every pair of values of two axes. Triton's interpreter is slow: with it, a tiny model is asked
+three short prompts, and not two models thirty-two each.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tandem.cluster import StepTiming
 from tandem.engine.engine import Engine
+from tandem.engine.kernels.build import find_compiler
 from tandem.engine.scheduler import Plan
 from tandem.testing.pair import Answer, Pair, pair
 from tandem.types import FinishReason, SamplingParams
@@ -25,6 +31,9 @@ LONG = 24
 CAPACITY = 256
 """Tokens that fit into the pages where they must run out: less than 16 prompts need."""
 SPAN = 32
+SLOW = frozenset({"triton"})
+"""Kernels that compute little."""
+FEW_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +46,23 @@ class Cell:
     prompt: str = "whole"
     batch: int = 1
     pages: str = "ample"
+    overlap: str = "off"
+    kernels: str = "native"
     drafts: str = "none"
 
     def __str__(self) -> str:
-        plain = f"{self.form}-page{self.page}-{self.cache}-{self.prompt}-batch{self.batch}-{self.pages}"
-        return plain if self.drafts == "none" else f"{plain}-{self.drafts}"
+        what = f"{self.form}-page{self.page}-{self.cache}-{self.prompt}-batch{self.batch}-{self.pages}"
+        return f"{what}-overlap {self.overlap}-{self.kernels}-drafts {self.drafts}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is asked little."""
+        return self.kernels in SLOW
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the test has to retract sequences: those under way never run out of pages by themselves."""
+        return self.pages == "retracted" and (self.batch == 1 or self.slow)
 
     def pairs(self) -> set[tuple[tuple[str, object], tuple[str, object]]]:
         """All pairs of this cell's values, each with its axis."""
@@ -55,6 +76,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "prompt": ("whole", "chunked"),
     "batch": (1, 16),
     "pages": ("ample", "retracted"),
+    "overlap": ("off", "on"),
+    "kernels": ("native", "torch", "triton"),
     "drafts": ("none", "ngram", "head"),
 }
 ALL = [Cell(*values) for values in itertools.product(*AXES.values())]
@@ -74,6 +97,7 @@ def cover(cells: Sequence[Cell]) -> list[Cell]:
 
 COVER = cover(ALL)
 CELLS = list(dict.fromkeys([*ALONE, *COVER]))
+CASES = [(cell, family) for cell in CELLS for family in (("tiny",) if cell.slow else ("llama", "qwen2"))]
 
 
 @dataclass
@@ -114,16 +138,30 @@ def retract_by_hand(engine: Engine, at: int) -> None:
     engine.scheduler.schedule = retracting  # type: ignore[method-assign]
 
 
+def one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all workers of this process: Triton's interpreter is for one thread."""
+    lock = threading.Lock()
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        with lock:
+            yield
+
+    monkeypatch.setattr("tandem.worker.process._compute_slots", lambda key: SimpleNamespace(held=held))
+
+
 def settings_of(cell: Cell, head: Path) -> dict[str, Any]:
     """Of the workers of a cell. Drafts are never given up, however badly they do."""
     settings: dict[str, Any] = {
         "prefill": int(cell.form == "disaggregated"),
         "page_size": cell.page,
-        "max_batch_tokens": 32 if cell.prompt == "chunked" else 1024,
+        "max_batch_tokens": 1024 if cell.prompt == "whole" else 8 if cell.slow else 32,
         "dtype": "float32",
+        "overlap": cell.overlap,
+        "kernels": cell.kernels,
         "decode_settings": {"span_tokens": SPAN, "ageing_s": 60.0},
     }
-    if cell.pages == "retracted" and cell.batch > 1:
+    if cell.pages == "retracted" and not cell.by_hand:
         settings["decode_settings"]["pages"] = CAPACITY // cell.page
     if cell.drafts == "ngram":
         settings["decode_settings"] |= {"speculative": "ngram", "draft_adaptive": False}
@@ -167,36 +205,47 @@ def check_usage(cell: Cell, prompts: Sequence[Sequence[int]], passes: Sequence[S
             assert answer.usage.decode_cached_tokens >= (len(prompt) - 1) // cell.page * cell.page
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-async def test_greedy_answers_equal_the_reference(cell: Cell, family: str, subjects: dict[str, Any]) -> None:
+# Where an exponential overflows, its reciprocal is the 0 that is meant; numpy warns of it, a GPU does not.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize(("cell", "family"), CASES, ids=str)
+async def test_greedy_answers_equal_the_reference(
+    cell: Cell, family: str, subjects: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cell.kernels == "native" and find_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    if cell.kernels == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
     subject = subjects[family]
-    length = LONG if cell.pages == "retracted" else TOKENS
+    prompts, length = subject.prompts, LONG if cell.pages == "retracted" else TOKENS
+    if cell.slow:
+        length = FEW_TOKENS
+        one_step_at_a_time(monkeypatch)
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, logprobs=4)
     async with pair(subject.path, **settings_of(cell, subject.head)) as workers:
-        if cell.pages == "retracted" and cell.batch == 1:
+        if cell.by_hand:
             retract_by_hand(workers.decode.engine, at=3)
         rounds = 2 if cell.cache == "warm" else 1
-        passes = [await ask(workers, subject.prompts, sampling, cell.batch) for _ in range(rounds)]
+        passes = [await ask(workers, prompts, sampling, cell.batch) for _ in range(rounds)]
         retractions = workers.decode.engine.status().retractions
         speculation = workers.decode.engine.speculation
     assert (speculation is None) == (cell.drafts == "none")
     if speculation is not None and (cell.drafts == "head" or cell.cache == "warm"):
-        assert speculation.drafted > 100
+        assert speculation.drafted > (2 if cell.slow else 100)
     answers, near_ties = list(itertools.chain(*passes)), 0
-    for prompt, answer in zip(subject.prompts * rounds, answers, strict=True):
+    for prompt, answer in zip(prompts * rounds, answers, strict=True):
         assert (answer.finish, answer.error, len(answer.tokens)) == (FinishReason.LENGTH, "", length)
         verdict = subject.reference.judge(prompt, answer.tokens, answer.logprobs)
         assert verdict.agrees
         near_ties += verdict.near_ties
     assert near_ties < 0.01 * length * len(answers), "the reference must nearly always have an opinion"
-    check_usage(cell, subject.prompts, passes)
+    check_usage(cell, prompts, passes)
     if cell.pages == "retracted":
-        assert retractions >= (len(answers) if cell.batch == 1 else 1)
+        assert retractions >= (len(answers) if cell.by_hand else 1)
     else:
         assert retractions == 0
     if cell.form == "disaggregated":
-        assert sum(answer.usage.moved_tokens for answer in passes[0] if answer.usage) > 1000
+        moved = sum(answer.usage.moved_tokens for answer in passes[0] if answer.usage)
+        assert moved > (20 if cell.slow else 1000)
 
 
 def test_the_cells_cover_each_axis_alone_and_every_pair() -> None:

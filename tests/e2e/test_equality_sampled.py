@@ -25,6 +25,9 @@ PENALISED = SamplingParams(
 WAYS: dict[str, dict[str, Any]] = {
     "handed-over": {"prefill": 1},
     "chunked-and-handed-over": {"prefill": 1, "max_batch_tokens": 24},
+    "overlapping": {"prefill": 1, "overlap": "on"},
+    "overlapping-and-retracted": {"prefill": 0, "overlap": "on", "decode_settings": {"pages": 16, "ageing_s": 60.0}},
+    "by torch's kernels": {"prefill": 0, "kernels": "torch"},
     "retracted": {"prefill": 0, "decode_settings": {"pages": 16, "ageing_s": 60.0}},
     "handed-over-and-retracted": {"prefill": 1, "decode_settings": {"pages": 16, "ageing_s": 60.0}},
     "handed-over-and-drafted": {"prefill": 1, "draft_tokens": 3, "draft_adaptive": False},

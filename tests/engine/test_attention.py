@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -15,14 +13,13 @@ from tandem.engine.attention.buckets import MAX_PADDING, cut_rows, split_rows
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kv_pool import KvPool
 from tandem.kv import KvLayout, LayerGroup, Plane
+from tandem.testing.attention import AttentionCase, attend, written_out
 
 CPU = torch.device("cpu")
 DIM = 8
 
 
 FORM = AttentionForm(scale=0.3)
-ANYWHERE = 1 << 40
-"""The number of a page that is not there: whoever reads it fails."""
 
 
 def make_pool(kv_heads: int, page_size: int, num_pages: int, dtype: str = "float32", window: int | None = 5) -> KvPool:
@@ -56,47 +53,34 @@ def check(
     page_size: int,
     dtype: str,
     tolerance: float,
-    form: AttentionForm = FORM,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
-    """Rows are (start, count); KV before `start` was stored earlier, everything else in the pool is not finite."""
-    lengths = [start + count for start, count in rows]
-    total = sum(-(-length // page_size) for length in lengths) + 3
-    pool = make_pool(kv_heads, page_size, total, dtype, form.window or 5)
-    layer = 2 if form.window is None else 1
-    free = random.Random(len(rows)).sample(range(total), total)
-    pages = [np.array([free.pop() for _ in range(-(-length // page_size))]) for length in lengths]
-    other = [np.flip(own) for own in pages]
-    if form.window is not None:
-        for row, (start, _) in enumerate(rows):
-            pages[row][: max(0, start - form.window + 1) // page_size] = ANYWHERE
-    generator = torch.Generator().manual_seed(1)
-    kind = pool.plane("k", layer).dtype
+    """Rows are (start, count)."""
+    result = attend(
+        AttentionCase(tuple(rows), kv_heads, group, DIM, page_size, dtype, window, softcap), TorchPagedAttention
+    )
+    assert str(result.found.dtype) == f"torch.{dtype}"
+    torch.testing.assert_close(result.found.double(), result.expected, atol=tolerance, rtol=tolerance)
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(kind)
 
-    keys, values = [noise(n, kv_heads, DIM) for n in lengths], [noise(n, kv_heads, DIM) for n in lengths]
-    query = noise(sum(count for _, count in rows), kv_heads * group, DIM)
-    for plane, stored in (("k", keys), ("v", values)):
-        tensor = pool.plane(plane, layer).fill_(torch.nan)
-        for row, (start, _) in enumerate(rows):
-            positions = np.arange(start)
-            slots = pages[row][positions // page_size] * page_size + positions % page_size
-            there = slots < len(tensor)
-            tensor[torch.from_numpy(slots[there])] = stored[row][:start][torch.from_numpy(there)]
-    starts, counts = np.array([start for start, _ in rows]), np.array([count for _, count in rows])
-    grouped = [other, pages] if form.window is not None else [pages, other]
-    plan = TorchPagedAttention(pool).plan(AttentionBatch(starts, counts, grouped))
-    new = [torch.cat([part[start:] for part, (start, _) in zip(kv, rows, strict=True)]) for kv in (keys, values)]
-    out = plan.run(layer, query, new[0], new[1], form)
-    offsets = np.cumsum(counts) - counts
-    expected = [
-        naive(query[first : first + count], keys[row], values[row], start, form)
-        for row, (first, (start, count)) in enumerate(zip(offsets, rows, strict=True))
-    ]
-    assert out.dtype == kind
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=tolerance, rtol=tolerance)
-    assert not pool.plane("k", 0).any(), "another layer was written"
+@given(
+    start=st.integers(0, 20),
+    count=st.integers(1, 6),
+    kv_heads=st.sampled_from((1, 2)),
+    group=st.sampled_from((1, 3)),
+    window=st.sampled_from((None, 1, 4, 30)),
+    softcap=st.sampled_from((None, 0.7)),
+)
+def test_what_is_exact_is_so_for_each_token_and_head_alone(
+    start: int, count: int, kv_heads: int, group: int, window: int | None, softcap: float | None
+) -> None:
+    """What all backends are compared with, against one that has no masks."""
+    generator, form = torch.Generator().manual_seed(start), AttentionForm(0.3, window, softcap)
+    query = torch.randn(count, kv_heads * group, DIM, generator=generator)
+    keys, values = torch.randn(2, start + count, kv_heads, DIM, generator=generator)
+    expected = naive(query, keys, values, start, form)
+    torch.testing.assert_close(written_out(query, keys, values, start, form), expected)
 
 
 @settings(max_examples=60)
@@ -123,7 +107,7 @@ def test_any_batch_is_attended_as_its_rows_are(
 def test_windows_and_caps_are_those_of_each_row(
     rows: list[tuple[int, int]], group: int, page_size: int, window: int | None, softcap: float | None
 ) -> None:
-    check(rows, 2, group, page_size, "float32", 1e-5, AttentionForm(0.3, window, softcap))
+    check(rows, 2, group, page_size, "float32", 1e-5, window, softcap)
 
 
 MIXES = ([(40, 1), (40, 1)], [(17, 1), (3, 1), (0, 9)], [(0, 20), (0, 23)], [(5, 12), (7, 11)])
@@ -137,7 +121,7 @@ def test_padded_rows_stay_apart(rows: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("rows", MIXES)
 def test_bfloat16_is_as_exact_as_its_inputs(rows: list[tuple[int, int]]) -> None:
     check(rows, 2, 4, 16, "bfloat16", 2e-2)
-    check(rows, 2, 4, 16, "bfloat16", 2e-2, AttentionForm(0.3, 6, 0.7))
+    check(rows, 2, 4, 16, "bfloat16", 2e-2, window=6, softcap=0.7)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from((1, 1, 2, 64, 300))), min_size=1, max_size=40))

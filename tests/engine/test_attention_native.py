@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +15,7 @@ from tandem.engine.kernels.build import build_library, find_compiler
 from tandem.engine.kernels.native import NativeLibrary
 from tandem.engine.kv_pool import KvPool
 from tandem.kv import KvLayout, LayerGroup, Plane
+from tandem.testing.attention import AttentionCase, attend
 
 CPU = torch.device("cpu")
 COMPILER = find_compiler()
@@ -25,97 +23,20 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on thi
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
-@dataclass(frozen=True)
-class Case:
-    """Rows are (start, count)."""
-
-    rows: tuple[tuple[int, int], ...]
-    kv_heads: int = 2
-    group: int = 2
-    dim: int = 32
-    page_size: int = 16
-    dtype: str = "float32"
-    window: int | None = None
-    softcap: float | None = None
-    threads: int = 1
-
-    def form(self, window: int | None) -> AttentionForm:
-        return AttentionForm(0.7 * self.dim**-0.5, window, self.softcap)
-
-
 def backend(pool: KvPool, threads: int = 1) -> NativeAttention:
     return NativeAttention(pool, NativeLibrary(build_library(COMPILER, cache_folder()), threads))
 
 
-def written_out(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, form: AttentionForm
-) -> torch.Tensor:
-    """`[new, heads, dim]` queries of positions `start..` over `[length, kv_heads, dim]`, in float64."""
-    group = query.shape[1] // keys.shape[1]
-    keys, values = (part.double().repeat_interleave(group, dim=1).transpose(0, 1) for part in (keys, values))
-    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * form.scale
-    if form.softcap is not None:
-        scores = form.softcap * (scores / form.softcap).tanh()
-    at, to = torch.arange(start, start + len(query))[:, None], torch.arange(keys.shape[1])
-    hidden = (to > at) | (to <= at - (form.window or 1 << 40))
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-
-
-def check(case: Case) -> None:
-    """What was not stored for a row is not finite, and page numbers outside a window are nonsense."""
-    lengths = [start + count for start, count in case.rows]
-    size = case.page_size
-    planes = tuple(Plane(name, case.kv_heads, case.dim, case.dtype) for name in ("k", "v"))
-    layout = KvLayout(planes, (LayerGroup((1,), case.window), LayerGroup((0,))))
-    pool = KvPool(layout, sum(-(-length // size) for length in lengths) + 3, size, CPU)
-    free = random.Random(len(lengths)).sample(range(pool.num_pages), pool.num_pages)
-    pages = [np.array([free.pop() for _ in range(-(-length // size))]) for length in lengths]
-    generator = torch.Generator().manual_seed(len(lengths))
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(pool.plane("k", 0).dtype)
-
-    keys, values = ([noise(n, case.kv_heads, case.dim) for n in lengths] for _ in range(2))
-    heads = case.kv_heads * case.group
-    merged = noise(sum(count for _, count in case.rows), heads + 2 * case.kv_heads, case.dim + 1)[..., 1:]
-    for name, stored, first in (("k", keys, heads), ("v", values, heads + case.kv_heads)):
-        merged[:, first : first + case.kv_heads] = torch.cat(
-            [part[start:] for part, (start, _) in zip(stored, case.rows, strict=True)]
-        )
-        tensor = pool.plane(name, 1).fill_(torch.nan)
-        for row, (start, _) in enumerate(case.rows):
-            low = 0 if case.window is None else max(0, start - case.window + 1)
-            positions = np.arange(low, start)
-            slots = pages[row][positions // size] * size + positions % size
-            tensor[torch.from_numpy(slots)] = stored[row][low:start]
-    query = merged[:, :heads]
-    starts, counts = np.array([start for start, _ in case.rows]), np.array([count for _, count in case.rows])
-    shown = [numbers.copy() for numbers in pages]
-    for row, (start, _) in enumerate(case.rows):
-        if case.window is not None:
-            shown[row][: max(0, start - case.window + 1) // size] = 1 << 40
-    plan = backend(pool, case.threads).plan(AttentionBatch(starts, counts, [shown, pages]))
-    form = case.form(case.window)
-    out = plan.run(1, query, merged[:, heads : heads + case.kv_heads], merged[:, heads + case.kv_heads :], form)
-    offsets = np.cumsum(counts) - counts
-    expected = [
-        written_out(query[first : first + count], keys[row], values[row], start, form)
-        for row, (first, (start, count)) in enumerate(zip(offsets, case.rows, strict=True))
-    ]
+def check(case: AttentionCase, threads: int = 1) -> None:
+    result = attend(case, lambda pool: backend(pool, threads))
     tolerance = TOLERANCE[case.dtype]
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=tolerance, rtol=tolerance)
-    assert not pool.plane("k", 0).any(), "another layer was written"
-    for name, stored in (("k", keys), ("v", values)):
-        for row, (start, count) in enumerate(case.rows):
-            positions = np.arange(start, start + count)
-            slots = pages[row][positions // size] * size + positions % size
-            assert torch.equal(pool.plane(name, 1)[torch.from_numpy(slots)], stored[row][start:])
+    torch.testing.assert_close(result.found.double(), result.expected, atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=80)
 @given(
-    st.builds(
-        Case,
+    case=st.builds(
+        AttentionCase,
         rows=st.lists(
             st.tuples(st.integers(0, 150), st.sampled_from((1, 1, 1, 2, 5, 33, 70))), min_size=1, max_size=6
         ).map(tuple),
@@ -126,27 +47,27 @@ def check(case: Case) -> None:
         dtype=st.sampled_from(("float32", "bfloat16")),
         window=st.sampled_from((None, None, 1, 7, 64, 100)),
         softcap=st.sampled_from((None, None, 2.0, 30.0)),
-        threads=st.sampled_from((1, 3)),
-    )
+    ),
+    threads=st.sampled_from((1, 3)),
 )
-def test_any_batch_is_attended_as_it_is_written_out(case: Case) -> None:
-    check(case)
+def test_any_batch_is_attended_as_it_is_written_out(case: AttentionCase, threads: int) -> None:
+    check(case, threads)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("dim", [16, 20, 33, 64, 80, 96, 112, 128, 192, 256])
 def test_every_head_size(dim: int, dtype: str) -> None:
-    check(Case(((65, 1), (0, 50), (33, 17)), dim=dim, dtype=dtype))
+    check(AttentionCase(((65, 1), (0, 50), (33, 17)), dim=dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_long_histories_and_large_chunks(dtype: str) -> None:
-    check(Case(((1500, 1), (700, 1), (300, 260)), group=7, dim=64, dtype=dtype))
-    check(Case(((1500, 1), (300, 260)), group=1, dim=64, dtype=dtype, window=200, page_size=1))
+    check(AttentionCase(((1500, 1), (700, 1), (300, 260)), group=7, dim=64, dtype=dtype))
+    check(AttentionCase(((1500, 1), (300, 260)), group=1, dim=64, dtype=dtype, window=200, page_size=1))
 
 
 def test_chunks_that_are_tiles_exactly() -> None:
-    check(Case(((0, CHUNK_ROWS), (64, CHUNK_ROWS * 2), (63, 1)), group=1))
+    check(AttentionCase(((0, CHUNK_ROWS), (64, CHUNK_ROWS * 2), (63, 1)), group=1))
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

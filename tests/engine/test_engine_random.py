@@ -266,7 +266,6 @@ TestThreeGroups = machine(16, windows=(None, 20, 2), window_tokens=128, tokens=2
 TestOverlap = machine(4, overlap=True)
 TestOverlapWithPagesOfOne = machine(1, overlap=True)
 TestOverlapWithWindows = machine(2, overlap=True, windows=(None, 5), window_tokens=128, tokens=256, repeats=5)
-TestOverlapWithDrafts = machine(4, overlap=True, drafts="chain")
 TestOverlapWithoutCache = machine(
     1, caching=False, overlap=True, windows=(9, 3), window_tokens=128, tokens=200, repeats=5
 )

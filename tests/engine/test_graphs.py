@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tandem.engine.attention.base import AttentionBatch, AttentionForm
+from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel, load_model
@@ -135,13 +136,13 @@ def test_longer_contexts_get_graphs_of_their_own_up_to_a_limit(monkeypatch: pyte
     replay = graphs.GraphReplay(lambda tokens, positions, plan: tokens[:, None].float(), backend, capture, 1)
     for length in (3, 40, 44, 100, 3):  # 1, 3, 3, 7 and 1 parts
         plan = backend.plan(decode_batch([length]))
-        found = replay.logits(torch.tensor([length]), np.array([length]), plan)
+        found = replay.logits(InputTokens([length]), np.array([length]), plan)
         assert found is not None
         assert found.tolist() == [[length]]
     assert capture.captured == 3
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
-    assert replay.logits(torch.tensor([20]), np.array([20]), backend.plan(decode_batch([20]))) is None
-    assert replay.logits(torch.tensor([1, 2]), np.array([1, 2]), backend.plan(decode_batch([1, 2]))) is None
+    assert replay.logits(InputTokens([20]), np.array([20]), backend.plan(decode_batch([20]))) is None
+    assert replay.logits(InputTokens([1, 2]), np.array([1, 2]), backend.plan(decode_batch([1, 2]))) is None
 
 
 def test_graphs_need_triton_on_a_gpu(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from tandem.engine.output import StepOutput
 from tandem.engine.policy import EngineConfig
 from tandem.engine.sequence import Batch, Draft, Sampled, Seq, SeqState
 from tandem.kv import KvLayout, Span
+from tandem.testing.drafter import GuessingDrafter
 from tandem.testing.engine import (
     LAYOUT,
+    VOCAB,
     FakeFlight,
     FakePool,
     FakeRunner,
@@ -175,15 +177,39 @@ def test_who_is_cancelled_in_flight_gets_no_more_and_keeps_its_pages_until_then(
 
 
 def test_who_waited_for_the_pages_of_one_that_was_cancelled_in_flight_gets_them() -> None:
-    engine, _ = make(pages=8, page_size=2)
-    engine.add(make_seq("a", PROMPT[:9], 6))
+    engine, _ = make(pages=20, page_size=2, prefix_cache=False)
+    runs, waits = make_seq("runs", PROMPT[:3], 30), make_seq("waits", PROMPT[::-1], 4)
+    for seq in (runs, make_seq("a", PROMPT[:9], 6)):
+        engine.add(seq)
     engine.step()
-    waiting = make_seq("b", PROMPT[::-1], 4)
-    engine.add(waiting)
+    engine.add(waits)
     engine.step()
     engine.cancel("a")
+    engine.step()
+    assert engine.status().waiting == 1, "the pages are given back with the step that was in flight"
+    engine.step()
+    assert engine.status().waiting == 0
     run(engine)
-    assert output_of(waiting) == expected(waiting)
+    for seq in (runs, waits):
+        assert output_of(seq) == expected(seq)
+
+
+def test_who_waits_with_pages_gives_way_once_nothing_is_in_flight() -> None:
+    engine, _ = make(pages=8, page_size=2)
+    run(engine, [make_seq("warm", PROMPT[:8], 1)])
+    engine.add(make_seq("a", PROMPT[5:], 2))
+    opened = make_seq("opened", [*PROMPT[:8], 1, 1], prefill_only=True)
+    waits = make_seq("waits", PROMPT[::-1], 4, priority=1)
+    engine.step()
+    engine.add(waits)
+    engine.add(opened)
+    assert engine.open_cached(opened) == 8
+    engine.cancel("a")
+    retracted = [seq for _ in range(3) for seq in engine.step().retracted]
+    assert (retracted, opened.retractions, engine.status().retractions) == ([opened], 1, 1)
+    engine.cancel("opened")
+    run(engine)
+    assert output_of(waits) == expected(waits)
 
 
 def test_nobody_is_retracted_while_a_step_is_in_flight() -> None:
@@ -336,3 +362,13 @@ def test_pages_are_reserved_and_filled_while_a_step_is_in_flight() -> None:
     run(engine)
     for each in (runs, seq):
         assert output_of(each) == expected(each)
+
+
+def test_an_engine_that_drafts_does_not_overlap() -> None:
+    pool = FakePool(64, 4)
+    device, seq = Device(pool), make_seq("a", PROMPT, 9)
+    drafter = GuessingDrafter(expected, VOCAB, trees=False, seed=1)
+    engine = Engine(device, pool, EngineConfig(max_batch_tokens=4, overlap=True), drafter=drafter)
+    run(engine, [seq])
+    assert output_of(seq) == expected(seq)
+    assert "ahead" not in device.events

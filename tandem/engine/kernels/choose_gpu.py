@@ -11,6 +11,7 @@ import torch
 
 from tandem.device import CudaCapture
 from tandem.engine.attention.base import AttentionBackend, AttentionPlan, IntArray
+from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.ops import Ops
 from tandem.engine.kernels.replay import Forward
 from tandem.engine.kv_pool import KvPool
@@ -27,10 +28,10 @@ Loaded = tuple[Ops, Callable[[KvPool], AttentionBackend]]
 class StepReplay(Protocol):
     """What runs decode steps that were recorded."""
 
-    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        tokens: `[rows]`, on the device. None when the step has to be computed in the usual way.
+        None when the step has to be computed in the usual way.
         """
 
 

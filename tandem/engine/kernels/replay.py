@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.engine.attention.base import AttentionPlan, IntArray
+from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.native import NativeLibrary, Tape
 
 log = logging.getLogger(__name__)
@@ -77,9 +78,10 @@ class _Recording:
         self.logits = torch.empty(0)
         self.calls = (ctypes.c_int64 * 0)()
 
-    def load(self, tokens: torch.Tensor, positions: IntArray) -> None:
+    def load(self, tokens: InputTokens, positions: IntArray) -> None:
         """Takes in one step."""
-        self._inputs[0][:], self._inputs[1][:] = tokens.numpy(), positions
+        self._inputs[0][:], self._inputs[1][:] = tokens.known, positions
+        tokens.fill(self.tokens)
 
     def close(self, logits: torch.Tensor) -> None:
         """Ends the recording whose result is `logits`."""
@@ -98,10 +100,10 @@ class Replay:
         self._recordings: dict[int, _Recording] = {}
         self._arena = torch.empty(0, dtype=torch.uint8)
 
-    def logits(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def logits(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
 
-        tokens: `[rows]`. None when the step has to be computed in the usual way.
+        None when the step has to be computed in the usual way.
         """
         rows = len(tokens)
         if rows > self._most_rows:
@@ -114,7 +116,7 @@ class Replay:
         self._library.replay(recording.calls)
         return recording.logits
 
-    def _record(self, tokens: torch.Tensor, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
+    def _record(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
         if not self._arena.numel():
             self._arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
         recording = _Recording(len(tokens), self._arena)
