@@ -9,6 +9,7 @@ behind steps that nobody drafted for) nothing stands in its place, and the draft
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from tandem.engine.attention.base import AttentionBackend, AttentionBatch, IntAr
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.sequence import Batch, Draft, Row, Seq
 from tandem.engine.spec.draft_net import DraftNet
+
+log = logging.getLogger(__name__)
 
 CATCH_UP = 64
 """Slots of the output that are made up for at most when a draft begins; those before stay as they are."""
@@ -121,14 +124,22 @@ class ModelDrafter:
             found = found[torch.tensor(nodes, device=found.device)]
         track.keep(row.start, found)
 
+    @torch.inference_mode()
     def forget(self, seq: Seq) -> None:
-        """See `Drafter`."""
+        """See `Drafter`. Makes up for slots of whole pages, which the prefix cache may keep."""
+        track = self._tracks.get(seq)
+        whole = seq.computed // self._pool.page_size * self._pool.page_size
+        try:
+            if track is not None and track.valid < whole:
+                self._compute(self._made_up([seq], [whole]))
+        except Exception:  # a worse draft one day is no reason to keep the pages of a sequence that ends
+            log.exception("the last slots of %s were not computed", seq.seq_id)
         self._tracks.pop(seq, None)
 
     @torch.inference_mode()
     def propose(self, seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
         """See `Drafter`. Chains of the likeliest tokens."""
-        states = self._compute(self._made_up(seqs))
+        states = self._compute(self._made_up(seqs, [len(seq.tokens) for seq in seqs]))
         columns: list[tuple[list[int], torch.Tensor]] = []
         alive = [index for index, limit in enumerate(limits) if limit > 0]
         while alive:
@@ -146,17 +157,17 @@ class ModelDrafter:
                 chains[index].append(token)
         return [Draft(tuple(chain)) for chain in chains]
 
-    def _made_up(self, seqs: Sequence[Seq]) -> _Slots:
-        """The slots of real tokens that are still to be computed, each sequence's last one at least."""
+    def _made_up(self, seqs: Sequence[Seq], ends: Sequence[int]) -> _Slots:
+        """The slots of real tokens before `ends` that are still to be computed, each sequence's last one at least."""
         starts, tokens, features = list[int](), list[int](), list[torch.Tensor]()
-        for seq in seqs:
-            track, end = self._tracks.setdefault(seq, _Track(seq.computed)), len(seq.tokens)
+        for seq, end in zip(seqs, ends, strict=True):
+            track = self._tracks.setdefault(seq, _Track(seq.computed))
             start = max(min(track.valid, end - 1), end - CATCH_UP)
             starts.append(start)
-            tokens += seq.tokens[start:]
+            tokens += seq.tokens[start:end]
             features.append(track.between(start - 1, end - 1, self._net.nothing(end - start)))
             track.valid = end
-        counts = [len(seq.tokens) - start for seq, start in zip(seqs, starts, strict=True)]
+        counts = [end - start for end, start in zip(ends, starts, strict=True)]
         return _Slots(seqs, starts, counts, torch.tensor(tokens, device=self._pool.device), torch.cat(features))
 
     def _step(self, seqs: Sequence[Seq], depth: int, chosen: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
