@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 from tandem.config import WorkerConfig
 from tandem.demo import HEAD_PATH, MODEL_PATH
@@ -39,7 +40,7 @@ def test_at_least_two_drafted_tokens_a_step_are_accepted() -> None:
 
 
 async def test_a_hand_over_costs_few_of_them() -> None:
-    settings = {"draft_model": str(HEAD_PATH), "draft_tokens": 6, "draft_adaptive": False, "kv_mib": 16}
+    settings: dict[str, Any] = {"draft_model": str(HEAD_PATH), "draft_tokens": 6, "draft_adaptive": False, "kv_mib": 16}
     async with pair(MODEL_PATH, **settings) as workers:
         moved = 0
         for prompt in asked(33):
