@@ -10,6 +10,7 @@ from tandem.demo import HEAD_PATH, MODEL_PATH
 from tandem.demo.corpus import held_out
 from tandem.demo.prompts import prompts
 from tandem.engine.build import build_engine
+from tandem.engine.output import DraftOutcome
 from tandem.engine.sequence import Seq
 from tandem.testing.pair import pair
 from tandem.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def test_at_least_two_drafted_tokens_a_step_are_accepted() -> None:
     eos = frozenset(model.config.eos_token_ids)
     for number, prompt in enumerate(asked(66)):
         engine.add(Seq(str(number), prompt, len(prompt), GREEDY, b"", eos))
-    drafts = []
+    drafts = list[DraftOutcome]()
     while engine.has_work():
         drafts += engine.step().drafts
     assert len(drafts) > 200
