@@ -106,11 +106,15 @@ def main(
     shared_tokens: Annotated[int, typer.Option(min=0, help="for shared; in multiturn, words of the system text")] = 0,
     turns: Annotated[int, typer.Option(min=1, help="for the workload multiturn")] = 1,
     spread: float = 0.0,
+    trace: Annotated[Path | None, typer.Option(help="for the workload trace")] = None,
+    trace_scale: Annotated[float, typer.Option(help="factor for a trace's lengths")] = 1.0,
+    trace_speed: Annotated[float, typer.Option(min=0, help="how much faster than its times; 0: closed loop")] = 0.0,
     concurrency: Annotated[int, typer.Option(min=1)] = 4,
     requests: Annotated[int, typer.Option(min=1)] = 48,
     warmup: Annotated[int, typer.Option(min=0)] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seed: int = 0,
+    kv_mib: Annotated[int, typer.Option(min=0, help="KV memory of each of Tandem's workers; 0: 1 GiB")] = 0,
     peers: Annotated[Path | None, typer.Option(help="folder with vllm-pd.sh")] = None,
     vllm: Annotated[Path | None, typer.Option(help="folder that setup-vllm-cpu.sh was given")] = None,
     cache: Annotated[Path | None, typer.Option(help="where made checkpoints are kept")] = None,
@@ -121,23 +125,33 @@ def main(
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this, the servers end too
     try:
-        setting = Setting(checkpoint(model, cache))
+        setting = Setting(checkpoint(model, cache), kv_mib=kv_mib)
         folder = logs or Path(tempfile.mkdtemp(prefix="tandem-compare-"))
         folder.mkdir(parents=True, exist_ok=True)
         servers = [server(name, setting, Peers(peers, vllm), folder) for name in dict.fromkeys(systems)]
         given = {
             "requests": requests, "input_tokens": input_tokens, "output_tokens": output_tokens, "spread": spread,
-            "shared_tokens": shared_tokens, "turns": turns,
+            "shared_tokens": shared_tokens, "turns": turns, "trace": trace, "scale": trace_scale,
         }  # fmt: skip
         shape = shape_of(workload, given)
-        found = alternate(servers, workload, shape, Load(concurrency, seed=seed), warmup, rounds, console)
+        found = alternate(
+            servers,
+            workload,
+            shape,
+            Load(0 if trace_speed else concurrency, speed=trace_speed, seed=seed),
+            warmup,
+            rounds,
+            console,
+        )
     except (ValueError, ConnectionError, StartError, ConfigError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     lengths = f"{input_tokens} in, {output_tokens} out, concurrency {concurrency}"
     show(found, f"{model}, {workload}: {lengths}; medians of {rounds} rounds of {requests} requests")
     if json_file:
-        reports.write_json(json_file, {"model": model, "workload": workload, "load": given, "rounds": found})
+        reports.write_json(
+            json_file, {"model": model, "workload": workload, "load": {**given, "trace": str(trace)}, "rounds": found}
+        )
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.baselines import BASELINES
 from tandem.config import child_environment
 from tandem.ports import free_ports
 
 START_S = 400.0
 STOP_S = 15.0
-TANDEM = re.compile(r"tandem-(\d+)p(\d+)d")
-NAMES = "tandem-1p1d (1 prefill, 1 decode; any numbers), vllm, vllm-pd, hf"
+TANDEM = re.compile(r"tandem-(\d+)p(\d+)d(?:-(\w+))?")
+NAMES = "tandem-1p1d (1 prefill, 1 decode; any numbers; a policy may follow: tandem-4p2d-sglang), vllm, vllm-pd, hf"
 
 
 class StartError(Exception):
@@ -51,6 +52,8 @@ class Setting:
     context: int = 4096
     kv_gib: int = 1
     """KV memory of each engine."""
+    kv_mib: int = 0
+    """Of each of Tandem's workers, where another amount is wanted."""
 
 
 @dataclass(slots=True)
@@ -143,10 +146,14 @@ def server(name: str, setting: Setting, peers: Peers, folder: Path) -> Server:
     raise ValueError(f"system is {name}; it must be one of {NAMES}")
 
 
-def _tandem(setting: Setting, port: int, prefill: str, decode: str) -> list[str]:
+def _tandem(setting: Setting, port: int, prefill: str, decode: str, policy: str | None) -> list[str]:
     command = [sys.executable, "-m", "tandem.cli", "up", str(setting.model), "--port", str(port)]
+    if policy in BASELINES:
+        command[2:4] = ["benchmarks.up", policy]
+    elif policy is not None:
+        command += ["--policy", policy]
     command += ["--prefill", prefill, "--decode", decode, "--dtype", setting.dtype]
-    return [*command, "--kv-mib", str(setting.kv_gib * 1024), "--log-level", "warning"]
+    return [*command, "--kv-mib", str(setting.kv_mib or setting.kv_gib * 1024), "--log-level", "warning"]
 
 
 def _installed(peers: Peers) -> Path:

@@ -12,9 +12,18 @@ from __future__ import annotations
 from benchmarks.baselines.dynamo import DynamoPolicy
 from benchmarks.baselines.llmd import LlmdGatePolicy, LlmdScorersPolicy
 from benchmarks.baselines.sglang import SglangEventsPolicy, SglangPolicy
+from router.policies import Policy
 
 sglang = SglangPolicy
 sglang_events = SglangEventsPolicy
 dynamo = DynamoPolicy
 llmd = LlmdGatePolicy
 llmd_scorers = LlmdScorersPolicy
+
+BASELINES: dict[str, type[Policy]] = {
+    "sglang": sglang,
+    "sglang_events": sglang_events,
+    "dynamo": dynamo,
+    "llmd": llmd,
+    "llmd_scorers": llmd_scorers,
+}

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from tandem.config import child_environment
 
+LAUNCHER = ("tandem.cli.child",)
+"""The module that runs a command in a process of its own, and what it is told first."""
+
 
 @dataclass(slots=True)
 class Child:
@@ -21,6 +24,7 @@ class Child:
     """host:port it serves at."""
     arguments: Sequence[str]
     environment: Mapping[str, str]
+    launcher: Sequence[str] = LAUNCHER
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
 
@@ -29,7 +33,7 @@ class Child:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "tandem.cli.child",
+            *self.launcher,
             str(os.getpid()),
             *self.arguments,
             env=child_environment(dict(self.environment)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 
 from tandem.cli.banner import Standing, banner
-from tandem.cli.children import Child, stop_all
+from tandem.cli.children import LAUNCHER, Child, stop_all
 from tandem.cluster import WorkerInfo
 from tandem.compute_slots import ComputeSlots
 from tandem.config import RouterConfig, UpConfig, WorkerConfig
@@ -51,8 +51,11 @@ OWN = ("model", "served_model_name", "host", "port", "config")
 T = TypeVar("T")
 
 
-def up(config: UpConfig) -> int:
-    """Runs the cluster until it is told to stop; returns the exit code. Raises ConfigError."""
+def up(config: UpConfig, launcher: Sequence[str] = LAUNCHER) -> int:
+    """Runs the cluster until it is told to stop; returns the exit code. Raises ConfigError.
+
+    launcher: what starts the router; a comparison has one that puts another policy into it.
+    """
     check_port(config.host, config.port, "--port")
     if config.port == 0:
         config = config.model_copy(update={"port": free_ports(1, config.host)[0]})
@@ -60,6 +63,7 @@ def up(config: UpConfig) -> int:
     slots = _compute_slots(config.prefill + config.decode)
     try:
         router, workers = plan(config, model, slots)
+        router.launcher = launcher
         return asyncio.run(_Cluster(config, model, router, workers, slots).run())
     finally:
         if slots is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.load import Load
+from benchmarks.make_trace import chats
 from benchmarks.serve import fields, shape_of
 from benchmarks.workloads import DEFAULTS, WORKLOADS, Shape, make
 from tandem.traces import read_trace
@@ -128,3 +129,16 @@ def test_extra_fields_are_json() -> None:
     for wrong in ("top_k", "=5", "a=", "a=b"):
         with pytest.raises(ValueError, match="name=JSON is needed"):
             fields([wrong])
+
+
+def test_made_traces_are_chats_of_tenants(tmp_path: Path) -> None:
+    entries = chats(60, 8.0, 3, 4, 3, 64, seed=1)
+    assert entries == chats(60, 8.0, 3, 4, 3, 64, seed=1) != chats(60, 8.0, 3, 4, 3, 64, seed=2)
+    path = write(tmp_path / "chats.jsonl", *entries)
+    read = list(read_trace(path, 100))
+    assert len(read) == 60 and {entry.hash_ids[0] for entry in read} == {0}
+    assert len({entry.hash_ids[:4] for entry in read}) == 3
+    # A later turn says all that was said before.
+    continued = [e for e in read if any(e.hash_ids[: len(o.hash_ids)] == o.hash_ids for o in read if o is not e)]
+    assert len(continued) > 20
+    assert read[-1].timestamp_ms / 1e3 == pytest.approx(60 / 8, rel=0.6)
