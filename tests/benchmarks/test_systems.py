@@ -17,7 +17,7 @@ def test_systems_by_name(tmp_path: Path) -> None:
     assert "--prefill 2 --decode 3 --dtype float32" in " ".join(made.command)
     small = Setting(Path("/models/a"), kv_mib=4)
     told = " ".join(server("tandem-4p2d-round_robin", small, Peers(), tmp_path).command)
-    assert "tandem.cli up" in told and "--policy round_robin --kv-mib 4" in told
+    assert "tandem.cli up" in told and "--policy round_robin" in told and "--kv-mib 4" in told
     theirs = " ".join(server("tandem-4p2d-sglang", small, Peers(), tmp_path).command)
     assert "benchmarks.up sglang /models/a" in theirs and "--policy" not in theirs
     with pytest.raises(ValueError, match="vllm needs --vllm"):
