@@ -141,4 +141,4 @@ def test_made_traces_are_chats_of_tenants(tmp_path: Path) -> None:
     # A later turn says all that was said before.
     continued = [e for e in read if any(e.hash_ids[: len(o.hash_ids)] == o.hash_ids for o in read if o is not e)]
     assert len(continued) > 20
-    assert read[-1].timestamp_ms / 1e3 == pytest.approx(60 / 8, rel=0.6)
+    assert read[-1].timestamp_ms > 3000
