@@ -97,6 +97,12 @@ def show(found: dict[str, list[Figures]], title: str) -> None:
     Console().print(table)
 
 
+def _servers(systems: Sequence[str], setting: Setting, peers: Peers, logs: Path | None) -> list[Server]:
+    folder = logs or Path(tempfile.mkdtemp(prefix="tandem-compare-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return [server(name, setting, peers, folder) for name in dict.fromkeys(systems)]
+
+
 def main(
     systems: Annotated[list[str], typer.Argument(help=NAMES)],
     model: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}, demo, a folder or a hub id")] = "llama-7m",
@@ -125,24 +131,14 @@ def main(
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this, the servers end too
     try:
-        setting = Setting(checkpoint(model, cache), kv_mib=kv_mib)
-        folder = logs or Path(tempfile.mkdtemp(prefix="tandem-compare-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        servers = [server(name, setting, Peers(peers, vllm), folder) for name in dict.fromkeys(systems)]
+        servers = _servers(systems, Setting(checkpoint(model, cache), kv_mib=kv_mib), Peers(peers, vllm), logs)
         given = {
             "requests": requests, "input_tokens": input_tokens, "output_tokens": output_tokens, "spread": spread,
             "shared_tokens": shared_tokens, "turns": turns, "trace": trace, "scale": trace_scale,
         }  # fmt: skip
         shape = shape_of(workload, given)
-        found = alternate(
-            servers,
-            workload,
-            shape,
-            Load(0 if trace_speed else concurrency, speed=trace_speed, seed=seed),
-            warmup,
-            rounds,
-            console,
-        )
+        load = Load(0 if trace_speed else concurrency, speed=trace_speed, seed=seed)
+        found = alternate(servers, workload, shape, load, warmup, rounds, console)
     except (ValueError, ConnectionError, StartError, ConfigError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None

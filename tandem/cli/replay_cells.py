@@ -160,5 +160,5 @@ def draw(path: Path, found: Sequence[Found]) -> None:
     axes[-1].set_xticks(range(len(found)), names, rotation=60, ha="right")
     axes[-1].set_xlabel("prefill workers, load, caches over the working set")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
