@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ class Replay:
         """When a decode worker's steps ended, the milliseconds of each, and the tokens that sequences got."""
         self.index = PrefixIndex(INDEX_BLOCKS, INDEX_AGE_S, self.clock)
         self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
-        self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: True, self.clock)
+        self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: math.inf, self.clock)
         self._policy = policy
         self.prefill = [SimulatedPrefill(n, setting, self.clock, self._hear) for n in range(setting.prefill)]
         self.decode = [SimulatedDecode(n, setting, self.clock, self._hear, self._step) for n in range(setting.decode)]
@@ -86,6 +87,7 @@ class Replay:
         matches = {name: count * block_tokens for name, count in self.index.match(flight.hashes).items()}
         plan = self._policy.plan(request, self.members.snapshot(), matches, self.clock.now)
         self.plan_s.append(time.perf_counter() - began)
+        self.admission.placed(request_id)
         chosen = plan.candidates[0]
         flight.decode, flight.prefill, flight.expected_cached = chosen.decode, chosen.prefill, chosen.decode_cached
         flight.alternative = next(iter(plan.prefill_alternatives), None)
