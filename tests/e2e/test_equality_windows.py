@@ -37,11 +37,11 @@ def retract_once(workers: Pair) -> None:
     scheduler = workers.decode.engine.scheduler
     schedule = scheduler.schedule
 
-    def retracting(*arguments: Any) -> Plan:
+    def retracting(*arguments: Any, **more: Any) -> Plan:
         forced = Plan(0)
         for seq in [seq for seq in scheduler.running if seq.output_len == 3 and not seq.retractions]:
             scheduler.retract(seq, forced)
-        plan = schedule(*arguments)
+        plan = schedule(*arguments, **more)
         plan.retracted += forced.retracted
         return plan
 
