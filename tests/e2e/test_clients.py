@@ -91,6 +91,9 @@ def test_the_synchronous_client(sync: OpenAI) -> None:
     stream = sync.chat.completions.create(messages=MESSAGES, max_tokens=24, stream=True, **GREEDY)
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(parts) == text
+    # So few tokens may come as one: what is made while a process does not run is sent at once.
+    stream = sync.chat.completions.create(messages=MESSAGES, max_tokens=600, stream=True, **GREEDY)
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert len([part for part in parts if part]) > 1, "it comes in parts"
     with pytest.raises(BadRequestError, match=r"temperature is -1\.0"):
         sync.chat.completions.create(model="tiny", messages=MESSAGES, temperature=-1)
