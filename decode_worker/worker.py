@@ -19,7 +19,7 @@ from tandem.config import DecodeConfig
 from tandem.engine.engine import Engine
 from tandem.engine.output import SeqOutput, StepOutput
 from tandem.engine.sequence import SeqState
-from tandem.errors import Fenced
+from tandem.errors import Fenced, Internal
 from tandem.kv import HashRoot, block_hashes
 from tandem.types import FinishReason, GenerateRequest, TokenIds
 from tandem.worker.engine_thread import EngineThread
@@ -132,6 +132,8 @@ class DecodeWorker:
         def done(ended: asyncio.Task[None]) -> None:
             if self._tasks.get(request_id) is ended:
                 del self._tasks[request_id]
+            if not ended.cancelled() and isinstance(ended.exception(), Internal):
+                return  # the engine has ended, and this process will: the router lets the request go on elsewhere
             if not ended.cancelled() and (error := ended.exception()) is not None:
                 log.error("request %s cannot start", request_id, exc_info=error)
                 self._end(record, FinishReason.ERROR, "the request could not be started")

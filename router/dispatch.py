@@ -33,7 +33,7 @@ from router.workers.pairs import PairHealth, avoiding
 from router.workers.snapshot import Load, WorkerView
 from tandem.cluster import Candidate, Incarnation, Plan, Role, Status, WorkerInfo
 from tandem.config import RouterConfig
-from tandem.errors import BadRequest, ContextTooLong, Fenced, Overloaded, TandemError, Unavailable, WorkerLost
+from tandem.errors import BadRequest, ContextTooLong, Fenced, Internal, Overloaded, TandemError, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.obs import REQUESTS_MOVED_TOTAL
 from tandem.types import FinishReason, GenerateRequest, ModelInfo
@@ -49,6 +49,8 @@ COMPILE_S = 60.0
 """Longer where it has to compile a grammar first, or to start its compiler."""
 STREAM_S = 2.0
 """A new decode worker's token stream stands within this."""
+MAX_MOVES = 8
+"""Times that a request may go on elsewhere, whatever for."""
 MAX_CRASHES = 2
 """Workers that may die over one request before it is refused: it may be what killed them."""
 CLOSE_S = 2.0
@@ -57,7 +59,7 @@ CLOSE_S = 2.0
 MAX_TAILS = 65_536
 """Finished sequences whose last, partial block is remembered."""
 
-Elsewhere = (Overloaded, Unavailable, Fenced, WorkerLost)
+Elsewhere = (Overloaded, Unavailable, Fenced, WorkerLost, Internal)
 """Refusals that another worker may not share."""
 
 
@@ -98,9 +100,10 @@ class Accepted:
 
 
 def _cost(request: GenerateRequest, chosen: Candidate) -> int:
-    """Tokens that a request is expected to take of workers: what is not cached of its prompt, and its answers."""
-    missing = len(request.prompt) - max(chosen.decode_cached, chosen.prefill_cached)
-    return missing + request.choices * min(request.sampling.max_tokens, EXPECTED_OUTPUT)
+    """Tokens that a request is expected to take of workers: what is known of it and not cached, and its answers."""
+    missing = max(len(request.known) - max(chosen.decode_cached, chosen.prefill_cached), 0)
+    left = request.sampling.max_tokens - len(request.made(request.lead))
+    return missing + (request.choices - len(request.ended)) * min(left, EXPECTED_OUTPUT)
 
 
 def _larger_than(refusing: Incarnation, others: Sequence[WorkerView]) -> bool:
@@ -269,9 +272,11 @@ class Dispatcher:
                 record.story.refused(error)
                 refused[plan.decode] = error
                 record.losses += isinstance(error, WorkerLost)
+                if record.finished:  # it was answered wholly, though not that it was taken
+                    self._close(record)
+                    raise Unavailable("the request has ended") from None
                 record.next_attempt()
             if record.losses >= MAX_CRASHES:
-                self._quarantine.add(request)
                 raise WorkerLost(f"{MAX_CRASHES} decode workers were lost over this request")
         raise _refusal(list(refused.values()))
 
@@ -463,7 +468,7 @@ class Dispatcher:
         """What the worker runs for this router cannot go on."""
         for record in [r for r in self._open.values() if r.decode == incarnation and r.answered]:
             self._cancels.send(incarnation, record.request.request_id, record.request.attempt)
-            self._go_on(record, f"the decode worker's token stream was lost: {reason}", crashed=True)
+            self._go_on(record, f"the decode worker's token stream was lost: {reason}", crashed=False)
 
     # What the fleet tells -------------------------------------------------------------------------------------------
 
@@ -505,25 +510,36 @@ class Dispatcher:
         lost = record.decode
         self._release(record)
         record.losses += crashed
+        record.moves += 1
         if record.losses >= MAX_CRASHES:
-            self._quarantine.add(record.request)
-            record.decode = None
-            self._end(record, FinishReason.ERROR, f"{reason}; {record.losses} were lost over this request")
-            return
+            if crashed:
+                self._quarantine.add(record.request)
+            return self._give_up(record, f"{reason}; {record.losses} were lost over this request")
+        if record.moves > MAX_MOVES:
+            return self._give_up(record, f"{reason}; it was moved {MAX_MOVES} times before")
         record.next_attempt()
         log.info("request %s goes on elsewhere: %s", record.request.request_id, reason)
         task = asyncio.create_task(self._move(record, lost, reason))
         self._moves.add(task)
         task.add_done_callback(self._moves.discard)
+        return None
 
     async def _move(self, record: OpenRequest, lost: Incarnation | None, reason: str) -> None:
         try:
             await self._place(record, without=lost)
         except TandemError as error:
-            record.decode = None
-            self._end(record, FinishReason.ERROR, f"{reason}; nobody could go on: {error}")
+            self._give_up(record, f"{reason}; nobody could go on: {error}")
+        except Exception:
+            log.exception("request %s cannot go on", record.request.request_id)
+            self._give_up(record, f"{reason}; it could not go on")
         else:
             self.moved += 1
+
+    def _give_up(self, record: OpenRequest, error: str) -> None:
+        """Ends a request that no worker runs."""
+        record.decode = None
+        record.end(FinishReason.ERROR, error)
+        self._close(record)
 
     # End of all -----------------------------------------------------------------------------------------------------
 

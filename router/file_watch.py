@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 
-State = tuple[int, int, int] | None
+State = tuple[int, int, int, int] | None
 
 
 class FileWatch:
@@ -49,6 +49,8 @@ class FileWatch:
             self._apply(self._path)
         except TandemError as error:
             log.error("what was read before stays in force: %s", error)
+        except Exception:  # a parser's, perhaps: what ends here would end the watch
+            log.exception("%s cannot be read; what was read before stays in force", self._path)
         else:
             log.info("%s was read again", self._path)
 
@@ -57,4 +59,4 @@ class FileWatch:
             found = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

@@ -59,6 +59,8 @@ class OpenRequest:
         """Whether any worker ever has: what it made may have been read."""
         self.losses = 0
         """Workers that were lost while they ran it, or were taking it."""
+        self.moves = 0
+        """Times that it was to go on elsewhere."""
         self.gapped = False
         """Whether tokens came that had lost those before them."""
         self.resumed = True

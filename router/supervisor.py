@@ -78,6 +78,9 @@ class _Supervisor:
         # Until the child has its own handlers, a signal would only set this object's flag in it.
         signals = {signal.SIGTERM, signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        if self._stopping:  # told in this moment: whom nobody knows nobody would stop
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            return
         pid = os.fork()
         if not pid:
             self._become(place, parent, signals)

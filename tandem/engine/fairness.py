@@ -51,10 +51,13 @@ def served(balances: Mapping[str, float], tenant: str, cost: int, quantum: int =
     return after
 
 
-def fair_order(waiting: Sequence[S], balances: Mapping[str, float], quantum: int = QUANTUM) -> list[S]:
+def fair_order(
+    waiting: Sequence[S], balances: Mapping[str, float], quantum: int = QUANTUM, first: int | None = None
+) -> list[S]:
     """`waiting`, sorted by priority first, with tenants of equal priority taking turns; a tenant's own order is kept.
 
-    balances: of every tenant in `waiting`, those served longest ago first.
+    balances: of every tenant in `waiting`, those served longest ago first. first: so many are put in order, the rest
+    follows as it came: each one's turn takes as long to find as there are tenants.
     """
     order: list[S] = []
     for _, level in groupby(waiting, key=lambda item: item.priority):
@@ -68,13 +71,14 @@ def fair_order(waiting: Sequence[S], balances: Mapping[str, float], quantum: int
         for queue in queues.values():
             queue.reverse()
         left = {name: balance for name, balance in balances.items() if name in queues}
-        while left:
+        while left and (first is None or len(order) < first):
             name = min(left, key=lambda tenant: rounds(queues[tenant][-1].cost, left[tenant], quantum))
             item = queues[name].pop()
             order.append(item)
             left = served(left, name, item.cost, quantum)
             if not queues[name]:
                 del left[name]
+        order += [item for queue in queues.values() for item in reversed(queue)]
     return order
 
 

@@ -26,6 +26,8 @@ from tandem.engine.policy import (
 from tandem.engine.radix import pack
 from tandem.engine.sequence import Batch, Draft, Row, Seq, SeqState
 
+FAIR_STARTS = 64
+"""Waiting sequences that are put in the order of their tenants' turns in one step: more than a step ever starts."""
 REFRESHES = 8
 """Queued sequences whose cached prefix is looked up again in one step, once the cache has grown."""
 
@@ -314,7 +316,7 @@ class Scheduler:
         order = sorted((item for item in self._queue.values() if not self._yields(item.seq, now)), key=key)
         self._balances = present(self._balances, (item.tenant for item in order))
         if len(self._balances) > 1:
-            order = fair_order(order, self._balances)
+            order = fair_order(order, self._balances, first=FAIR_STARTS)
         if self._passed >= PASSES:
             self._let_pass(order, now)
         return order

@@ -114,6 +114,7 @@ class WorkerProcess:
         self._transport = transport
         self._build = build
         self._tasks: list[asyncio.Task[None]] = []
+        self._registrar: Registrar | None = None
 
     async def start(self) -> None:
         """Loads the model and serves. Raises CheckpointError, ConfigError."""
@@ -142,8 +143,8 @@ class WorkerProcess:
         await self.server.start()
         self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background()]
         if config.router:
-            registrar = Registrar(self.info, config.router, self.services.discovered)
-            self._tasks.append(asyncio.create_task(registrar.run()))
+            self._registrar = Registrar(self.info, config.router, self.services.discovered)
+            self._tasks.append(asyncio.create_task(self._registrar.run()))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
         log.info("%s worker %s serves %s at %s", self._role_kind.value, self.info.incarnation, name, self.info.address)
@@ -251,8 +252,16 @@ class WorkerProcess:
                 return
 
     async def stop(self) -> None:
-        """Says goodbye to the routers and ends everything, in the order in which others depend on it."""
+        """Says goodbye to the routers and ends everything, in the order in which others depend on it.
+
+        A worker that failed is silent, as if it had been killed: routers let its requests go on elsewhere, and count
+        that they were lost with it.
+        """
         self.stopping.set()
+        if self.failed:
+            if self._registrar is not None:
+                self._registrar.goodbye = False
+            await self.server.stop(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -27,6 +27,8 @@ class Registrar:
         self._worker = codec.worker_info_to_wire(worker)
         self._routers = routers
         self._discovered = discovered
+        self.goodbye = True
+        """Whether routers are told when `run` is cancelled: what ran here was given up in order."""
 
     async def run(self) -> None:
         """Registers and renews until cancelled, then says goodbye."""
@@ -54,7 +56,8 @@ class Registrar:
                     self._discovered([(p.incarnation, p.address) for p in reply.prefill])
                     await asyncio.sleep(min(reply.lease_s / 4, 1.0))
             except asyncio.CancelledError:
-                await self._leave(stub)
+                if self.goodbye:
+                    await self._leave(stub)
                 raise
 
     async def _leave(self, stub: worker_pb2_grpc.RegistryAsyncStub) -> None:

@@ -376,7 +376,7 @@ async def test_a_request_that_ended_two_workers_is_quarantined() -> None:
         first.send(answer(first.submissions[0], [1]))
         await first.stop()
         others = [worker for worker in made.decode if worker is not first]
-        await eventually(lambda: any(worker.submissions for worker in others))
+        await eventually(lambda: made.dispatcher.moved == 1)
         await next(worker for worker in others if worker.submissions).stop()
         *_, last = await read(accepted)
         assert "2 were lost over this request" in last.error

@@ -72,9 +72,11 @@ class Costs:
             self._known[size] = _Measured(seconds, 1, self._steps)
         else:
             known.count, known.step = known.count + 1, self._steps
-            # A step that took far longer met something else: another process, or a first use of memory.
-            weight = max(COST_WEIGHT, 1.0 / known.count)
-            known.seconds += weight * (min(seconds, 2 * known.seconds) - known.seconds)
+            if known.count <= ENOUGH:
+                known.seconds = min(known.seconds, seconds)  # the first step of a kind may have compiled something
+            else:
+                # A step that took far longer met something else: another process, or a first use of memory.
+                known.seconds += COST_WEIGHT * (min(seconds, 2 * known.seconds) - known.seconds)
         if self._steps % LASTING_STEPS == 0:
             self._forget()
 

@@ -130,7 +130,7 @@ class ModelDrafter:
         track = self._tracks.get(seq)
         whole = seq.computed // self._pool.page_size * self._pool.page_size
         try:
-            if track is not None and track.valid < whole:
+            if track is not None and track.valid < whole and self._first(seq) < whole:
                 self._compute(self._made_up([seq], [whole]))
         except Exception:  # a worse draft one day is no reason to keep the pages of a sequence that ends
             log.exception("the last slots of %s were not computed", seq.seq_id)
@@ -162,13 +162,24 @@ class ModelDrafter:
         starts, tokens, features = list[int](), list[int](), list[torch.Tensor]()
         for seq, end in zip(seqs, ends, strict=True):
             track = self._tracks.setdefault(seq, _Track(seq.computed))
-            start = max(min(track.valid, end - 1), end - CATCH_UP)
+            start = max(min(track.valid, end - 1), end - CATCH_UP, min(self._first(seq), end - 1))
             starts.append(start)
             tokens += seq.tokens[start:end]
             features.append(track.between(start - 1, end - 1, self._net.nothing(end - start)))
             track.valid = end
         counts = [end - start for end, start in zip(ends, starts, strict=True)]
         return _Slots(seqs, starts, counts, torch.tensor(tokens, device=self._pool.device), torch.cat(features))
+
+    def _first(self, seq: Seq) -> int:
+        """The first position whose slot sees nothing that layers with a window have given up."""
+        first = 0
+        for group, layers in zip(self._groups, self._pool.layout.groups, strict=True):
+            if layers.window is None:
+                continue
+            gone = next((page for page in range(len(seq.pages[group]), 0, -1) if seq.pages[group][page - 1] < 0), 0)
+            if gone:
+                first = max(first, gone * self._pool.page_size + layers.window - 1)
+        return first
 
     def _step(self, seqs: Sequence[Seq], depth: int, chosen: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Takes in one drafted token of each sequence, its `depth`-th: the states behind it."""

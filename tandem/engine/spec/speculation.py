@@ -163,8 +163,9 @@ class Speculation:
         if any(len(row.draft) for row in batch.rows):
             self._drafted.add(batch.num_tokens, seconds)
             self._plain.expire()
-        elif all(row.samples for row in batch.rows):
+        else:
             self._plain.add(batch.num_tokens, seconds)
+            self._drafted.expire()
 
     def forget(self, seq: Seq) -> None:
         """The sequence ends or loses its pages."""

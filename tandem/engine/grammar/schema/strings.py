@@ -85,7 +85,21 @@ def said(pattern: str, path: str) -> str:
         raise Unfit(path, "pattern: only groups '(...)' and '(?:...)' are supported, no lookaround")
     if not _at_edge(parts, "^", "(") or not _at_edge(parts[::-1], "$", ")"):
         raise Unfit(path, "pattern: '^' is only supported at the beginning and '$' at the end")
+    for part in parts:
+        if part.startswith("[") and _only_escaped(part):
+            raise Unfit(path, f"pattern: {part} allows only characters that JSON escapes, which is not supported")
     return "".join(_spelled(part) for part in parts)
+
+
+def _only_escaped(part: str) -> bool:
+    """Whether a class holds characters that JSON escapes, and none of the first hundreds that it does not."""
+    try:
+        member = re.compile(part)
+    except re.error:
+        return False
+    escaped = {char for char in map(chr, range(0x250)) if json.dumps(char, ensure_ascii=False)[1:-1] != char}
+    plain = (char for char in map(chr, range(0x250)) if char not in escaped)
+    return any(map(member.fullmatch, escaped)) and not any(map(member.fullmatch, plain))
 
 
 def _spelled(part: str) -> str:
