@@ -272,9 +272,7 @@ class Dispatcher:
                 record.story.refused(error)
                 refused[plan.decode] = error
                 record.losses += isinstance(error, WorkerLost)
-                if record.finished:  # it was answered wholly, though not that it was taken
-                    self._close(record)
-                    raise Unavailable("the request has ended") from None
+                self._still_open(record)
                 record.next_attempt()
             if record.losses >= MAX_CRASHES:
                 raise WorkerLost(f"{MAX_CRASHES} decode workers were lost over this request")
@@ -317,7 +315,9 @@ class Dispatcher:
         return reply
 
     def _still_open(self, record: OpenRequest) -> None:
-        """Raises Unavailable for a request that ended while a worker was looked for."""
+        """Raises Unavailable for a request that ended while a worker was looked for, or before it said it took it."""
+        if record.finished:
+            self._close(record)
         if self._open.get(record.request.request_id) is not record:
             raise Unavailable("the request has ended")
 

@@ -45,7 +45,7 @@ def retract_once(workers: Pair) -> None:
         plan.retracted += forced.retracted
         return plan
 
-    scheduler.schedule = retracting  # type: ignore[method-assign,assignment]
+    scheduler.schedule = retracting  # type: ignore[method-assign]
 
 
 async def ask(workers: Pair, prompts: list[list[int]]) -> list[Answer]:

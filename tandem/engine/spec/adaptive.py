@@ -76,7 +76,8 @@ class Costs:
                 known.seconds = min(known.seconds, seconds)  # the first step of a kind may have compiled something
             else:
                 # A step that took far longer met something else: another process, or a first use of memory.
-                known.seconds += COST_WEIGHT * (min(seconds, 2 * known.seconds) - known.seconds)
+                weight = max(COST_WEIGHT, 1.0 / known.count)
+                known.seconds += weight * (min(seconds, 2 * known.seconds) - known.seconds)
         if self._steps % LASTING_STEPS == 0:
             self._forget()
 
