@@ -159,3 +159,31 @@ def test_a_damaged_drafter_is_refused(damage: str, folders: Folders, tmp_path: P
         case "offsets":
             save_file(tensors | {"d2t": tensors["d2t"] + 290}, head / "model.safetensors")
             assert "d2t names tokens beyond the vocabulary of 300" in refused(folders, head)
+
+
+@pytest.mark.parametrize("pause", [0, 3, 40])
+def test_slots_are_made_up_only_where_the_drafters_window_still_reaches(pause: int, folders: Folders) -> None:
+    """A drafter that was not asked for a while has slots to make up; what they see may have been given up."""
+    path = make_draft_model(folders.target.parent / f"windowed-{pause}", replace(SPEC, family="mistral"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "sliding_window": 24}))
+    drafted = build(Folders(folders.target, {"windowed": path}), "windowed", page_size=4, pages=128)
+    assert any(group.window == 24 for group in drafted.layout.groups)
+    prompt = [(13 * index) % 290 + 6 for index in range(70)]
+    greedy = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    expected = run(build(folders, None, page_size=4, pages=128), [make_seq("plain", prompt, sampling=greedy)])
+    speculation = drafted.speculation
+    assert speculation is not None
+    seq = make_seq("drafted", prompt, sampling=greedy)
+    drafted.add(seq)
+    while seq.output_len < 5:
+        drafted.step()
+    asked, speculation.draft = speculation.draft, lambda plan: None  # type: ignore[method-assign]
+    for _ in range(pause):
+        drafted.step()
+    speculation.draft = asked  # type: ignore[method-assign]
+    while drafted.has_work():
+        drafted.step()
+        drafted.check_integrity()
+    assert drafted.idle_leaks() == []
+    assert [(seq.tokens[seq.prompt_len :], [])] == expected
