@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from router.control import ControlPlane
-from router.dispatch import Accepted, Dispatcher
-from tandem.cluster import CacheEvent, EventKind, MoveStat, Role, new_id
+from router.dispatch import Accepted, Dispatcher, _cost
+from tandem.cluster import CacheEvent, Candidate, EventKind, MoveStat, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Quarantined, Unavailable, WorkerLost
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
@@ -570,3 +570,12 @@ async def test_closing_the_router_ends_requests_with_an_error() -> None:
         await made.dispatcher.close()
         assert (await read(accepted))[-1].error == "the router is shutting down"
         assert worker.cancelled
+
+
+def test_a_moved_request_costs_what_is_left_of_it() -> None:
+    asked = request(prompt_tokens=64, max_tokens=600, choices=2)
+    moved = asked.again((tuple(range(500)), ()), ended=(1,))
+    where = new_id()
+    assert _cost(asked, Candidate(where, None, 60, 0, {})) == 4 + 2 * 128
+    assert _cost(moved, Candidate(where, None, 512, 0, {})) == 52 + 100
+    assert _cost(moved, Candidate(where, None, 564, 0, {})) == 100

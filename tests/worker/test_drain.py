@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -116,3 +117,20 @@ async def test_a_prefill_worker_sends_what_was_asked_of_it(model: Path) -> None:
             assert answer.usage.moved_tokens == len(long) - 1
             async with asyncio.timeout(10):
                 await drained
+
+
+async def test_a_worker_whose_engine_failed_leaves_without_a_word(model: Path) -> None:
+    """An orderly end would look as if the request had nothing to do with it; and another worker can go on."""
+    async with pair(model, kv_mib=32) as workers:
+        worker = workers.decode
+        name = await workers.submit(PROMPT, tokens(20_000))
+        await workers.tokens(name, 1)
+
+        def fail(batch: Any, after: Any = None) -> Any:
+            raise MemoryError("no room")
+
+        worker.engine._runner.launch = fail  # type: ignore[method-assign]
+        await worker.stopping.wait()
+        await workers.stop(worker)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await workers.answer(name)
