@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from random import Random
@@ -43,7 +44,7 @@ def worker_info(role: Role, number: int, setting: Setting) -> WorkerInfo:
     )
 
 
-class SimulatedWorker:
+class SimulatedWorker(ABC):
     """What both roles share. tell: takes an update to the router, `delay_s` later."""
 
     def __init__(
@@ -73,9 +74,9 @@ class SimulatedWorker:
         """Which one."""
         return self.info.incarnation
 
+    @abstractmethod
     def status(self) -> Status:
         """What it would report now."""
-        raise NotImplementedError
 
     def announce_itself(self) -> None:
         """Its first report: an empty cache."""
