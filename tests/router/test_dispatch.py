@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from router.control import ControlPlane
-from router.dispatch import Accepted, Dispatcher, _cost
+from router.dispatch import Accepted, Dispatcher
+from router.dispatch_submit import cost_of
 from tandem.cluster import CacheEvent, Candidate, EventKind, MoveStat, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Quarantined, Unavailable, WorkerLost
@@ -576,6 +577,6 @@ def test_a_moved_request_costs_what_is_left_of_it() -> None:
     asked = request(prompt_tokens=64, max_tokens=600, choices=2)
     moved = asked.again((tuple(range(500)), ()), ended=(1,))
     where = new_id()
-    assert _cost(asked, Candidate(where, None, 60, 0, {})) == 4 + 2 * 128
-    assert _cost(moved, Candidate(where, None, 512, 0, {})) == 52 + 100
-    assert _cost(moved, Candidate(where, None, 564, 0, {})) == 100
+    assert cost_of(asked, Candidate(where, None, 60, 0, {})) == 4 + 2 * 128
+    assert cost_of(moved, Candidate(where, None, 512, 0, {})) == 52 + 100
+    assert cost_of(moved, Candidate(where, None, 564, 0, {})) == 100
