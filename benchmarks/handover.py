@@ -25,7 +25,6 @@ from rich.table import Table
 
 from benchmarks import report as reports
 from benchmarks.handover_ends import FINGERPRINT, RAW_POLL_S, ROOT, Case, layout_of, make_engine
-from decode_worker.sink import PageSink, Reservations
 from kvtransfer.backends import choose
 from kvtransfer.base import MIB, Identity, Landing
 from kvtransfer.inbound import InboundSettings, PairClient
@@ -39,6 +38,7 @@ from tandem.engine.sequence import Seq
 from tandem.kv import Span
 from tandem.types import SamplingParams
 from tandem.worker.engine_thread import EngineThread
+from tandem.worker.kv_sink import PageSink, Reservations
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Receiver:
         )  # fmt: skip
         layout = layout_of(self.case.layout)
         ticket = Ticket(new_id(), seq.seq_id, 0, self.peer, self.incarnation, layout.digest(), 30.0, 30.0)
-        sink = PageSink(seq, self.engine, self.thread, self.reservations)
+        sink = PageSink(seq, self.engine, self.thread, self.reservations.reserve)
         started = time.perf_counter()
         result = await self.pair.fetch(ticket, prompt, "", "", 0, sink)
         seconds = time.perf_counter() - started

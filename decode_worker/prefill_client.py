@@ -1,29 +1,18 @@
-"""The decode worker's side of its pairs: connects them, warms them, and tries a plan's prefill workers in turn."""
+"""The decode worker's hand-overs: a plan's prefill workers are tried in turn."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.base import FetchResult, SpanSink
-from kvtransfer.inbound import PairClient
+from kvtransfer.pairs import PairPool, Target
 from tandem.cluster import Ticket, new_id
-from tandem.errors import TandemError
+from tandem.errors import TandemError, Unavailable
 from tandem.types import GenerateRequest, TokenIds
 
 log = logging.getLogger(__name__)
-MakePair = Callable[[str, str], PairClient]
-"""(incarnation, address) -> a pair not yet connected."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A prefill worker of a plan."""
-
-    incarnation: str
-    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,43 +28,26 @@ class Outcome:
 
 
 class PrefillClient:
-    """One pair for each prefill worker's incarnation. A pair that broke is made anew when it is next needed."""
+    """Fetches the KV of prompts from whoever computes it."""
 
     def __init__(
         self,
         incarnation: str,
         layout_digest: str,
-        make_pair: MakePair,
+        pairs: PairPool,
         queue_deadline_s: float,
         transfer_deadline_s: float,
         failed: Callable[[str], None],
         pair_failed: Callable[[str], None],
     ) -> None:
-        """failed: told the stage of each failure. pair_failed: told the sender's incarnation."""
+        """failed: told the stage of each failure. pair_failed: told of each sender that cannot be reached."""
         self._incarnation = incarnation
         self._layout_digest = layout_digest
-        self._make_pair = make_pair
+        self._pairs = pairs
         self._queue_deadline_s = queue_deadline_s
         self._transfer_deadline_s = transfer_deadline_s
         self._failed = failed
         self._pair_failed = pair_failed
-        self._pairs: dict[str, PairClient] = {}
-        self._connecting: dict[str, asyncio.Task[PairClient]] = {}
-        self._warming: set[asyncio.Task[None]] = set()
-
-    def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
-        """Warms pairs with prefill workers that a router named, so that no request pays for the first connection."""
-        for incarnation, address in workers:
-            if incarnation not in self._pairs and incarnation not in self._connecting:
-                task = asyncio.create_task(self._warm(Target(incarnation, address)))
-                self._warming.add(task)
-                task.add_done_callback(self._warming.discard)
-
-    async def _warm(self, target: Target) -> None:
-        try:
-            await self._pair(target)
-        except TandemError as error:
-            log.info("prefill worker %s is not reachable yet: %s", target.address, error)
 
     async def fetch(
         self, request: GenerateRequest, tokens: TokenIds, targets: Sequence[Target], sink: SpanSink
@@ -84,17 +56,19 @@ class PrefillClient:
         sender_cached = 0
         for tried, target in enumerate(targets, start=1):
             try:
-                pair = await self._pair(target)
+                pair = await self._pairs.pair(target)
                 result = await pair.fetch(
                     self._ticket(request, target), tokens, request.salt, request.adapter, request.priority, sink
                 )
             except TandemError as error:
-                result = FetchResult(landed_until=0, error=str(error))
+                unreachable = isinstance(error, Unavailable)
+                result = FetchResult(landed_until=0, error=str(error), link_failed=unreachable)
             sender_cached = max(sender_cached, result.sender_cached)
             if not result.error:
                 return Outcome(sender_cached, tried, complete=True, sender=target.incarnation)
             self._failed("hand_over")
-            self._pair_failed(target.incarnation)
+            if result.link_failed:
+                self._pair_failed(target.incarnation)
             log.warning("hand-over of request %s from %s failed: %s", request.request_id, target.address, result.error)
         return Outcome(sender_cached, len(targets), complete=False, sender=targets[-1].incarnation if targets else "")
 
@@ -110,41 +84,3 @@ class PrefillClient:
             transfer_deadline_s=self._transfer_deadline_s,
             tenant=request.tenant,
         )
-
-    async def _pair(self, target: Target) -> PairClient:
-        pair = self._pairs.get(target.incarnation)
-        if pair is not None and not pair.closed:
-            return pair
-        self._pairs.pop(target.incarnation, None)
-        task = self._connecting.get(target.incarnation)
-        if task is None:
-            task = asyncio.create_task(self._connect(target))
-            self._connecting[target.incarnation] = task
-            task.add_done_callback(lambda _: self._connecting.pop(target.incarnation, None))
-        # One request giving up must not end a connection that others wait for.
-        return await asyncio.shield(task)
-
-    async def _connect(self, target: Target) -> PairClient:
-        pair = self._make_pair(target.incarnation, target.address)
-        try:
-            await pair.connect()
-        except asyncio.CancelledError:
-            await pair.close()  # nobody else knows of it
-            raise
-        # A pair that is over, of a worker that was restarted perhaps, would hold its slab's memory for ever.
-        self._pairs = {name: old for name, old in self._pairs.items() if not old.closed or old.leaks()}
-        self._pairs[target.incarnation] = pair
-        return pair
-
-    async def close(self) -> None:
-        """Closes every pair."""
-        pending = [*self._connecting.values(), *self._warming]
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        await asyncio.gather(*(pair.close() for pair in self._pairs.values()))
-        self._pairs.clear()
-
-    def leaks(self) -> list[str]:
-        """Tickets, grants and ranges still out."""
-        return [leak for pair in self._pairs.values() for leak in pair.leaks()]

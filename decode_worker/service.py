@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 from decode_worker.outbox import ResumeAt
-from decode_worker.prefill_client import Target
 from decode_worker.worker import DecodeWorker
+from kvtransfer.pairs import Target
 from tandem.errors import Fenced, TandemError
 from tandem.wire import codec
 from tandem.wire.failures import abort_with

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from decode_worker.grammars import Grammars
-from decode_worker.moves import MoveLedger
 from decode_worker.prefill_client import PrefillClient
 from decode_worker.service import attach
 from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Identity
-from kvtransfer.inbound import InboundSettings, PairClient
+from kvtransfer.inbound import InboundSettings
 from kvtransfer.measure import HandOverMetrics, WriteRate
+from kvtransfer.moves import MoveLedger
+from kvtransfer.pairs import PairPool, pair_maker
+from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
@@ -21,6 +23,7 @@ from tandem.config import DecodeConfig
 from tandem.engine.grammar.compiler import CompilerSettings
 from tandem.engine.output import StepOutput
 from tandem.types import ModelInfo
+from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
@@ -32,28 +35,25 @@ class DecodeServices:
 
     def __init__(self, config: DecodeConfig, transports: Chosen, parts: Parts) -> None:
         self._give_up = parts.give_up
-        self._backend = transports.preferred
-        self._identity = Identity.of(parts.info)
+        me = Identity.of(parts.info)
         self._transfers = TransferThread()
         self._transfers.start()
         self._writes = WriteRate()
         self._moves = MoveLedger(parts.info.incarnation)
         self._budget = SlabBudget(int(config.slabs_max_mib * MIB))
-        self._settings = InboundSettings(
-            config.slab_mib, config.span_tokens, config.lease_s, config.handshake_deadline_s, config.quiesce_s
-        )
         metrics = HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
-        self._hooks = metrics.receiver(self._moves.add)
+        hooks = metrics.receiver(self._moves.add)
+        settings = InboundSettings.of(config)
+        self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, self._budget, settings, hooks))
         client = PrefillClient(
             parts.info.incarnation,
             parts.info.layout.digest(),
-            self._pair,
+            self._pairs,
             config.queue_deadline_s,
             config.transfer_deadline_s,
             metrics.failed,
             lambda sender: self._moves.failed(sender, transports.preferred.name),
         )
-        self._client = client
         self._grammars = Grammars(_compiler_settings(config, parts.info.model))
         self.worker = DecodeWorker(
             parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher, self._grammars
@@ -62,7 +62,7 @@ class DecodeServices:
         capacity, freed = parts.engine.capacity_tokens, self.worker.pages_freed
         self._source = EngineKvSource(parts.engine, parts.thread, parts.root, capacity, computes=False, released=freed)
         self._handover = HandOverService(
-            self._identity,
+            me,
             self._source,
             transports.all,
             self._transfers,
@@ -71,18 +71,11 @@ class DecodeServices:
         )
         attach(parts.server, self.worker)
         self._handover.attach(parts.server)
-
-    def _pair(self, incarnation: str, address: str) -> PairClient:
-        return PairClient(
-            self._identity,
-            address,
-            incarnation,
-            self._backend,
-            self._transfers,
-            self._budget,
-            self._settings,
-            self._hooks,
+        sinks = cache_sinks(parts.engine, parts.thread, parts.root)
+        self._replicas = ReplicationService(
+            me, self._pairs, sinks, config.queue_deadline_s, config.transfer_deadline_s, self.worker.pages_freed
         )
+        self._replicas.attach(parts.server)
 
     def on_step(self, output: StepOutput) -> None:
         """Tokens to the outboxes, progress to tickets."""
@@ -103,7 +96,7 @@ class DecodeServices:
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
         """Warms the pairs."""
-        self._client.discovered(workers)
+        self._pairs.discovered(workers)
 
     def background(self) -> Sequence[asyncio.Task[None]]:
         """Lease keeping."""
@@ -121,7 +114,7 @@ class DecodeServices:
 
     def drain(self) -> None:
         """Refuses what is submitted from now on."""
-        self.worker.draining = True
+        self.worker.draining = self._replicas.draining = True
 
     def busy(self) -> bool:
         """Whether a request is open, a router lacks tokens of one, or somebody reads KV from here."""
@@ -134,13 +127,14 @@ class DecodeServices:
     async def close(self) -> None:
         """Ends every pair and ticket, and compiling."""
         await self._grammars.close()
-        await self._client.close()
+        await self._pairs.close()
         await self._handover.close()
         self._transfers.close()
 
     def leaks(self) -> list[str]:
         """Requests, tickets and pages still held."""
-        return self.worker.leaks() + self._handover.leaks() + self._source.leaks()
+        own = self.worker.leaks() + self._handover.leaks() + self._source.leaks()
+        return own + self._pairs.leaks() + self._replicas.leaks()
 
 
 def _compiler_settings(config: DecodeConfig, model: ModelInfo) -> CompilerSettings:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from decode_worker.admission import Limits, check, wants_hand_over
 from decode_worker.grammars import Grammars
 from decode_worker.outbox import Outbox, ResumeAt
-from decode_worker.prefill_client import PrefillClient, Target
+from decode_worker.prefill_client import PrefillClient
 from decode_worker.requests import Choice, Request, make_request
-from decode_worker.sink import PageSink, Reservations
 from decode_worker.tenants import TenantLedger
+from kvtransfer.pairs import Target
 from tandem.cluster import CacheEvent, EventKind, WorkerInfo
 from tandem.config import DecodeConfig
 from tandem.engine.engine import Engine
@@ -23,6 +23,7 @@ from tandem.errors import Fenced, Internal
 from tandem.kv import HashRoot, block_hashes
 from tandem.types import FinishReason, GenerateRequest, TokenIds
 from tandem.worker.engine_thread import EngineThread
+from tandem.worker.kv_sink import PageSink, Reservations
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
 
@@ -151,7 +152,7 @@ class DecodeWorker:
             self.dispatches[router_id] = max(dispatch, self.dispatches.get(router_id, 0))
             self._publisher.poke()
         if targets:
-            sink = PageSink(seq, self._engine, self._thread, self._reservations)
+            sink = PageSink(seq, self._engine, self._thread, self._reservations.reserve)
             asked_at = self._loop.time()
             outcome = await self._prefill.fetch(record.request, record.request.known[:-1], targets, sink)
             record.sender, record.hand_over_ms = outcome.sender, (self._loop.time() - asked_at) * 1000
@@ -341,7 +342,7 @@ class DecodeWorker:
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""
         open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]
-        return open_requests + [f"task {name} runs" for name in self._tasks] + self._prefill.leaks()
+        return open_requests + [f"task {name} runs" for name in self._tasks]
 
 
 def _fault(choice: Choice) -> str:

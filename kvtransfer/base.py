@@ -98,9 +98,11 @@ class KvSource(Protocol):
         priority: int,
         on_progress: OnProgress,
         tenant: str = "",
+        cached_only: bool = False,
     ) -> int:
         """Accepts a prompt and returns how many of its tokens are cached; these can be exported at once.
 
+        cached_only: a prompt that is not cached as a whole is refused, and nothing is computed.
         `on_progress(computed)` may be called from any thread whenever tokens `[0, computed)` can be exported. Raises
         TandemError when the prompt is refused; the text goes to the receiver.
         """
@@ -151,6 +153,8 @@ class FetchResult:
     """From the first grant to the end; includes waiting for the sender to compute."""
     error: str = ""
     """Empty when everything wanted has landed, or when the sink gave up."""
+    link_failed: bool = False
+    """Whether it was the way between the two: a sender that refuses, or computes too late, can be reached."""
 
 
 def _ignore(*_: object) -> None:

@@ -19,6 +19,7 @@ from kvtransfer.receiving import InboundTicket
 from kvtransfer.slab import Range, Ranges, SlabBudget
 from kvtransfer.transfer_thread import TransferThread, in_thread
 from tandem.cluster import Incarnation, Ticket
+from tandem.config import WorkerConfig
 from tandem.errors import BY_GRPC_CODE, Fenced, TandemError, Unavailable
 from tandem.kv import Span
 from tandem.types import TokenIds
@@ -27,18 +28,26 @@ from tandem.wire.v1 import handover_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 
+LINK_FAILURES = frozenset({"pair", "transfer_deadline", *(fault.value for fault in Fault)})
+"""Kinds of failures that are the way's, and neither end's own."""
+
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToSender, pb.ToReceiver]"
 
 
 @dataclass(frozen=True, slots=True)
 class InboundSettings:
-    """A receiver's settings; names and units are those of `DecodeConfig`."""
+    """A receiver's settings; names and units are those of `WorkerConfig`."""
 
     slab_mib: float = 16.0
     span_tokens: int = 256
     lease_s: float = 10.0
     handshake_deadline_s: float = 10.0
     quiesce_s: float = 5.0
+
+    @classmethod
+    def of(cls, config: WorkerConfig) -> InboundSettings:
+        """Those of a worker."""
+        return cls(config.slab_mib, config.span_tokens, config.lease_s, config.handshake_deadline_s, config.quiesce_s)
 
     @property
     def slab_bytes(self) -> int:
@@ -113,15 +122,24 @@ class PairClient:
             raise error from cause
 
     async def fetch(
-        self, ticket: Ticket, tokens: TokenIds, salt: str, adapter: str, priority: int, sink: SpanSink, start: int = 0
+        self,
+        ticket: Ticket,
+        tokens: TokenIds,
+        salt: str,
+        adapter: str,
+        priority: int,
+        sink: SpanSink,
+        start: int = 0,
+        cached_only: bool = False,
     ) -> FetchResult:
         """Asks for the KV of `tokens` and lands it in `sink`; raises nothing but CancelledError.
 
-        start: the first token known to be wanted when asking; `sink.reserve()` has the last word. Cancelling returns at
-        once; the ticket's ranges come back in the background, when the sender has quiesced.
+        start: the first token known to be wanted when asking; `sink.reserve()` has the last word. cached_only: the
+        sender is to compute nothing. Cancelling returns at once; the ticket's ranges come back in the background, when
+        the sender has quiesced.
         """
         if refusal := self._refusal(ticket, tokens):
-            return FetchResult(landed_until=start, error=refusal)
+            return FetchResult(landed_until=start, error=refusal, link_failed=bool(self.reason))
         name, queue_s = ticket.ticket_id, ticket.queue_deadline_s
         state = InboundTicket(
             name, ticket.attempt, len(tokens), queue_s, ticket.transfer_deadline_s, self._clock(), first=start
@@ -132,6 +150,7 @@ class PairClient:
             open=pb.Open(
                 ticket_id=name, request_id=ticket.request_id, attempt=ticket.attempt, tokens=tokens, start=start,
                 salt=salt, adapter=adapter, priority=priority, queue_deadline_s=queue_s, tenant=ticket.tenant,
+                cached_only=cached_only,
             )
         )  # fmt: skip
         try:
@@ -142,7 +161,8 @@ class PairClient:
         seconds = self._clock() - state.granted_at if state.granted_at is not None else 0.0
         if size:
             self._hooks.moved(self.peer, self._backend.name, size, seconds)
-        return FetchResult(state.landed_until, state.cached, size, seconds, state.error)
+        broken = bool(state.error) and state.kind in LINK_FAILURES
+        return FetchResult(state.landed_until, state.cached, size, seconds, state.error, broken)
 
     async def close(self) -> None:
         """Ends the pair and waits until the landing is destroyed."""

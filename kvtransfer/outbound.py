@@ -184,7 +184,14 @@ class OutboundPair:
         tokens = tuple(message.tokens)
         opening = asyncio.ensure_future(
             self._sender.source.open(
-                ticket, tokens, message.salt, message.adapter, message.priority, on_progress, message.tenant
+                ticket,
+                tokens,
+                message.salt,
+                message.adapter,
+                message.priority,
+                on_progress,
+                message.tenant,
+                message.cached_only,
             )
         )
         opening.add_done_callback(lambda _: sending.changed.set())

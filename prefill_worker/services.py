@@ -6,13 +6,19 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvtransfer.backends import Chosen
-from kvtransfer.base import Identity
+from kvtransfer.base import MIB, Identity
+from kvtransfer.inbound import InboundSettings
 from kvtransfer.measure import HandOverMetrics, WriteRate
+from kvtransfer.moves import MoveLedger
+from kvtransfer.pairs import PairPool, pair_maker
+from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
+from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
 from tandem.config import PrefillConfig
 from tandem.engine.output import StepOutput
+from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts, Report, RoleServices
 
@@ -26,26 +32,35 @@ class PrefillServices:
         )
         source = PromisingSource(self._engine_source, parts, config.max_waiting)
         self._writes = WriteRate()
+        self._moves = MoveLedger(parts.info.incarnation)
         self._draining = False
         self._transfers = TransferThread()
         self._transfers.start()
+        me, metrics = Identity.of(parts.info), HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
         self._handover = HandOverService(
-            Identity.of(parts.info),
+            me,
             source,
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=HandOverMetrics(parts.metrics.registry, parts.metrics.failures).sender(self._writes.add),
+            hooks=metrics.sender(self._writes.add),
         )
         self._handover.attach(parts.server)
+        # Nobody hands prompts over to a prefill worker; prefixes that are asked for often come from others.
+        budget, settings = SlabBudget(int(config.slabs_max_mib * MIB)), InboundSettings.of(config)
+        hooks = metrics.receiver(self._moves.add)
+        self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, budget, settings, hooks))
+        sinks = cache_sinks(parts.engine, parts.thread, parts.root)
+        self._replicas = ReplicationService(me, self._pairs, sinks, config.queue_deadline_s, config.transfer_deadline_s)
+        self._replicas.attach(parts.server)
 
     def on_step(self, output: StepOutput) -> None:
         """Passes on how far each prompt has come."""
         self._engine_source.on_step(output)
 
     def report(self) -> Report:
-        """How fast its writes land; what landed is counted there."""
-        return Report(move_bytes_per_ms=self._writes.bytes_per_ms(), draining=self._draining)
+        """How fast its writes land, which are counted there, and what landed here."""
+        return Report(moves=self._moves.stats(), move_bytes_per_ms=self._writes.bytes_per_ms(), draining=self._draining)
 
     def discovered(self, workers: Sequence[tuple[str, str]]) -> None:
         """Prefill workers connect to nobody."""
@@ -56,7 +71,7 @@ class PrefillServices:
 
     def drain(self) -> None:
         """Routers plan without it. A ticket that comes all the same is served: refused, it would be computed anew."""
-        self._draining = True
+        self._draining = self._replicas.draining = True
 
     def busy(self) -> bool:
         """Whether a ticket is open."""
@@ -67,12 +82,14 @@ class PrefillServices:
 
     async def close(self) -> None:
         """Ends every ticket and link."""
+        await self._pairs.close()
         await self._handover.close()
         self._transfers.close()
 
     def leaks(self) -> list[str]:
         """Tickets, staging and pages still held."""
-        return self._handover.leaks() + self._engine_source.leaks()
+        sending = self._handover.leaks() + self._engine_source.leaks()
+        return sending + self._pairs.leaks() + self._replicas.leaks()
 
 
 def build(config: PrefillConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:

@@ -34,10 +34,14 @@ class PromisingSource:
         priority: int,
         on_progress: Callable[[int], None],
         tenant: str = "",
+        cached_only: bool = False,
     ) -> int:
         """See `KvSource.open`. Raises Overloaded when too many tickets are open."""
         if len(self._promised) >= self._max_waiting:
             raise Overloaded(f"{len(self._promised)} prompts wait here; at most {self._max_waiting} are taken")
+        if cached_only:  # for another worker's cache: nothing is computed, and no request is served
+            self._promised[ticket_id] = ()
+            return await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant, True)
         hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
         self._promised[ticket_id] = hashes
         self._announce(EventKind.PROMISED, hashes)

@@ -229,6 +229,27 @@ class WorkerConfig(_Settings):
         30.0, description="seconds that requests under way get to end after SIGTERM; a second signal ends them at once"
     )
 
+    slab_mib: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="landing slab for each worker that KV comes from, MiB"
+    )
+    slabs_max_mib: Annotated[float, Field(gt=0)] = Field(
+        512.0, description="landing slabs in all; over it a decode worker drains and exits"
+    )
+    span_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens pushed at once")
+    queue_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="seconds the sender may compute nothing of a ticket"
+    )
+    handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds for connecting to a sender")
+    transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="seconds without progress while computed KV is on its way"
+    )
+
+    @model_validator(mode="after")
+    def _room_for_a_slab(self) -> WorkerConfig:
+        if self.slab_mib > self.slabs_max_mib:
+            raise ValueError(f"slab_mib is {self.slab_mib:g}; slabs_max_mib leaves room for {self.slabs_max_mib:g}")
+        return self
+
     @model_validator(mode="after")
     def _one_drafter(self) -> WorkerConfig:
         if self.draft_model is not None and self.speculative != "auto":
@@ -250,22 +271,8 @@ class DecodeConfig(WorkerConfig):
     staging_mib: Annotated[float, Field(gt=0)] = Field(
         8.0, description="registered memory that spans are sent from, MiB"
     )
-    slab_mib: Annotated[float, Field(gt=0)] = Field(32.0, description="landing slab for each prefill worker, MiB")
-    slabs_max_mib: Annotated[float, Field(gt=0)] = Field(
-        512.0, description="landing slabs in all; over it the worker drains and exits"
-    )
-    span_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens pushed at once")
     local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
         32, description="misses up to this are always computed locally"
-    )
-    queue_deadline_s: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="seconds a prefill worker may compute nothing of a ticket"
-    )
-    handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="seconds for connecting to a prefill worker"
-    )
-    transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="seconds without progress while computed KV is on its way"
     )
     grammar_compile_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds that compiling a grammar may take"
@@ -277,12 +284,6 @@ class DecodeConfig(WorkerConfig):
     json_any_whitespace: bool = Field(
         False, description="let models lay out the JSON that a request asks for; else it is written on one line"
     )
-
-    @model_validator(mode="after")
-    def _room_for_a_slab(self) -> DecodeConfig:
-        if self.slab_mib > self.slabs_max_mib:
-            raise ValueError(f"slab_mib is {self.slab_mib:g}; slabs_max_mib leaves room for {self.slabs_max_mib:g}")
-        return self
 
 
 class UpConfig(_Settings):

@@ -255,6 +255,18 @@ class Engine:
                 self.memory.close(seq)
         self.scheduler.enqueue(seq)
 
+    def leave(self, seq: Seq, computed: int) -> None:
+        """Ends a WAITING_KV sequence that nobody goes on with: KV of its first `computed` tokens is the cache's.
+
+        Whole pages, that is, and where a layer has a window no more than what is complete behind it. A sequence that
+        was not taken yet, or has ended, stays as it is.
+        """
+        if seq.seq_id not in self.seqs:
+            return
+        if seq.node is not None and self.memory.sees(seq, computed := max(seq.computed, computed)):
+            seq.computed = computed
+        self._end(seq, None)
+
     # Hand-over, sending side.
 
     def open_cached(self, seq: Seq) -> int:

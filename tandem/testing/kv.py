@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tandem.errors import Overloaded
+from tandem.errors import Overloaded, Unavailable
 from tandem.kv import KvLayout, LayerGroup, Plane, Span
 from tandem.types import TokenIds
 
@@ -76,12 +76,15 @@ class FakeSource:
         priority: int,
         on_progress: Callable[[int], None],
         tenant: str = "",
+        cached_only: bool = False,
     ) -> int:
-        """Accepts the prompt, or raises Overloaded."""
+        """Accepts the prompt, or raises Overloaded, or Unavailable when only cached ones are wanted."""
         cached = min(self.cached, len(tokens))
         self.prompts[ticket_id] = _Prompt(tokens, on_progress, cached)
         if self.refuse:
             raise Overloaded(self.refuse)
+        if cached_only and cached < len(tokens):
+            raise Unavailable(f"only {cached} tokens are cached")
         return cached
 
     async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:

@@ -61,8 +61,12 @@ class EngineKvSource:
         priority: int,
         on_progress: Callable[[int], None],
         tenant: str = "",
+        cached_only: bool = False,
     ) -> int:
-        """Starts computing the KV of `tokens`; how many of them are cached. Raises ContextTooLong, Unavailable."""
+        """Starts computing the KV of `tokens`; how many of them are cached. Raises ContextTooLong, Unavailable.
+
+        cached_only: computes nothing.
+        """
         if len(tokens) > self._capacity:
             raise ContextTooLong(f"the prompt has {len(tokens)} tokens; this worker's pages hold {self._capacity}")
         seq = Seq(
@@ -81,7 +85,7 @@ class EngineKvSource:
         )
         self._held[ticket_id] = _Held(seq, on_progress)
         try:
-            cached = await self._thread.call(self._begin, seq)
+            cached = await self._thread.call(self._begin, seq, self._computes and not cached_only)
         except BaseException:
             # The engine may have it already: a cancelled call still runs.
             await asyncio.shield(self.close(ticket_id))
@@ -89,8 +93,8 @@ class EngineKvSource:
         asyncio.get_running_loop().call_soon(self._report, ticket_id, cached)
         return cached
 
-    def _begin(self, seq: Seq) -> int:
-        if not self._computes and (cached := self._engine.exportable(seq)) < len(seq.tokens):
+    def _begin(self, seq: Seq, computes: bool) -> int:
+        if not computes and (cached := self._engine.exportable(seq)) < len(seq.tokens):
             raise Unavailable(f"only {cached} of {len(seq.tokens)} tokens are cached here")
         self._engine.add(seq)
         # What is cached can be sent before the rest had its turn.

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from decode_worker.prefill_client import Outcome, PrefillClient, Target
+from decode_worker.prefill_client import Outcome, PrefillClient
 from kvtransfer.base import FetchResult, SpanSink
+from kvtransfer.pairs import PairPool, Target
 from tandem.cluster import Ticket
 from tandem.errors import Overloaded, Unavailable
 from tandem.testing.kv import FakeSink
@@ -64,7 +65,8 @@ class Rig:
         self.made: list[str] = []
         self.failures: list[str] = []
         self.broken: list[str] = []
-        self.client = PrefillClient("d" * 32, "layout", self._make, 3.0, 4.0, self.failures.append, self.broken.append)
+        self.pool = PairPool(self._make)
+        self.client = PrefillClient("d" * 32, "layout", self.pool, 3.0, 4.0, self.failures.append, self.broken.append)
 
     def _make(self, incarnation: str, address: str) -> Any:
         self.made.append(address)
@@ -101,12 +103,12 @@ async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:
 async def test_when_all_fail_the_request_goes_on_without_them() -> None:
     rig = Rig(
         FakePair(A.incarnation, refuse=Unavailable("gone")),
-        FakePair(B.incarnation, [FetchResult(3, error="digest")]),
+        FakePair(B.incarnation, [FetchResult(3, error="digest", link_failed=True)]),
         FakePair(C.incarnation, [FetchResult(0, error="refused")]),
     )
     assert await rig.fetch([A, B, C]) == Outcome(0, 3, complete=False, sender=C.incarnation)
     assert rig.failures == ["hand_over"] * 3
-    assert rig.broken == [A.incarnation, B.incarnation, C.incarnation]
+    assert rig.broken == [A.incarnation, B.incarnation], "a refusal is no broken link"
 
 
 async def test_a_pair_is_used_again_and_a_broken_one_made_anew() -> None:
@@ -138,14 +140,14 @@ async def test_requests_share_one_connection_and_one_s_end_is_not_the_other_s() 
 async def test_discovered_workers_are_connected_once_and_failures_are_borne() -> None:
     rig = Rig(FakePair(A.incarnation), FakePair(B.incarnation, refuse=Unavailable("starting")))
     named = [(target.incarnation, target.address) for target in (A, B)]
-    rig.client.discovered(named)
-    rig.client.discovered(named)
+    rig.pool.discovered(named)
+    rig.pool.discovered(named)
     while not all(pair.connected for pair in rig.pairs.values()):
         await asyncio.sleep(0)
     assert (await rig.fetch([A])).complete
     assert rig.made == [A.address, B.address]
-    assert rig.client.leaks() == [f"pair {A.incarnation} leaks"]
-    await rig.client.close()
+    assert rig.pool.leaks() == [f"pair {A.incarnation} leaks"]
+    await rig.pool.close()
     assert rig.pairs[A.incarnation].closed
 
 
@@ -153,12 +155,12 @@ async def test_a_connection_under_way_is_closed_with_the_client() -> None:
     pair = FakePair(A.incarnation)
     pair.gate.clear()
     rig = Rig(pair)
-    rig.client.discovered([(A.incarnation, A.address)])
+    rig.pool.discovered([(A.incarnation, A.address)])
     while not pair.connected:
         await asyncio.sleep(0)
-    await rig.client.close()
+    await rig.pool.close()
     assert pair.closed
-    assert rig.client.leaks() == []
+    assert rig.pool.leaks() == []
 
 
 async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing() -> None:
@@ -170,4 +172,4 @@ async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing() -> Non
     dead.closed = still_closing.closed = True
     dead.leaks = list  # type: ignore[method-assign]
     await rig.fetch([C])
-    assert set(rig.client._pairs) == {B.incarnation, C.incarnation}
+    assert set(rig.pool._pairs) == {B.incarnation, C.incarnation}

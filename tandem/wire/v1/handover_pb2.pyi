@@ -73,7 +73,7 @@ class Welcome(_message.Message):
     def __init__(self, sender: _Optional[str] = ..., transport: _Optional[str] = ..., max_span_bytes: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s", "tenant")
+    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s", "tenant", "cached_only")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class Open(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_ONLY_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     request_id: str
     attempt: int
@@ -94,7 +95,8 @@ class Open(_message.Message):
     priority: int
     queue_deadline_s: float
     tenant: str
-    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
+    cached_only: bool
+    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cached_only: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("ticket_id", "cached_tokens")
@@ -149,6 +151,34 @@ class Quiesced(_message.Message):
     spans_sent: int
     error: str
     def __init__(self, ticket_id: _Optional[str] = ..., spans_sent: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReplicateRequest(_message.Message):
+    __slots__ = ("incarnation", "source", "source_address", "tokens", "salt", "adapter")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    source: str
+    source_address: str
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    salt: str
+    adapter: str
+    def __init__(self, incarnation: _Optional[str] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+
+class ReplicateReply(_message.Message):
+    __slots__ = ("cached_tokens", "moved_tokens", "bytes", "seconds")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    moved_tokens: int
+    bytes: int
+    seconds: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., moved_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ()

@@ -96,3 +96,80 @@ class HandOver:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ReplicationStub:
+    """Served by every worker, for routers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Replicate = channel.unary_unary(
+                '/tandem.wire.v1.Replication/Replicate',
+                request_serializer=tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateRequest.SerializeToString,
+                response_deserializer=tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateReply.FromString,
+                _registered_method=True)
+
+
+class ReplicationServicer:
+    """Served by every worker, for routers.
+    """
+
+    def Replicate(self, request, context):
+        """Fetches the KV of a prefix into this worker's prefix cache, from a worker that has it; answered when it is there.
+        Who cancels the call ends the fetch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReplicationServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Replicate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replicate,
+                    request_deserializer=tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateRequest.FromString,
+                    response_serializer=tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tandem.wire.v1.Replication', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tandem.wire.v1.Replication', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Replication:
+    """Served by every worker, for routers.
+    """
+
+    @staticmethod
+    def Replicate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.wire.v1.Replication/Replicate',
+            tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateRequest.SerializeToString,
+            tandem_dot_wire_dot_v1_dot_handover__pb2.ReplicateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -52,3 +52,40 @@ class HandOverServicer(metaclass=_abc_1.ABCMeta):
         """One stream for each pair of incarnations, opened by the receiver. Its end voids every ticket of the pair."""
 
 def add_HandOverServicer_to_server(servicer: HandOverServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class ReplicationStub:
+    """Served by every worker, for routers."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ReplicationAsyncStub: ...
+    Replicate: _grpc.UnaryUnaryMultiCallable[_handover_pb2.ReplicateRequest, _handover_pb2.ReplicateReply]
+    """Fetches the KV of a prefix into this worker's prefix cache, from a worker that has it; answered when it is there.
+    Who cancels the call ends the fetch.
+    """
+
+@_typing.type_check_only
+class ReplicationAsyncStub(ReplicationStub):
+    """Served by every worker, for routers."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Replicate: _aio.UnaryUnaryMultiCallable[_handover_pb2.ReplicateRequest, _handover_pb2.ReplicateReply]  # type: ignore[assignment]
+    """Fetches the KV of a prefix into this worker's prefix cache, from a worker that has it; answered when it is there.
+    Who cancels the call ends the fetch.
+    """
+
+class ReplicationServicer(metaclass=_abc_1.ABCMeta):
+    """Served by every worker, for routers."""
+
+    @_abc_1.abstractmethod
+    def Replicate(
+        self,
+        request: _handover_pb2.ReplicateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handover_pb2.ReplicateReply, _abc.Awaitable[_handover_pb2.ReplicateReply]]:
+        """Fetches the KV of a prefix into this worker's prefix cache, from a worker that has it; answered when it is there.
+        Who cancels the call ends the fetch.
+        """
+
+def add_ReplicationServicer_to_server(servicer: ReplicationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decode_worker.moves import MoveLedger
+from kvtransfer.moves import MoveLedger
 from tandem.cluster import MoveStat
 
 

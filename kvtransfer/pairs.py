@@ -1,0 +1,107 @@
+"""A receiver's pairs: one for each sender incarnation, connected when it is first needed, and made anew when broken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvtransfer.base import Backend, Hooks, Identity
+from kvtransfer.inbound import InboundSettings, PairClient
+from kvtransfer.slab import SlabBudget
+from kvtransfer.transfer_thread import TransferThread
+from tandem.cluster import Incarnation
+from tandem.errors import TandemError
+
+log = logging.getLogger(__name__)
+
+MakePair = Callable[[Incarnation, str], PairClient]
+"""(incarnation, address) -> a pair not yet connected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A worker that KV is fetched from."""
+
+    incarnation: Incarnation
+    address: str
+
+
+def pair_maker(
+    me: Identity,
+    backend: Backend,
+    thread: TransferThread,
+    budget: SlabBudget,
+    settings: InboundSettings,
+    hooks: Hooks,
+) -> MakePair:
+    """Makes the pairs of one receiver."""
+
+    def make(incarnation: Incarnation, address: str) -> PairClient:
+        return PairClient(me, address, incarnation, backend, thread, budget, settings, hooks)
+
+    return make
+
+
+class PairPool:
+    """All methods run on the event loop. Close it before the transfer thread."""
+
+    def __init__(self, make_pair: MakePair) -> None:
+        self._make_pair = make_pair
+        self._pairs: dict[Incarnation, PairClient] = {}
+        self._connecting: dict[Incarnation, asyncio.Task[PairClient]] = {}
+        self._warming: set[asyncio.Task[None]] = set()
+
+    def discovered(self, workers: Sequence[tuple[Incarnation, str]]) -> None:
+        """Warms pairs with workers that a router named, so that no request pays for the first connection."""
+        for incarnation, address in workers:
+            if incarnation not in self._pairs and incarnation not in self._connecting:
+                task = asyncio.create_task(self._warm(Target(incarnation, address)))
+                self._warming.add(task)
+                task.add_done_callback(self._warming.discard)
+
+    async def _warm(self, target: Target) -> None:
+        try:
+            await self.pair(target)
+        except TandemError as error:
+            log.info("worker %s is not reachable yet: %s", target.address, error)
+
+    async def pair(self, target: Target) -> PairClient:
+        """The pair, connected. Raises Fenced, Overloaded (no room for a slab), Unavailable."""
+        pair = self._pairs.get(target.incarnation)
+        if pair is not None and not pair.closed:
+            return pair
+        self._pairs.pop(target.incarnation, None)
+        task = self._connecting.get(target.incarnation)
+        if task is None:
+            task = asyncio.create_task(self._connect(target))
+            self._connecting[target.incarnation] = task
+            task.add_done_callback(lambda _: self._connecting.pop(target.incarnation, None))
+        # One request giving up must not end a connection that others wait for.
+        return await asyncio.shield(task)
+
+    async def _connect(self, target: Target) -> PairClient:
+        pair = self._make_pair(target.incarnation, target.address)
+        try:
+            await pair.connect()
+        except asyncio.CancelledError:
+            await pair.close()  # nobody else knows of it
+            raise
+        # A pair that is over, of a worker that was restarted perhaps, would hold its slab's memory for ever.
+        self._pairs = {name: old for name, old in self._pairs.items() if not old.closed or old.leaks()}
+        self._pairs[target.incarnation] = pair
+        return pair
+
+    async def close(self) -> None:
+        """Closes every pair."""
+        pending = [*self._connecting.values(), *self._warming]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        await asyncio.gather(*(pair.close() for pair in self._pairs.values()))
+        self._pairs.clear()
+
+    def leaks(self) -> list[str]:
+        """Tickets, grants and ranges still out."""
+        return [leak for pair in self._pairs.values() for leak in pair.leaks()]
