@@ -68,6 +68,7 @@ class DecodeServices:
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=metrics.sender(self._writes.add),
+            clock=asyncio.get_running_loop().time,
         )
         attach(parts.server, self.worker)
         self._handover.attach(parts.server)

@@ -39,7 +39,8 @@ def pair_maker(
     """Makes the pairs of one receiver."""
 
     def make(incarnation: Incarnation, address: str) -> PairClient:
-        return PairClient(me, address, incarnation, backend, thread, budget, settings, hooks)
+        clock = asyncio.get_running_loop().time
+        return PairClient(me, address, incarnation, backend, thread, budget, settings, hooks, clock)
 
     return make
 

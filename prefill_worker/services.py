@@ -44,6 +44,7 @@ class PrefillServices:
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
             hooks=metrics.sender(self._writes.add),
+            clock=asyncio.get_running_loop().time,
         )
         self._handover.attach(parts.server)
         # Nobody hands prompts over to a prefill worker; prefixes that are asked for often come from others.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import grpc.aio
@@ -28,15 +29,17 @@ STOP_GRACE_S = 0.5
 class ControlPlane:
     """`async with ControlPlane(config) as control:` follows workers and serves their registrations until it exits."""
 
-    def __init__(self, config: RouterConfig, relay: Relay | None = None) -> None:
-        """relay: to the other processes of this router."""
-        self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, time.monotonic)
-        self.fleet = Fleet(new_id(), self.index, config.lease_s, time.monotonic)
-        self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, time.monotonic)
+    def __init__(
+        self, config: RouterConfig, relay: Relay | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """relay: to the other processes of this router. clock: seconds, monotonic."""
+        self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, clock)
+        self.fleet = Fleet(new_id(), self.index, config.lease_s, clock)
+        self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, clock)
         self.recorder = Recorder(
-            config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, time.monotonic
+            config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, clock
         )
-        self.quotas = Quotas(self.fleet.router_id, time.monotonic)
+        self.quotas = Quotas(self.fleet.router_id, clock)
         self.callers = Callers(self.quotas)
         self._watches = [FileWatch(config.api_keys, self.callers.load)] if config.api_keys is not None else []
         self._discovery: list[Discovery] = [FixedWorkers(config.workers, self.fleet)]
@@ -45,7 +48,7 @@ class ControlPlane:
         self._tasks: list[asyncio.Task[None]] = []
         policy = POLICIES[config.policy]()
         self.dispatcher = Dispatcher(
-            config, self.fleet, self.index, policy, self.recorder, self.ladder, self.quotas, time.monotonic
+            config, self.fleet, self.index, policy, self.recorder, self.ladder, self.quotas, clock
         )
         self.port = 0
         """The control port taken."""

@@ -1,0 +1,31 @@
+"""Seeds of the simulation: a clock bounds how many, so that a slow machine runs fewer and no longer.
+
+`python -m tests.simulation.run FIRST LAST` runs others, and with one number shows that seed's trace.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.simulation.run import run
+
+SECONDS = 30.0
+LEAST = 40
+MOST = 400
+
+
+def test_seeds() -> None:
+    """At least `LEAST`, then as many as fit."""
+    begun = time.monotonic()
+    for seed in range(MOST):
+        result = run(seed)
+        assert not result.wrong, result
+        if seed >= LEAST and time.monotonic() - begun > SECONDS:
+            break
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_seed_replays_exactly(seed: int) -> None:
+    assert run(seed) == run(seed)
