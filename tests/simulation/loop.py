@@ -147,7 +147,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def passes(self, seconds: float) -> asyncio.Future[None]:
         """Awaits virtual seconds. Nobody waits for it."""
         future = self.create_future()
-        self.call_later(seconds, lambda: future.done() or future.set_result(None))
+        self.call_later(seconds, _settle, future)
         return future
 
     def later(
@@ -255,6 +255,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._scheduled.clear()
         self._tasks.clear()
         self.close()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _close(work: Any) -> None:
