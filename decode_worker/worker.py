@@ -320,8 +320,9 @@ class DecodeWorker:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def pages_freed(self) -> None:
-        """Somebody else gave pages back: a request that waits for them looks again."""
+        """Somebody else gave pages back: a request that waits for them looks again, and routers are told soon."""
         self._reservations.changed()
+        self._publisher.poke()
 
     @property
     def open_requests(self) -> int:

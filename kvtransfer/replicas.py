@@ -54,16 +54,16 @@ class ReplicationService(rpc.ReplicationServicer):
         sink: MakeSink,
         queue_deadline_s: float,
         transfer_deadline_s: float,
-        released: Callable[[], None] | None = None,
+        ended: Callable[[], None],
     ) -> None:
-        """The deadlines are those of a ticket. released: called when pages that were reserved may be free again."""
+        """The deadlines are those of a ticket. ended: called after each: cache and free pages are not what they were."""
         self.draining = False
         """Whether to refuse: nobody will use what comes."""
         self._me = me
         self._pairs = pairs
         self._sink = sink
         self._deadlines = queue_deadline_s, transfer_deadline_s
-        self._released = released
+        self._ended = ended
         self._running: dict[str, TokenIds] = {}
 
     def attach(self, server: grpc.aio.Server) -> None:
@@ -119,8 +119,7 @@ class ReplicationService(rpc.ReplicationServicer):
 
     async def _close(self, sink: ReplicaSink) -> None:
         await sink.close()
-        if self._released is not None:
-            self._released()
+        self._ended()
 
     def _ticket(self, name: str, sender: str) -> Ticket:
         return Ticket(name, name, 0, sender, self._me.incarnation, self._me.layout.digest(), *self._deadlines)

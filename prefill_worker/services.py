@@ -52,7 +52,9 @@ class PrefillServices:
         hooks = metrics.receiver(self._moves.add)
         self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, budget, settings, hooks))
         sinks = cache_sinks(parts.engine, parts.thread, parts.root)
-        self._replicas = ReplicationService(me, self._pairs, sinks, config.queue_deadline_s, config.transfer_deadline_s)
+        self._replicas = ReplicationService(
+            me, self._pairs, sinks, config.queue_deadline_s, config.transfer_deadline_s, parts.publisher.poke
+        )
         self._replicas.attach(parts.server)
 
     def on_step(self, output: StepOutput) -> None:

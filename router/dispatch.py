@@ -32,6 +32,8 @@ from router.open_requests import OpenRequests
 from router.placer import Placer
 from router.policies import Policy
 from router.quarantine import Quarantine
+from router.replication.dispatch import copy
+from router.replication.replicator import Bounds, Replicator
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.pairs import PairHealth
@@ -45,6 +47,7 @@ from tandem.types import FinishReason, GenerateRequest, ModelInfo
 CLOSE_S = 2.0
 """What workers get to hear of cancellations when the router stops; their lease ends the rest."""
 
+MIB = 1 << 20
 MAX_TAILS = 65_536
 """Finished sequences whose last, partial block is remembered."""
 
@@ -102,6 +105,8 @@ class Dispatcher:
         self._streams: dict[Incarnation, WorkerStream] = {}
         self._cancels = Cancels(fleet)
         self._requests = OpenRequests(fleet, self._admission, self._cancels, self.tails, ladder, clock)
+        bounds = Bounds(config.replicas if config.policy == "cost" else 0, config.replicas_mib_s * MIB)
+        self._replicator = Replicator(bounds, fleet, self._pairs, recorder, copy, clock)
         self._placer = Placer(
             config.retries,
             fleet,
@@ -113,6 +118,7 @@ class Dispatcher:
             ladder,
             self._requests,
             Submitter(fleet, self._requests, self._cancels, self._streams, clock),
+            self._replicator,
             clock,
         )
         self._moves = Moves(self._requests, self._placer, self._quarantine)
@@ -227,6 +233,7 @@ class Dispatcher:
         """What it ran goes on elsewhere. What it had not answered yet does so when its call fails."""
         self._quotas.forget(incarnation)
         self._pairs.forget(incarnation)
+        self._replicator.worker_gone(incarnation)
         self._admission.wake()
         self.tails.drop(incarnation)
         stream = self._streams.pop(incarnation, None)
@@ -242,6 +249,7 @@ class Dispatcher:
         for record in self._requests:
             self._requests.end(record, FinishReason.ERROR, "the router is shutting down")
         self._moves.close()
+        await self._replicator.close()
         await self._cancels.settle(CLOSE_S)
         for stream in self._streams.values():
             stream.close()
@@ -250,6 +258,7 @@ class Dispatcher:
         """For the metrics page."""
         name = REQUESTS_MOVED_TOTAL.removesuffix("_total")
         yield CounterMetricFamily(name, "requests that went on at another decode worker", value=self._moves.moved)
+        yield from self._replicator.collect()
 
     def leaks(self) -> list[str]:
         """What is still held; empty when idle."""
@@ -264,4 +273,5 @@ class Dispatcher:
             "bookings": self.fleet.bookings(),
             "predictions": len(self._index.predictions),
             "calls under way": len(self._cancels),
+            "copies": self._replicator.running,
         }

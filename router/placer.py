@@ -14,6 +14,7 @@ from router.explain.recorder import Recorder
 from router.open_request import Chain, OpenRequest
 from router.open_requests import OpenRequests
 from router.policies import Policy, RequestInfo
+from router.replication.replicator import Replicator
 from router.workers.fleet import Fleet
 from router.workers.pairs import PairHealth, avoiding
 from router.workers.snapshot import WorkerView
@@ -61,6 +62,7 @@ class Placer:
         ladder: HitLadder,
         requests: OpenRequests,
         submitter: Submitter,
+        replicator: Replicator,
         clock: Callable[[], float],
     ) -> None:
         """retries: other workers that are asked when the first refuses."""
@@ -74,6 +76,7 @@ class Placer:
         self._ladder = ladder
         self._requests = requests
         self._submitter = submitter
+        self._replicator = replicator
         self._clock = clock
         self._ordinal = 0
 
@@ -102,7 +105,10 @@ class Placer:
                 best, capacity = max(matches.values(), default=0), fleet.capacity_tokens
                 record.rungs = self._ladder.planned(record.chain.hashes, len(request.prompt), best, capacity)
             try:
-                return plan, await self._submitter.submit(record, info, plan)
+                reply = await self._submitter.submit(record, info, plan)
+                if not scores and without is None:
+                    self._replicator.placed(record, info, fleet, matches, plan.candidates[0])
+                return plan, reply
             except ContextTooLong as error:
                 if not _larger_than(plan.decode, fleet.decode):
                     raise

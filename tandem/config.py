@@ -123,6 +123,10 @@ class RouterConfig(_Settings):
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
     )
+    replicas: Annotated[int, Field(ge=0)] = Field(
+        2, description="popular prefixes that are copied to another worker at once; 0 copies none; policy cost only"
+    )
+    replicas_mib_s: Annotated[float, Field(gt=0)] = Field(256.0, description="MiB a second that copies may move")
     tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
     reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
     chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE_HELP)

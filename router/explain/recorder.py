@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-from router.explain.story import Story
+from router.explain.story import Copy, Story
 from tandem.cluster import Incarnation, Plan
 from tandem.types import GenerateRequest
 
@@ -47,6 +47,12 @@ class Recorder:
     def planned(self, story: Story, plan: Plan, matches: Mapping[Incarnation, int]) -> None:
         """Adds a plan to a story."""
         story.planned(plan, matches, self._clock())
+        if self._stories.get(story.request_id) is story:
+            self._weigh(story)
+
+    def copying(self, story: Story, copy: Copy) -> None:
+        """A prefix of its prompt is being copied; what becomes of it is written to `copy`."""
+        story.copies.append(copy)
         if self._stories.get(story.request_id) is story:
             self._weigh(story)
 

@@ -38,6 +38,24 @@ class Attempt:
 
 
 @dataclass(slots=True)
+class Copy:
+    """A prefix of the prompt that is copied to another worker, because it is asked for often."""
+
+    source: Incarnation
+    target: Incarnation
+    tokens: int
+    terms: Mapping[str, float]
+    """Why: see `router.replication.decide.Replica`."""
+    state: str = "running"
+    """Then done, failed or cancelled."""
+    error: str = ""
+    moved_tokens: int = 0
+    bytes: int = 0
+    ms: float = 0.0
+    """From the first grant to the end."""
+
+
+@dataclass(slots=True)
 class Story:
     """One request. Times are seconds of the router's clock; `received` is Unix time."""
 
@@ -49,6 +67,8 @@ class Story:
     received: float
     started_s: float
     attempts: list[Attempt] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    """Those that this request gave the occasion for."""
     siblings: tuple[str, ...] = ()
     """The other requests of the same HTTP request: a completion may have many prompts."""
     cached_at_start: int | None = None
@@ -97,7 +117,8 @@ class Story:
     def bytes(self) -> int:
         """About what this takes up in memory."""
         candidates = sum(len(attempt.plan.candidates) for attempt in self.attempts)
-        return BASE_BYTES + ATTEMPT_BYTES * len(self.attempts) + CANDIDATE_BYTES * candidates
+        parts = len(self.attempts) + len(self.copies)
+        return BASE_BYTES + ATTEMPT_BYTES * parts + CANDIDATE_BYTES * candidates
 
     @property
     def plan(self) -> Plan | None:
@@ -141,6 +162,19 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
             "candidates": [candidate(one) for one in each.plan.candidates],
         }
 
+    def copy(each: Copy) -> Json:
+        return {
+            "source": worker(each.source),
+            "target": worker(each.target),
+            "tokens": each.tokens,
+            "terms": {term: round(value, 4) for term, value in each.terms.items()},
+            "state": each.state,
+            "moved_tokens": each.moved_tokens,
+            "bytes": each.bytes,
+            "ms": round(each.ms, 3),
+            "error": each.error or None,
+        }
+
     return {
         "id": story.request_id,
         "received": round(story.received, 3),
@@ -148,6 +182,7 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
         "max_tokens": story.max_tokens,
         "choices": story.choices,
         "attempts": [attempt(each) for each in story.attempts],
+        "copies": [copy(each) for each in story.copies],
         "predicted": _predicted(story),
         "happened": _happened(story) | {"prefill": worker(_sender(story)), "decode": worker(_owner(story))},
     }

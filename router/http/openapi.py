@@ -264,6 +264,11 @@ def _story() -> Json:
     happened = dict.fromkeys(("cached_tokens_at_start", "cached_tokens", "decode_cached_tokens"), integer)
     happened |= dict.fromkeys(("hand_over_ms", "accepted_ms", "first_token_ms", "end_ms"), number)
     happened |= {"state": STRING, "moved_tokens": integer, "completion_tokens": INTEGER, "finish": _array(STRING)}
+    copy = _object(
+        {"source": worker, "target": worker, "state": STRING, "error": _or_null(STRING), "ms": NUMBER}
+        | {"terms": {"type": "object", "additionalProperties": NUMBER}}
+        | dict.fromkeys(("tokens", "moved_tokens", "bytes"), INTEGER)
+    )
     return _object(
         {
             "id": STRING,
@@ -272,6 +277,7 @@ def _story() -> Json:
             "max_tokens": INTEGER,
             "choices": INTEGER,
             "attempts": _array(attempt),
+            "copies": _array(copy),
             "predicted": _or_null(_object(predicted | {"first_token_ms": number, "hand_over_ms": number})),
             "happened": _object(happened | {"error": _or_null(STRING), "prefill": worker, "decode": worker}),
         }

@@ -87,8 +87,21 @@ def story_tables(request: Mapping[str, Any]) -> list[Table | str]:
         end = f"refused: {attempt['refusal']}" if attempt["refusal"] else "taken by the first"
         title = f"attempt {number} at {attempt['at_ms']:.1f} ms, policy {attempt['policy']}, {end}"
         parts.append(_candidates(attempt["candidates"], title))
+    parts += [_copy(copy) for copy in request["copies"]]
     parts.append(_outcome(request["predicted"] or {}, request["happened"]))
     return parts
+
+
+def _copy(copy: Mapping[str, Any]) -> Table:
+    """A prefix that this request let the router copy, and why."""
+    end = copy["state"] + (f": {copy['error']}" if copy["error"] else "")
+    title = f"{copy['tokens']} tokens of its prefix copied to another worker: {end}"
+    table = Table("from", "to", *copy["terms"], "moved tokens", "ms", title=title, title_justify="left")
+    numbers = (f"{value:.2f}" for value in copy["terms"].values())
+    table.add_row(
+        _name(copy["source"]), _name(copy["target"]), *numbers, str(copy["moved_tokens"]), f"{copy['ms']:.1f}"
+    )
+    return table
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -13,6 +13,7 @@ BUDGETS = {
     "router/": 6000,
     "router/admission/": 600,
     "router/explain/": 600,
+    "router/replication/": 400,
     "router/simulation/": 1200,
     "kvtransfer/": 2000,
     "tandem/engine/": 8000,

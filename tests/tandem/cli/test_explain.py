@@ -46,6 +46,18 @@ STORY = {
             ],
         }
     ],
+    "copies": [
+        {
+            "source": WORKER,
+            "target": {"id": "e" * 32, "address": None},
+            "tokens": 192,
+            "terms": {"worth": 88.5},
+            "state": "failed",
+            "error": "there are no pages for it",
+            "moved_tokens": 0,
+            "ms": 0.0,
+        }
+    ],
     "predicted": {"cached_tokens": 130, "first_token_ms": 8.75},
     "happened": {"state": "finished", "error": None, "prefill": None, "cached_tokens": 128, "first_token_ms": 11.0},
 }
@@ -61,6 +73,10 @@ def test_a_story_shows_costs_and_outcome() -> None:
     text = shown(*story_tables(STORY))
     for expected in ("dddddddd 10.0.0.1:5000", "130 (2 blocks)", "local", "1.25", "7.50", "8.75", "11.00", "128"):
         assert expected in text
+    title = "192 tokens of its prefix copied to another worker: failed: there are no pages for it"
+    assert title in " ".join(text.split())
+    assert "eeeeeeee" in text
+    assert "88.50" in text
 
 
 def test_the_ladder_shows_shares_and_losses() -> None:

@@ -1,0 +1,172 @@
+"""Whether a prefix should be copied to one more worker: a pure decision, in milliseconds.
+
+A worker that has what everybody asks for is the one that everybody waits for. Whoever does not wait computes the prefix
+again elsewhere, which takes time, too, and delays others there. A copy spares the lesser of both for each request that
+comes within `HORIZON_S`; it is made when that is worth `MARGIN` times what it costs to move:
+
+    rate x horizon x min(wait where it is - wait where it would be, computing it) > margin x move
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from router.policies.base import Matches, RequestInfo, tie_break
+from router.policies.cost import DEFAULT_MOVE_BYTES_PER_MS, DEFAULT_TIMING, HAND_OVER_MS
+from router.replication.heat import TAU_S
+from router.workers.pairs import Pair
+from router.workers.snapshot import RECENT_S, FleetSnapshot, WorkerView, decayed
+from tandem.cluster import Candidate, Incarnation, StepTiming
+from tandem.kv import BLOCK_TOKENS, Span
+
+HORIZON_S = 10.0
+"""A copy is expected to be of use for so long; popular prefixes live longer."""
+MARGIN = 2.0
+"""Times that a copy must be worth what it costs: rates and waits are estimates."""
+LEAST_REQUESTS = 3.0
+"""Requests lately, below which nothing is popular."""
+LEAST_SAVED_MS = 5.0
+"""A shorter wait is none."""
+BUSIEST = 0.95
+"""Share of its time that a worker is taken to be busy at most."""
+LARGEST_SHARE = 0.25
+"""Of a worker's pages, what one copy may take up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A prefix that should be copied, and why."""
+
+    source: Incarnation
+    target: Incarnation
+    blocks: int
+    bytes: int
+    terms: Mapping[str, float]
+    """requests per second that ask for it; milliseconds: waits at its holders and at the target, what each of these
+    requests is spared, what all of them are within the horizon, and what moving it costs."""
+
+    @property
+    def tokens(self) -> int:
+        """In the prefix."""
+        return self.blocks * BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """What a fleet's workers need, as they measured it."""
+
+    timing: StepTiming
+    bytes_per_ms: float
+
+    @classmethod
+    def of(cls, views: Sequence[WorkerView]) -> _Pace:
+        timings = sorted((v.status.timing for v in views if v.status.timing is not None), key=lambda t: t.per_token_ms)
+        rates = sorted(view.status.move_bytes_per_ms for view in views if view.status.move_bytes_per_ms)
+        return cls(
+            timings[len(timings) // 2] if timings else DEFAULT_TIMING,
+            rates[len(rates) // 2] if rates else DEFAULT_MOVE_BYTES_PER_MS,
+        )
+
+    def compute_ms(self, view: WorkerView, tokens: float) -> float:
+        """Prompt tokens in full steps."""
+        steps = -(-tokens // view.info.max_batch_tokens)
+        return float(steps * self.timing.base_ms + tokens * self.timing.per_token_ms)
+
+    def wait_ms(self, view: WorkerView, service_ms: float, now: float) -> float:
+        """What a request waits there: behind what is queued, or, if that is more, behind what usually is.
+
+        The latter by Pollaczek and Khinchine: requests of `service_ms` each that come at random.
+        """
+        work = decayed(view.recent_tokens, now - view.recent_at) * self.timing.per_token_ms
+        load = min(work / (RECENT_S * 1e3), BUSIEST)
+        return max(self.compute_ms(view, view.queued_tokens), load / (2 * (1 - load)) * service_ms)
+
+
+def wanted(
+    request: RequestInfo,
+    fleet: FleetSnapshot,
+    matches: Matches,
+    chosen: Candidate,
+    counts: Mapping[int, float],
+    broken: Collection[Pair],
+    now: float,
+) -> Replica | None:
+    """The copy that is worth most after a request was sent to `chosen`; None when there is none worth making.
+
+    counts: requests lately that began with so many of this one's blocks. The copy goes to a worker of the role that
+    computes the prompt; where all of that role have the prefix, from a prefill worker to a decode worker.
+    """
+    computing = fleet.prefill if chosen.prefill is not None else fleet.decode
+    pace = _Pace.of(computing)
+    best: Replica | None = None
+    for blocks, count in counts.items():
+        if count < LEAST_REQUESTS:
+            continue
+        found = _copy(request, fleet, computing, matches, blocks, count / TAU_S, pace, broken, now)
+        if found is not None and (best is None or _gain(found) > _gain(best)):
+            best = found
+    return best
+
+
+def _gain(replica: Replica) -> float:
+    return replica.terms["worth"] - MARGIN * replica.terms["move"]
+
+
+def _copy(
+    request: RequestInfo,
+    fleet: FleetSnapshot,
+    computing: Sequence[WorkerView],
+    matches: Matches,
+    blocks: int,
+    rate: float,
+    pace: _Pace,
+    broken: Collection[Pair],
+    now: float,
+) -> Replica | None:
+    """The copy of one prefix to the worker that would wait least."""
+    tokens = blocks * BLOCK_TOKENS
+
+    def has(view: WorkerView) -> bool:
+        return matches.get(view.incarnation, 0) >= tokens
+
+    holders = [view for view in computing if has(view) and not view.draining]
+    sources = [view for view in (*fleet.prefill, *fleet.decode) if has(view) and not view.draining]
+    if not holders or tokens > request.computable:
+        return None
+    service = pace.compute_ms(holders[0], max(request.computable - tokens, 0))
+    waits = {view.incarnation: pace.wait_ms(view, service, now) for view in (*computing, *sources)}
+    source = min(sources, key=lambda view: waits[view.incarnation])
+    targets = _targets(fleet, computing, tokens, has)
+    targets = [view for view in targets if (source.incarnation, view.incarnation) not in broken]
+    if not targets:
+        return None
+    name = request.request_id
+    there = {view.incarnation: pace.wait_ms(view, service, now) for view in targets}
+    target = min(targets, key=lambda view: (there[view.incarnation], tie_break(name, view.incarnation)))
+    here, recomputed = min(waits[view.incarnation] for view in holders), pace.compute_ms(target, tokens)
+    saved = min(here - there[target.incarnation], recomputed)
+    size = target.info.layout.span_bytes(Span(0, tokens), tokens)
+    worth, move = rate * HORIZON_S * saved, HAND_OVER_MS + size / pace.bytes_per_ms
+    if saved < LEAST_SAVED_MS or worth <= MARGIN * move:
+        return None
+    terms = {
+        "requests_per_s": rate, "wait": here, "wait_there": there[target.incarnation],
+        "saved": saved, "worth": worth, "move": move,
+    }  # fmt: skip
+    return Replica(source.incarnation, target.incarnation, blocks, size, terms)
+
+
+def _targets(
+    fleet: FleetSnapshot, computing: Sequence[WorkerView], tokens: int, has: Callable[[WorkerView], bool]
+) -> list[WorkerView]:
+    """Workers that lack a prefix and have room for it."""
+
+    def able(views: Iterable[WorkerView]) -> list[WorkerView]:
+        return [
+            view
+            for view in views
+            if not has(view) and not view.draining and tokens <= LARGEST_SHARE * view.info.capacity_tokens
+        ]
+
+    return able(computing) or able(fleet.decode)
