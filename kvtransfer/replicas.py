@@ -56,7 +56,7 @@ class ReplicationService(rpc.ReplicationServicer):
         transfer_deadline_s: float,
         ended: Callable[[], None],
     ) -> None:
-        """The deadlines are those of a ticket. ended: called after each: cache and free pages are not what they were."""
+        """The deadlines are those of a ticket. ended: called after each copy: cache and free pages have changed."""
         self.draining = False
         """Whether to refuse: nobody will use what comes."""
         self._me = me
