@@ -162,19 +162,6 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
             "candidates": [candidate(one) for one in each.plan.candidates],
         }
 
-    def copy(each: Copy) -> Json:
-        return {
-            "source": worker(each.source),
-            "target": worker(each.target),
-            "tokens": each.tokens,
-            "terms": {term: round(value, 4) for term, value in each.terms.items()},
-            "state": each.state,
-            "moved_tokens": each.moved_tokens,
-            "bytes": each.bytes,
-            "ms": round(each.ms, 3),
-            "error": each.error or None,
-        }
-
     return {
         "id": story.request_id,
         "received": round(story.received, 3),
@@ -182,9 +169,23 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
         "max_tokens": story.max_tokens,
         "choices": story.choices,
         "attempts": [attempt(each) for each in story.attempts],
-        "copies": [copy(each) for each in story.copies],
+        "copies": [_copy(each, worker) for each in story.copies],
         "predicted": _predicted(story),
         "happened": _happened(story) | {"prefill": worker(_sender(story)), "decode": worker(_owner(story))},
+    }
+
+
+def _copy(copy: Copy, worker: Callable[[Incarnation], Json | None]) -> Json:
+    return {
+        "source": worker(copy.source),
+        "target": worker(copy.target),
+        "tokens": copy.tokens,
+        "terms": {term: round(value, 4) for term, value in copy.terms.items()},
+        "state": copy.state,
+        "moved_tokens": copy.moved_tokens,
+        "bytes": copy.bytes,
+        "ms": round(copy.ms, 3),
+        "error": copy.error or None,
     }
 
 
