@@ -22,6 +22,7 @@ from tandem.cluster import Incarnation, Ticket
 from tandem.config import WorkerConfig
 from tandem.errors import BY_GRPC_CODE, Fenced, TandemError, Unavailable
 from tandem.kv import Span
+from tandem.trust import ANYONE, Trust
 from tandem.types import TokenIds
 from tandem.wire.v1 import handover_pb2 as pb
 from tandem.wire.v1 import handover_pb2_grpc as rpc
@@ -43,11 +44,13 @@ class InboundSettings:
     lease_s: float = 10.0
     handshake_deadline_s: float = 10.0
     quiesce_s: float = 5.0
+    trust: Trust = ANYONE
 
     @classmethod
     def of(cls, config: WorkerConfig) -> InboundSettings:
         """Those of a worker."""
-        return cls(config.slab_mib, config.span_tokens, config.lease_s, config.handshake_deadline_s, config.quiesce_s)
+        seconds = config.lease_s, config.handshake_deadline_s, config.quiesce_s
+        return cls(config.slab_mib, config.span_tokens, *seconds, Trust.of(config))
 
     @property
     def slab_bytes(self) -> int:
@@ -203,7 +206,7 @@ class PairClient:
             lambda reason: loop.call_soon_threadsafe(self._shut, reason),
         )
         await self._thread.attach(self._arrivals)
-        self._channel = grpc.aio.insecure_channel(self._address)
+        self._channel = self._settings.trust.channel(self._address)
         call = rpc.HandOverStub(self._channel).Pair()
         hello = pb.Hello(
             receiver=me.incarnation, sender=self.peer, layout_digest=me.layout.digest(),

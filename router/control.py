@@ -22,6 +22,7 @@ from router.workers.fleet import Fleet
 from router.workers.registry import Relay, serve_registry
 from tandem.cluster import new_id
 from tandem.config import RouterConfig
+from tandem.trust import Trust
 
 STOP_GRACE_S = 0.5
 
@@ -34,13 +35,14 @@ class ControlPlane:
     ) -> None:
         """relay: to the other processes of this router. clock: seconds, monotonic."""
         self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, clock)
-        self.fleet = Fleet(new_id(), self.index, config.lease_s, clock)
+        self.fleet = Fleet(new_id(), self.index, config.lease_s, clock, Trust.of(config))
         self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, clock)
         self.recorder = Recorder(
             config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, clock
         )
         self.quotas = Quotas(self.fleet.router_id, clock)
-        self.callers = Callers(self.quotas)
+        secrets = [each.get_secret_value() if each else "" for each in (config.token, config.metrics_token)]
+        self.callers = Callers(self.quotas, *secrets)
         self._watches = [FileWatch(config.api_keys, self.callers.load)] if config.api_keys is not None else []
         self._discovery: list[Discovery] = [FixedWorkers(config.workers, self.fleet)]
         if config.workers_file is not None:

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import uvicorn
 import uvloop
@@ -29,6 +30,7 @@ from tandem.errors import ConfigError
 from tandem.obs import setup_logging
 from tandem.ports import authority, check_port
 from tandem.text.tokenizer import import_transformers_without_torch
+from tandem.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
     metrics = RouterMetrics()
     relay = siblings = None
     if place is not None:
-        relay = Relay(place.folder, place.index, place.count)
+        relay = Relay(place.folder, place.index, place.count, Trust.of(config))
         siblings = Siblings(place.folder, place.index, place.count)
     async with ControlPlane(config, relay) as control:
         metrics.add_collector(FleetMetrics(control.fleet).collect)
@@ -95,7 +97,7 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
-        server = HttpServer(create_app(config, api), config.drain_s)
+        server = HttpServer(create_app(config, api), config.drain_s, config.max_connections)
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)
@@ -133,11 +135,11 @@ async def _end_streams(server: HttpServer, control: ControlPlane, drain_s: float
 class HttpServer(uvicorn.Server):
     """Uvicorn with its signals on the event loop: it raises them again at its end, before others could close."""
 
-    def __init__(self, app: FastAPI, drain_s: float) -> None:
+    def __init__(self, app: FastAPI, drain_s: float, max_connections: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=LimitedHttp,
+                http=partial(LimitedHttp, max_connections=max_connections),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,
                 log_level="warning",

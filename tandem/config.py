@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from tandem.errors import ConfigError
+from tandem.ports import is_loopback
 from tandem.text.formats.registry import REASONING_PARSERS, TOOL_PARSERS
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -102,7 +103,50 @@ SPECULATIVE_HELP = (
 DraftTokens = Annotated[int, Field(ge=1, le=63)]
 
 
-class RouterConfig(_Settings):
+def _strong(secret: SecretStr) -> SecretStr:
+    value = secret.get_secret_value()
+    if len(value) < MIN_SECRET or not all("!" <= character <= "~" for character in value):
+        raise ValueError(f"at least {MIN_SECRET} characters are needed, printable ASCII without blanks")
+    return secret
+
+
+MIN_SECRET = 16
+Secret = Annotated[SecretStr, AfterValidator(_strong)]
+"""From the environment or the YAML file; no flag, because command lines are for all to see."""
+PemFile = Annotated[Path, AfterValidator(_existing)]
+OPEN_GRPC = (
+    "whoever reaches it could use the cluster: set TANDEM_TOKEN to the same secret for all its processes, or give "
+    "--tls-cert, --tls-key and --tls-ca, or listen on 127.0.0.1"
+)
+OPEN_METRICS = (
+    "whoever reaches it could read the metrics: set TANDEM_METRICS_TOKEN, which Prometheus then sends as a bearer "
+    "token, or listen on 127.0.0.1"
+)
+OPEN_HTTP = "whoever reaches it could use the models: give --api-keys FILE, or listen on 127.0.0.1"
+
+
+class _Process(_Settings):
+    """Settings of every process that speaks gRPC: by what it knows the others."""
+
+    token: Secret | None = Field(None, description="secret that all processes of a cluster share")
+    metrics_token: Secret | None = Field(None, description="secret that readers of metrics show")
+    tls_cert: PemFile | None = Field(None, description="PEM file with this process's certificate, for gRPC")
+    tls_key: PemFile | None = Field(None, description="PEM file with its key")
+    tls_ca: PemFile | None = Field(None, description="PEM file with who must have signed the others' certificates")
+    tls_name: str = Field("", description="name in the others' certificates; default: the address they are called at")
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> _Process:
+        if len({self.tls_cert is None, self.tls_key is None, self.tls_ca is None}) > 1:
+            raise ValueError("--tls-cert, --tls-key and --tls-ca are needed together")
+        return self
+
+    def _check_grpc(self, setting: str, host: str) -> None:
+        if not is_loopback(host) and self.token is None and self.tls_cert is None:
+            raise ValueError(f"{setting} is {host}; {OPEN_GRPC}")
+
+
+class RouterConfig(_Process):
     """`tandem router`"""
 
     model: str | None = Field(None, description="model folder or hub id; default: what the workers report")
@@ -138,6 +182,9 @@ class RouterConfig(_Settings):
         (), description="origins whose pages may call this, such as https://chat.example; * allows all"
     )
     max_body_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="largest request body, MiB")
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        8192, description="HTTP connections open at once in a process; more get 503"
+    )
     api_keys: Annotated[Path, AfterValidator(_existing)] | None = Field(
         None, description="YAML file of tenants with API keys and limits, read again when it changes; default: no keys"
     )
@@ -170,8 +217,15 @@ class RouterConfig(_Settings):
         2, description="other workers tried before a first token was made"
     )
 
+    @model_validator(mode="after")
+    def _guarded(self) -> RouterConfig:
+        if not is_loopback(self.host) and self.api_keys is None:
+            raise ValueError(f"--host is {self.host}; {OPEN_HTTP}")
+        self._check_grpc("--control-host", self.control_host)
+        return self
 
-class WorkerConfig(_Settings):
+
+class WorkerConfig(_Process):
     """Settings that both kinds of worker share."""
 
     model: str = Field(description="model folder or hub id")
@@ -260,6 +314,13 @@ class WorkerConfig(_Settings):
             raise ValueError(f"speculative is {self.speculative}; with a draft_model it must be auto")
         return self
 
+    @model_validator(mode="after")
+    def _guarded(self) -> WorkerConfig:
+        self._check_grpc("--host", self.host)
+        if not is_loopback(self.host) and self.metrics_token is None:
+            raise ValueError(f"--host is {self.host}; {OPEN_METRICS}")
+        return self
+
 
 class PrefillConfig(WorkerConfig):
     """`tandem prefill`"""
@@ -315,6 +376,10 @@ class UpConfig(_Settings):
         "auto", description="auto takes sampling defaults from the model's generation_config.json, none takes none"
     )
     cors_origins: Addresses = Field((), description="origins whose pages may call this; * allows all")
+    api_keys: Annotated[Path, AfterValidator(_existing)] | None = Field(
+        None, description="YAML file of tenants with API keys and limits, read again when it changes; default: no keys"
+    )
+    token: Secret | None = Field(None, description="secret that the processes share; default: a new one")
     max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
     inter_token_ms: Annotated[float, Field(ge=0)] = Field(
@@ -329,9 +394,9 @@ class UpConfig(_Settings):
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
 
     @model_validator(mode="after")
-    def _loopback(self) -> UpConfig:
-        if self.host not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError("host must be a loopback address: there is no authentication yet")
+    def _guarded(self) -> UpConfig:
+        if not is_loopback(self.host) and self.api_keys is None:
+            raise ValueError(f"--host is {self.host}; {OPEN_HTTP}")
         return self
 
 
@@ -382,6 +447,11 @@ def set_before_import(values: dict[str, str]) -> None:
     """Sets variables that a library reads when it is imported, where the user did not set them."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def client_key() -> str:
+    """The API key that commands show a router, `TANDEM_API_KEY`: command lines are for all to see."""
+    return os.environ.get("TANDEM_API_KEY", "")
 
 
 def cache_folder() -> Path:

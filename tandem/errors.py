@@ -20,6 +20,7 @@ TandemError
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -140,6 +141,27 @@ class ConfigError(TandemError):
 
 class Internal(TandemError):
     """A defect of Tandem's own; details are in the log only."""
+
+
+_MEMORY = re.compile(r"0x[0-9a-fA-F]{5,}")
+_WHERE = re.compile(
+    r"(?:ipv[46]:|unix:)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*):[0-9]{2,5}\b"  # host:port
+    r"|\b[0-9]{1,3}(?:\.[0-9]{1,3}){3}\b"
+    r"|(?<![\w.:/])(?:/[\w.@+~-]+){2,}/?"  # a path
+)
+_LONGEST = 400
+
+
+def without_internals(error: TandemError) -> str:
+    """The text of an error as clients may see it: one short line without addresses of any kind, paths or tracebacks.
+
+    What a client got wrong is told in its own words, paths included.
+    """
+    text = " ".join(str(error).split("Traceback (most recent call last)")[0].split())
+    text = _MEMORY.sub("0x?", text)
+    if not isinstance(error, BadRequest):
+        text = _WHERE.sub("?", text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 BY_GRPC_CODE: dict[str, type[TandemError]] = {

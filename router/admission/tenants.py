@@ -66,6 +66,8 @@ class Tenant(BaseModel):
 
 NOBODY = Tenant(name="")
 """Who asks where no keys are configured: everybody, without limits."""
+CLUSTER = Tenant(name="", operator=True)
+"""Who shows the cluster's own token."""
 
 
 class _Entry(Tenant):
@@ -82,6 +84,12 @@ class _File(BaseModel):
 def digest(key: str) -> str:
     """What is kept of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def presented(authorization: str | None, api_key: str | None) -> str:
+    """The key in a request's headers, or nothing."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return (key if scheme.lower() == "bearer" else api_key or "").strip()
 
 
 class Keyring:
@@ -107,12 +115,10 @@ class Keyring:
         """
         if self.open:
             return NOBODY
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = api_key or ""
-        if not key.strip():
+        key = presented(authorization, api_key)
+        if not key:
             raise Unauthorized("no API key was given; send it as `Authorization: Bearer KEY`")
-        tenant = self._by_digest.get(digest(key.strip()))
+        tenant = self._by_digest.get(digest(key))
         if tenant is None:
             raise Unauthorized("the API key is not known here")
         return tenant

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.cluster import Candidate, Incarnation, Plan
+from tandem.errors import TandemError, without_internals
 from tandem.kv import BLOCK_TOKENS
 from tandem.types import FinishReason, GenerateRequest, Usage
 
@@ -158,7 +159,7 @@ def explanation(story: Story, address_of: AddressOf | None) -> Json:
             "policy": each.plan.policy,
             "workers_matched": each.workers_matched,
             "best_match_tokens": each.best_match,
-            "refusal": each.refusal or None,
+            "refusal": _told(each.refusal),
             "candidates": [candidate(one) for one in each.plan.candidates],
         }
 
@@ -223,8 +224,13 @@ def _happened(story: Story) -> Json:
         "first_token_ms": _since(story, story.first_token_s),
         "end_ms": _since(story, story.ended_s),
         "finish": [reason.value for _, reason in sorted(story.finish.items())],
-        "error": story.error or None,
+        "error": _told(story.error),
     }
+
+
+def _told(reason: str) -> str | None:
+    """Tenants read it, too."""
+    return without_internals(TandemError(reason)) or None
 
 
 def _state(story: Story) -> str:

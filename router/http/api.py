@@ -134,10 +134,10 @@ class Api:
         tokenizer = to.text.tokenizer
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("exactly one of prompt and messages is needed", "prompt")
+        values = template_values(body.chat_template_kwargs, tokenizer.template_names)
+        tools = declarations(body.tools) or None
         if body.messages is not None:
             turns = chat_turns(body.messages, to.formats.can)
-            values = template_values(body.chat_template_kwargs, tokenizer.template_names)
-            tools = declarations(body.tools) or None
             rendered = await tokenizer.render_async(turns, tools, values, body.add_generation_prompt is not False)
             ids = await tokenizer.encode_rendered(rendered, bool(body.add_special_tokens))
         else:
@@ -202,6 +202,7 @@ class Api:
 
     async def metrics_page(self, request: Request) -> Response:
         """`GET /metrics`: of all processes of this router."""
+        self._callers.check_metrics(request.headers)
         page = self._metrics.page()
         if self._siblings is not None:
             page = merged({self._siblings.index: page, **await self._siblings.ask("metrics")})

@@ -9,10 +9,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from router.http.sse import DIRECT
 
-HEAD_BYTES = 64 << 10
-"""Request line and headers; beyond it, what one read of the socket brings."""
-HEAD_TIMEOUT_S = 30.0
+HEAD_BYTES = 16 << 10
+"""Request line and headers."""
+HEAD_TIMEOUT_S = 10.0
 """Seconds from a connection's start, or a request's first byte, to the end of its headers."""
+
+
+LARGE_HEAD = f"the headers have more than {HEAD_BYTES} bytes"
+MAX_CHUNKS = 1 << 16
+"""Of a body with `transfer-encoding: chunked`: a byte for each costs hundreds of times what it brings."""
+FULL = b'{"error":{"message":"too many connections are open","type":"service_unavailable","param":null,"code":null}}'
 
 
 class ChunkedBody:
@@ -35,11 +41,22 @@ class ChunkedBody:
 class LimitedHttp(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 protocol, which by itself keeps headers of any size and waits for them for ever."""
 
+    def __init__(self, *args: Any, max_connections: int = 8192, **named: Any) -> None:
+        """max_connections: at once; one more is told 503 and closed. The rest: uvicorn's."""
+        super().__init__(*args, **named)
+        self._max_connections = max_connections
+        self._deadline: asyncio.TimerHandle | None = None
+        self._head_bytes = self._parsed = self._chunks = 0
+        self._reason = ""
+
     def connection_made(self, transport: Any) -> None:
         """asyncio.Protocol"""
         super().connection_made(transport)
-        self._head_bytes = 0
-        self._deadline: asyncio.TimerHandle | None = None
+        if len(self.connections) > self._max_connections:
+            head = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+            self.transport.write(head + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(FULL) + FULL)
+            self.transport.close()
+            return
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -48,7 +65,36 @@ class LimitedHttp(HttpToolsProtocol):
         if self._deadline is not None:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
-                self._give_up(f"the headers have more than {HEAD_BYTES} bytes")
+                self._give_up(LARGE_HEAD)
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request line."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header; a read may bring many at once."""
+        self._count(len(name) + len(value) + len(": \r\n"))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._parsed += size
+        if self._parsed > HEAD_BYTES:
+            self._refuse(LARGE_HEAD)
+
+    def on_chunk_header(self) -> None:
+        """One more chunk of a body."""
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            self._refuse(f"the body has more than {MAX_CHUNKS} chunks")
+
+    def _refuse(self, reason: str) -> None:
+        self._reason = reason
+        raise ValueError(reason)  # the parser stops, and uvicorn sends 400
+
+    def send_400_response(self, msg: str) -> None:
+        """Ends the connection with the reason."""
+        super().send_400_response(self._reason or msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol"""
@@ -70,7 +116,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     def _expect_head(self) -> None:
         self._head_complete()
-        self._head_bytes = 0
+        self._head_bytes = self._parsed = self._chunks = 0
         late = f"the headers did not arrive within {HEAD_TIMEOUT_S:g} seconds"
         self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up, late)
 

@@ -134,7 +134,7 @@ def _paths(keys: bool) -> Json:
         "/detokenize": post("DetokenizeBody", "Text", "Text of token ids", PARSING),
         "/health": get({JSON: _ref("State")}, "Whether the process lives", (500,)),
         "/ready": get({JSON: _ref("State")}, READY, (500,)),
-        "/metrics": get({TEXT: STRING}, "For Prometheus", (500,)),
+        "/metrics": get({TEXT: STRING}, "For Prometheus", READING, locked=True),
         "/openapi.json": get({JSON: ANY}, "This document", (500,)),
     }
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from router.answers.responses import Json, to_json
 from router.http.body import ClientGone, RefusedBody
-from tandem.errors import Internal, Quarantined, TandemError, TooLarge, Unauthorized
+from tandem.errors import Internal, Quarantined, TandemError, TooLarge, Unauthorized, without_internals
 
 RETRY_AFTER_S = 1
 """What clients are told to wait after 429 and 503 when nothing better is known."""
@@ -31,7 +31,9 @@ def public(error: Exception) -> TandemError:
 
 def envelope(error: TandemError) -> Json:
     """OpenAI's error object."""
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+    return {
+        "error": {"message": without_internals(error), "type": error.type, "param": error.param, "code": error.code}
+    }
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

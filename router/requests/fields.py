@@ -27,7 +27,9 @@ IGNORED = frozenset(
         "parallel_tool_calls",
     }
 )
-"""Accepted with any value, on both endpoints."""
+"""Accepted with any value of moderate size, on both endpoints."""
+MAX_IGNORED_TEXT = 4096
+MAX_IGNORED_VALUES = 256
 
 INERT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -68,8 +70,24 @@ def check_fields(body: object, served: Mapping[str, tuple[Any, ...]], extra: Map
     for name, value in extra.items():
         if name in INERT:
             _only(name, value, INERT[name])
-        elif name not in IGNORED:
+        elif name in IGNORED:
+            _check_size(name, value)
+        else:
             raise BadRequest(f"Unrecognized request argument supplied: {name[:80]}", name[:80])
+
+
+def _check_size(name: str, value: object) -> None:
+    todo, count = [value], 0
+    while todo:
+        each, count = todo.pop(), count + 1
+        if isinstance(each, dict):
+            todo += [*each.keys(), *each.values()]
+        elif isinstance(each, list):
+            todo += each
+        unfit = isinstance(each, int | float) and not abs(each) < float(1 << 63)
+        if unfit or count + len(todo) > MAX_IGNORED_VALUES or (isinstance(each, str) and len(each) > MAX_IGNORED_TEXT):
+            most = f"at most {MAX_IGNORED_VALUES} values, texts of {MAX_IGNORED_TEXT} characters and 64-bit numbers"
+            raise BadRequest(f"{name} is too large, though nothing depends on it; {most} are allowed", name)
 
 
 def _only(name: str, value: object, inert: tuple[Any, ...]) -> None:

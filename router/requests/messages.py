@@ -14,6 +14,8 @@ from tandem.text.formats.calls import NAME
 MAX_CALLS = 128
 """Tool calls of one assistant message."""
 MAX_ID_CHARS = 256
+MAX_PARTS = 4096
+"""Parts of one message's content."""
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Turn = dict[str, Any]
@@ -57,6 +59,8 @@ def message_text(message: Message, where: str) -> str:
             return ""
         raise BadRequest(f"{where} is required", "messages")
     if isinstance(content, list):
+        if len(content) > MAX_PARTS:
+            raise BadRequest(f"{where} has {len(content)} parts; at most {MAX_PARTS} are allowed", "messages")
         content = "\n".join(_part_text(part, f"{where}.{rank}") for rank, part in enumerate(content))
     if not isinstance(content, str):
         raise BadRequest(f"{where} must be a string or a list of text parts", "messages")

@@ -19,6 +19,7 @@ MAX_PROMPTS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_SALT_CHARS = 256
+MAX_NAME_CHARS = 256
 MAX_PRIORITY = 1000
 MAX_COMMAS = 1 << 20
 """Of a body. They bound the values in it, whose parsing holds the interpreter's lock, in a thread too: 0.2 µs each."""
@@ -89,7 +90,7 @@ class Message(_Body):
     role: str
     content: Any = None
     """A string, or a list of text parts; see `router.requests.messages`."""
-    name: str | None = None
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     tool_calls: Any = None
     tool_call_id: str | None = None
     function_call: Any = None

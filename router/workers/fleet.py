@@ -14,6 +14,7 @@ from router.workers.fleet_link import Link, Worker
 from router.workers.members import Members
 from tandem.cluster import Incarnation, MoveStat, Status, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
+from tandem.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,11 @@ class Fleet(Members[Worker]):
         index: PrefixIndex,
         lease_s: float,
         clock: Callable[[], float],
+        trust: Trust = Trust(),
     ) -> None:
+        """trust: how workers know this router."""
         super().__init__(router_id, index, clock)
+        self.trust = trust
         self.lease_s = lease_s
         self.listener: FleetListener | None = None
         self.reference: WorkerInfo | None = None
@@ -114,7 +118,7 @@ class Fleet(Members[Worker]):
             self._connect(info.address, listed=False)
 
     def _connect(self, address: str, listed: bool) -> None:
-        link = Link(address, listed, self, self.router_id, self.lease_s, self._clock)
+        link = Link(address, listed, self, self.router_id, self.lease_s, self._clock, self.trust)
         self._links[address] = link
         task = asyncio.create_task(link.run(), name=f"link-{address}")
         self._tasks[address] = task

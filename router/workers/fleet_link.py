@@ -15,6 +15,7 @@ from router.workers.load import Booking
 from router.workers.members import Member
 from tandem.cluster import WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced, TandemError, WorkerLost
+from tandem.trust import Trust
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
@@ -70,7 +71,14 @@ class Link:
     """Keeps one address connected: for ever when it is listed, while its lease runs when it registered itself."""
 
     def __init__(
-        self, address: str, listed: bool, owner: LinkOwner, router_id: str, lease_s: float, clock: Callable[[], float]
+        self,
+        address: str,
+        listed: bool,
+        owner: LinkOwner,
+        router_id: str,
+        lease_s: float,
+        clock: Callable[[], float],
+        trust: Trust,
     ) -> None:
         self.address = address
         self.renewed = clock()
@@ -79,6 +87,7 @@ class Link:
         self._router_id = router_id
         self._lease_s = lease_s
         self._clock = clock
+        self._trust = trust
         self._wake = asyncio.Event()
         self._complained = ""
 
@@ -127,7 +136,7 @@ class Link:
                 await self._wake.wait()
 
     async def _session(self) -> None:
-        channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        channel = self._trust.channel(self.address, CHANNEL_OPTIONS)
         try:
             stub = worker_pb2_grpc.WorkerStub(channel)
             worker = self._owner.join(await self._describe(stub, DESCRIBE_S), channel)

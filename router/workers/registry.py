@@ -13,6 +13,7 @@ import grpc.aio
 from router.workers.fleet import Fleet
 from tandem.errors import BadRequest, ConfigError, TandemError
 from tandem.ports import authority, check_port
+from tandem.trust import Trust
 from tandem.wire import codec
 from tandem.wire.failures import abort_with
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
@@ -59,7 +60,8 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
 class Relay:
     """Tells the other processes of this router who announced itself: workers know one control port, the first one's."""
 
-    def __init__(self, folder: Path, index: int, count: int) -> None:
+    def __init__(self, folder: Path, index: int, count: int, trust: Trust = Trust()) -> None:
+        self._trust = trust
         self.first = index == 0
         self.mine = self._address(folder, index)
         self._others = [self._address(folder, other) for other in range(count) if other != index]
@@ -79,7 +81,7 @@ class Relay:
 
     async def _tell(self, address: str, request: worker_pb2.RegisterRequest) -> None:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
+            self._channels[address] = self._trust.channel(address)
         try:
             stub = worker_pb2_grpc.RegistryStub(self._channels[address])
             await stub.Register(request, timeout=RELAY_S, metadata=(RELAYED,))
@@ -99,16 +101,17 @@ async def serve_registry(fleet: Fleet, host: str, port: int, relay: Relay | None
 
     relay: to the other processes of this router; only the first of them has the control port, the port taken is else 0.
     """
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    trust = fleet.trust
+    server = trust.server([("grpc.so_reuseport", 0)])
     worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(fleet, relay), server)
     if relay is not None:
-        server.add_insecure_port(relay.mine)
+        trust.listen(server, relay.mine)
         if not relay.first:
             await server.start()
             return server, 0
     check_port(host, port, "--control-port")
     try:
-        taken = server.add_insecure_port(authority(host, port))
+        taken = trust.listen(server, authority(host, port))
     except RuntimeError as error:
         raise ConfigError(f"--control-port: {authority(host, port)}: {error}", param="control_port") from None
     await server.start()

@@ -15,7 +15,15 @@ import typer
 
 from tandem.cli.options import command
 from tandem.cli.replay import replay
-from tandem.config import DecodeConfig, PrefillConfig, RouterConfig, TrainDraftConfig, UpConfig, WorkerConfig
+from tandem.config import (
+    DecodeConfig,
+    PrefillConfig,
+    RouterConfig,
+    TrainDraftConfig,
+    UpConfig,
+    WorkerConfig,
+    client_key,
+)
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
 
@@ -74,12 +82,11 @@ def _explain(
     request_id: Annotated[str, typer.Argument(help="the answer's x-tandem-request-id, or else x-request-id")] = "",
     url: Annotated[str, typer.Option("--url", help="address of the router")] = "http://127.0.0.1:8000",
     ladder: Annotated[bool, typer.Option("--ladder", help="the hit ladder of all requests so far")] = False,
-    api_key: Annotated[str, typer.Option("--api-key", help="where the router asks for one")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of tables")] = False,
 ) -> None:
     from tandem.cli.explain import explain
 
-    explain(request_id, url, ladder, api_key, as_json)
+    explain(request_id, url, ladder, client_key(), as_json)
 
 
 def _with_folder(config: W) -> W:

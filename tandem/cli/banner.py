@@ -25,6 +25,8 @@ class Standing:
     """Names, and what the workers say of themselves; at least one decode worker."""
     slots: int | None = None
     """How many workers may compute at once; None is all."""
+    keys: bool = False
+    """Whether clients need API keys."""
 
 
 def banner(cluster: Standing) -> str:
@@ -34,6 +36,7 @@ def banner(cluster: Standing) -> str:
     first, roles = infos[0], Counter(info.role for info in infos)
     moved = ", ".join(sorted({info.transport for info in infos})) if roles[Role.PREFILL] else "none needed"
     form = "disaggregated" if roles[Role.PREFILL] else "aggregated: decode workers prefill locally"
+    access = "with API keys" if cluster.keys else "loopback, no authentication"
     facts = {
         "topology": f"1 router, {roles[Role.PREFILL]} prefill, {roles[Role.DECODE]} decode ({form})",
         "model": f"{first.model.name}, context {first.model.max_context} tokens",
@@ -42,7 +45,7 @@ def banner(cluster: Standing) -> str:
         "KV transport": moved,
         "compute": f"{first.threads} thread{'s' if first.threads > 1 else ''} for each worker"
         + (f", at most {cluster.slots} of them at once" if cluster.slots is not None else ""),
-        "listening on": f"{url} (loopback, no authentication)",
+        "listening on": f"{url} ({access})",
         "metrics": f"{url}/metrics",
     }
     lines = ["", "Tandem is up", ""]

@@ -22,6 +22,8 @@ S = TypeVar("S", bound=BaseSettings)
 def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
     """A function that typer can register: what has no default is a positional argument, everything else a flag.
 
+    Secrets have none: command lines are for all to see.
+
     A flag that was not given is left to the environment, the YAML file and the default. Wrong values end with exit
     code 2 and one line that names the flag.
     """
@@ -29,7 +31,8 @@ def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
     def invoke(**given: Any) -> None:
         run(build(schema, {name: value for name, value in given.items() if value is not None and value != []}))
 
-    parameters = [_parameter(name, field) for name, field in schema.model_fields.items()]
+    fields = schema.model_fields.items()
+    parameters = [_parameter(name, field) for name, field in fields if not is_secret(field)]
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__doc__ = schema.__doc__
     return invoke
@@ -52,8 +55,15 @@ def _explained(schema: type[BaseSettings], fault: Any) -> str:
     field = schema.model_fields.get(name)
     if field is None:  # flags and variables are made from the fields: only the YAML file can have others
         return f"--config: the file sets {name}, which is no setting of {(schema.__doc__ or '').strip()}"
+    if is_secret(field):
+        return f"TANDEM_{name.upper()}: {text}"
     shown = name.upper() if field.is_required() else "--" + name.replace("_", "-")
     return f"{shown}: {text}" + ("" if fault["type"] == "missing" else f" (got {fault['input']!r})")
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a setting must not be shown."""
+    return "Secret" in str(field.annotation)
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import httpx
+from pydantic import SecretStr
 from rich.console import Console
 
 from tandem.cli.banner import Standing, banner
@@ -20,6 +22,7 @@ from tandem.config import RouterConfig, UpConfig, WorkerConfig
 from tandem.errors import TandemError, Unavailable
 from tandem.hub import resolve_model, served_name
 from tandem.ports import authority, check_port, free_ports
+from tandem.trust import Trust
 from tandem.wire.probe import describe
 
 STOP_GRACE_S = 8.0
@@ -30,6 +33,7 @@ RESTART_DELAY_S = 0.5
 MAX_RESTARTS = 10
 """Restarts of one worker before the cluster gives up."""
 WARM_TOKENS = 256
+SECRET_BYTES = 32
 OWN_FAULT = (2, 3)
 """Exit codes of settings and checkpoints that are wrong: starting again cannot help."""
 LOOPBACK = "127.0.0.1"
@@ -45,7 +49,7 @@ PASSIVE = {
     "TANDEM_CONFIG": "",
 }
 
-OWN = ("model", "served_model_name", "host", "port", "config")
+OWN = ("model", "served_model_name", "host", "port", "config", "token")
 """Settings that mean something else to a child."""
 
 T = TypeVar("T")
@@ -57,6 +61,8 @@ def up(config: UpConfig, launcher: Sequence[str] = LAUNCHER) -> int:
     launcher: what starts the router; a comparison has one that puts another policy into it.
     """
     check_port(config.host, config.port, "--port")
+    if config.token is None:
+        config = config.model_copy(update={"token": SecretStr(secrets.token_urlsafe(SECRET_BYTES))})
     if config.port == 0:
         config = config.model_copy(update={"port": free_ports(1, config.host)[0]})
     model = resolve_model(config.model)
@@ -89,16 +95,22 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
     listen = ["--host", config.host, "--port", str(config.port)]
     listen += ["--control-host", LOOPBACK, "--control-port", str(control)]
     arguments = ["router", "--model", model, *listen, *common, *handed_on(config, RouterConfig)]
-    router = Child("router", authority(config.host, config.port), arguments, PASSIVE)
+    passive = PASSIVE | secret_environment(config)
+    router = Child("router", authority(config.host, config.port), arguments, passive)
 
     shared = ["--router", f"{LOOPBACK}:{control}", "--threads", threads, *handed_on(config, WorkerConfig)]
     shared += ["--compute-slots", str(slots.key)] if slots is not None else []
-    environment = PASSIVE | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment = passive | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     workers = []
     for at, (role, port) in enumerate(zip(roles, ports, strict=True)):
         arguments = [role, model, "--host", LOOPBACK, "--port", str(port), *shared, *common]
         workers.append(Child(f"{role}-{roles[:at].count(role)}", f"{LOOPBACK}:{port}", arguments, environment))
     return router, workers
+
+
+def secret_environment(config: UpConfig) -> dict[str, str]:
+    """What children must know and nobody else may read: not on their command lines."""
+    return {} if config.token is None else {"TANDEM_TOKEN": config.token.get_secret_value()}
 
 
 def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig]) -> list[str]:
@@ -119,6 +131,7 @@ class _Cluster:
     ) -> None:
         self._slots = slots.free() if slots is not None else None
         self._config = config
+        self._trust = Trust(config.token.get_secret_value() if config.token is not None else "")
         self._model = model
         self._router = router
         self._workers = workers
@@ -188,7 +201,7 @@ class _Cluster:
             for child in self._workers:
                 count = f"{len(infos)} of {len(self._workers)} workers stand"
                 status.update(f"loading the model: {count}, waiting for {child.name}")
-                infos.append(await _until(partial(describe, child.address), child.name))
+                infos.append(await _until(partial(describe, child.address, self._trust), child.name))
             status.update("waiting for the router to see its workers")
             await _until(self._ready, "the router")
             status.update("warming up: the first step and the first transfer of a process are slow")
@@ -197,7 +210,9 @@ class _Cluster:
         workers = list(zip(names, infos, strict=True))
         self._stands = True
         config = self._config
-        self._say(banner(Standing(config.host, config.port, self._router.pid, self._model, workers, self._slots)))
+        keys = config.api_keys is not None
+        standing = Standing(config.host, config.port, self._router.pid, self._model, workers, self._slots, keys)
+        self._say(banner(standing))
 
     async def _ready(self) -> bool | None:
         async with httpx.AsyncClient() as client:
@@ -212,7 +227,8 @@ class _Cluster:
         length = max(1, min(WARM_TOKENS, model.max_context // 2, model.vocab_size - 1))
         prompts = [[(at + row) % length for at in range(length)] for row in range(2 * len(infos))]
         bodies = [{"model": model.name, "prompt": prompt, "max_tokens": 2} for prompt in prompts]
-        async with httpx.AsyncClient(base_url=self._url, timeout=START_LIMIT_S) as client:
+        headers = {"authorization": f"Bearer {self._trust.token}"}
+        async with httpx.AsyncClient(base_url=self._url, timeout=START_LIMIT_S, headers=headers) as client:
             try:
                 answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
             except httpx.HTTPError as error:

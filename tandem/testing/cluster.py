@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class Process:
     arguments: list[str]
     port: int
     log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
     popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -49,7 +50,7 @@ class Process:
                 [sys.executable, "-m", "tandem.cli", *self.arguments],
                 stdout=log,
                 stderr=log,
-                env=child_environment(THREADS),
+                env=child_environment(THREADS | dict(self.environment)),
             )
 
     def signal(self, number: int) -> None:
@@ -70,6 +71,8 @@ class Cluster:
 
     router: Process
     workers: dict[str, Process] = field(default_factory=dict)
+    token: str = ""
+    """The processes' shared secret."""
 
     @property
     def url(self) -> str:
@@ -78,16 +81,19 @@ class Cluster:
 
     def get(self, path: str) -> str:
         """Body of a GET."""
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self._request(path), timeout=10) as answer:
             return str(answer.read().decode())
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         """JSON in, JSON out."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(self._request(path, json.dumps(body).encode()), timeout=60) as answer:
             return dict(json.load(answer))
+
+    def _request(self, path: str, body: bytes | None = None) -> urllib.request.Request:
+        headers = {"content-type": "application/json"}
+        if self.token:
+            headers["authorization"] = f"Bearer {self.token}"
+        return urllib.request.Request(self.url + path, body, headers)
 
     def metric(self, name: str) -> float:
         """Sum over all label values of a series on the router's page."""
@@ -116,8 +122,10 @@ class Cluster:
 
     def audit(self, process: Process) -> list[str]:
         """What a worker still holds; raises grpc.RpcError when it does not answer."""
+        token = (("tandem-token", self.token),) if self.token else None
         with grpc.insecure_channel(f"127.0.0.1:{process.port}") as channel:
-            return list(worker_pb2_grpc.WorkerStub(channel).Audit(worker_pb2.AuditRequest(), timeout=2.0).leaks)
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            return list(stub.Audit(worker_pb2.AuditRequest(), timeout=2.0, metadata=token).leaks)
 
     def check_leaks(self, within_s: float = 10.0) -> None:
         """Raises AssertionError unless every live process soon holds nothing."""
@@ -159,8 +167,13 @@ def cluster(
     worker_args: Sequence[str] = (),
     decode_args: Sequence[str] = (),
     router_args: Sequence[str] = (),
+    token: str = "",
 ) -> Iterator[Cluster]:
-    """Starts router, prefill and decode processes; at the end checks for leaks and stops them."""
+    """Starts router, prefill and decode processes; at the end checks for leaks and stops them.
+
+    token: the processes' shared secret.
+    """
+    environment = {"TANDEM_TOKEN": token} if token else {}
     names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
     http, control, *ports = free_ports(2 + len(names))
     router = Process(
@@ -168,13 +181,14 @@ def cluster(
         ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *router_args],
         http,
         folder / "router.log",
+        environment,
     )
-    made = Cluster(router)
+    made = Cluster(router, token=token)
     for name, port in zip(names, ports, strict=True):
         role = name.split("-")[0]
         arguments = [role, str(model), "--port", str(port), "--router", f"127.0.0.1:{control}", "--threads", "1"]
         arguments += [*worker_args, *(decode_args if role == "decode" else ())]
-        made.workers[name] = Process(name, arguments, port, folder / f"{name}.log")
+        made.workers[name] = Process(name, arguments, port, folder / f"{name}.log", environment)
     processes = [router, *made.workers.values()]
     try:
         for process in processes:

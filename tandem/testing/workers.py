@@ -13,6 +13,7 @@ import grpc.aio
 from tandem.cluster import CacheEvent, Role, Status, WorkerInfo, WorkerUpdate, new_id
 from tandem.errors import TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane
+from tandem.trust import TOKEN_KEY
 from tandem.types import Delta, ModelInfo
 from tandem.wire import codec
 from tandem.wire.failures import abort_with
@@ -56,6 +57,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
         self.resumes: list[list[decode_pb2.ResumePoint]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.watches = 0
+        self.tokens: set[str] = set()
+        """The cluster's token, as routers showed it."""
         self.snapshot: tuple[CacheEvent, ...] = ()
         self.refusal: TandemError | None = None
         self.hold: asyncio.Event | None = None
@@ -140,6 +143,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
 
     async def Watch(self, request: worker_pb2.WatchRequest, context: Context) -> AsyncIterator[worker_pb2.WorkerUpdate]:
         """The snapshot, then what `publish` is told."""
+        self.tokens |= {str(value) for key, value in context.invocation_metadata() or () if key == TOKEN_KEY}
         queue: asyncio.Queue[WorkerUpdate | None] = asyncio.Queue()
         self._watchers.append(queue)
         self._sequences.append(0)

@@ -20,6 +20,7 @@ from tandem.errors import BadRequest
 from tandem.text.byte_tokens import BYTE_TOKEN, byte_level_bytes
 from tandem.text.decoder_parser import Decoding, NotStreamed, parse
 from tandem.text.loading import load_wrapped, one_line
+from tandem.text.time_limit import within
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
 MANY_IDS = 4096
 """Ids from which decoding does."""
+TEMPLATE_S = 5.0
+"""Seconds for rendering one conversation; thousands of turns take tenths of one."""
 TEMPLATE_OWN = frozenset({"messages", "raise_exception", "strftime_now"})
 """Names that every chat template can use."""
 
@@ -174,8 +177,16 @@ class Tokenizer:
         values: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """As `render`, in a thread: a template is a program, and how long it runs is not known from the messages."""
-        return await asyncio.to_thread(self.render, messages, add_generation_prompt, tools, values)
+        """As `render`, in a thread: a template is a program, and how long it runs is not known from the messages.
+
+        Raises BadRequest when it takes longer than `TEMPLATE_S`, too.
+        """
+        try:
+            return await within(TEMPLATE_S, lambda: self.render(messages, add_generation_prompt, tools, values))
+        except TimeoutError:
+            raise BadRequest(
+                f"the chat template took longer than {TEMPLATE_S:g} seconds over the messages", "messages"
+            ) from None
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id; None for an id without a token."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tandem.cluster import MoveStat
 from tandem.engine.output import DraftOutcome
+from tandem.trust import same_secret
 
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+READ_S = 10.0
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64)
@@ -62,9 +70,15 @@ class WorkerMetrics:
         self._page: WSGIServer | None = None
         self._host = ""
 
-    def serve(self, host: str, port: int) -> int:
-        """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free."""
-        self._page, _ = start_http_server(port, addr=host, registry=self.registry)
+    def serve(self, host: str, port: int, token: str = "") -> int:
+        """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free.
+
+        token: what readers must show as a bearer token, if not empty.
+        """
+        page = make_wsgi_app(self.registry)
+        kind = _PageV6 if ":" in host else _Page
+        self._page = make_server(host, port, guarded(page, token) if token else page, kind, _Quiet)
+        threading.Thread(target=self._page.serve_forever, name="metrics", daemon=True).start()
         self._host = host
         return int(self._page.server_port)
 
@@ -80,6 +94,36 @@ class WorkerMetrics:
         ending.join()
         self._page.server_close()
         self._page = None
+
+
+class _Page(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _PageV6(_Page):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = READ_S
+    """Of each read: who says nothing does not keep a thread."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+        """Says nothing."""
+
+
+def guarded(page: WSGIApplication, token: str) -> WSGIApplication:
+    """`page` for those who show the token."""
+    digest = hashlib.sha256(token.encode()).digest()
+
+    def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        scheme, _, shown = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if scheme.lower() == "bearer" and same_secret(shown.strip(), digest):
+            return page(environ, start_response)
+        start_response("401 Unauthorized", [("www-authenticate", "Bearer"), ("content-type", "text/plain")])
+        return [b"metrics need the metrics token\n"]
+
+    return serve
 
 
 class DraftMetrics:

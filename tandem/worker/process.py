@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import grpc
+from pydantic import SecretStr
 
 from tandem.cluster import MoveStat, Role, Status, TenantUse, WorkerInfo, new_id
 from tandem.compute_slots import ComputeSlots
@@ -25,6 +26,7 @@ from tandem.engine.output import EngineStatus, StepOutput
 from tandem.errors import ConfigError
 from tandem.kv import HashRoot, KvLayout
 from tandem.ports import authority, check_port
+from tandem.trust import Trust
 from tandem.types import ModelInfo
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
@@ -105,6 +107,7 @@ class WorkerProcess:
 
     def __init__(self, config: WorkerConfig, role: Role, transport: str, build: Build) -> None:
         self.config = config
+        self.trust = Trust.of(config)
         self.stopping = asyncio.Event()
         """It must end now."""
         self.told = asyncio.Event()
@@ -127,7 +130,7 @@ class WorkerProcess:
         slots = _compute_slots(config.compute_slots)
         self.thread = EngineThread(self.engine, self._on_step, self._on_failure, slots.held if slots else nullcontext)
         self.metrics = WorkerMetrics(lambda: self.services.report().moves)
-        self.server = grpc.aio.server(options=server_options(config.lease_s))
+        self.server = self.trust.server(server_options(config.lease_s))
         port = self._listen()
         name = config.served_model_name or Path(config.model).name
         model = loaded.info(name, config.max_context)
@@ -135,7 +138,14 @@ class WorkerProcess:
         root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
         parts = Parts(
-            self.info, root, self.engine, self.thread, self.metrics, self.publisher, self.server, self._give_up
+            self.info,
+            root,
+            self.engine,
+            self.thread,
+            self.metrics,
+            self.publisher,
+            self.server,
+            self._give_up,
         )
         self.services = self._build(parts)
         attach(self.server, WorkerService(self.info, self.publisher, self.leaks))
@@ -143,7 +153,7 @@ class WorkerProcess:
         await self.server.start()
         self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background()]
         if config.router:
-            self._registrar = Registrar(self.info, config.router, self.services.discovered)
+            self._registrar = Registrar(self.info, config.router, self.services.discovered, self.trust)
             self._tasks.append(asyncio.create_task(self._registrar.run()))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
@@ -152,7 +162,7 @@ class WorkerProcess:
     def _listen(self) -> int:
         wanted = authority(self.config.host, self.config.port)
         try:
-            port = self.server.add_insecure_port(wanted)
+            port = self.trust.listen(self.server, wanted)
         except RuntimeError as error:
             raise ConfigError(f"--port: {wanted} cannot be used: {error}", param="port") from None
         return int(port)
@@ -160,7 +170,7 @@ class WorkerProcess:
     def _describe(self, model: ModelInfo, layout: KvLayout, port: int, threads: int) -> WorkerInfo:
         config, engine = self.config, self.engine
         try:
-            metrics_port = self.metrics.serve(config.host, config.metrics_port)
+            metrics_port = self.metrics.serve(config.host, config.metrics_port, _shown(config.metrics_token))
         except OSError as error:
             raise ConfigError(f"--metrics-port: {config.metrics_port} cannot be used: {error.strerror}") from None
         return WorkerInfo(
@@ -289,6 +299,10 @@ async def serve(process: WorkerProcess) -> int:
     await process.drain()
     await process.stop()
     return 1 if process.failed else 0
+
+
+def _shown(secret: SecretStr | None) -> str:
+    return secret.get_secret_value() if secret is not None else ""
 
 
 def _compute_slots(key: int | None) -> ComputeSlots | None:

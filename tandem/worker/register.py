@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from tandem.cluster import WorkerInfo
+from tandem.trust import Trust
 from tandem.wire import codec
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 
@@ -23,7 +24,15 @@ Discovered = Callable[[Sequence[tuple[str, str]]], None]
 class Registrar:
     """Keeps one worker registered at every router of a list, for as long as `run` runs."""
 
-    def __init__(self, worker: WorkerInfo, routers: Sequence[str], discovered: Discovered) -> None:
+    def __init__(
+        self,
+        worker: WorkerInfo,
+        routers: Sequence[str],
+        discovered: Discovered,
+        trust: Trust = Trust(),
+    ) -> None:
+        """trust: how routers know this worker."""
+        self._trust = trust
         self._worker = codec.worker_info_to_wire(worker)
         self._routers = routers
         self._discovered = discovered
@@ -37,7 +46,7 @@ class Registrar:
                 group.create_task(self._keep(router))
 
     async def _keep(self, router: str) -> None:
-        async with grpc.aio.insecure_channel(router) as channel:
+        async with self._trust.channel(router) as channel:
             stub = worker_pb2_grpc.RegistryStub(channel)
             try:
                 reachable = True

@@ -73,6 +73,9 @@ async def balancer(*ports: int) -> AsyncIterator[tuple[Balancer, str]]:
         yield made, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+TOKEN = "token-of-the-replicas"
+
+
 @dataclass
 class Replicas:
     first: Cluster
@@ -91,12 +94,12 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
     # What replicas know is compared, not what a policy makes of step times that a busy machine has measured.
     asked = [*lease, "--api-keys", str(keys), "--policy", "longest_prefix"]
     arguments = ["router", "--model", str(model), "--port", str(http), "--control-port", str(control), *asked]
-    other = Process("router-1", arguments, http, folder / "router-1.log")
+    other = Process("router-1", arguments, http, folder / "router-1.log", {"TANDEM_TOKEN": TOKEN})
     both = ["--router", f"127.0.0.1:{control}", "--kv-mib", "32", *lease]
-    with cluster(model, folder, prefill=0, decode=2, worker_args=both, router_args=asked) as first:
+    with cluster(model, folder, prefill=0, decode=2, worker_args=both, router_args=asked, token=TOKEN) as first:
         other.start()
         try:
-            second = Cluster(other, first.workers)
+            second = Cluster(other, first.workers, token=TOKEN)
             second.wait_ready()
             yield Replicas(first, second)
         finally:

@@ -24,12 +24,14 @@ import pytest
 from tandem.compute_slots import ComputeSlots
 from tandem.config import child_environment
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.trust import Trust
 from tandem.wire.probe import describe
 
 START_S = 90.0
 END_S = 15.0
 SETTINGS = ("--port", "0", "--kv-mib", "4", "--log-level", "warning")
 COMMIT = "a" * 40
+TOKEN = "token-of-this-test"
 
 
 @dataclass
@@ -125,7 +127,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_cluster_stands_mends_itself_and_stops(model: Path, tmp_path: Path) -> None:
     settings = tmp_path / "up.yaml"
     settings.write_text("prefill: 1\ndecode: 1\npage_size: 32\n")
-    with up(tmp_path, str(model), TANDEM_CONFIG=str(settings)) as cluster:
+    with up(tmp_path, str(model), TANDEM_CONFIG=str(settings), TANDEM_TOKEN=TOKEN) as cluster:
         cluster.wait_for("Ctrl-C stops everything.")
         assert cluster.fact("topology") == "1 router, 1 prefill, 1 decode (disaggregated)"
         assert cluster.fact("model") == "tiny, context 512 tokens"
@@ -137,11 +139,11 @@ async def test_a_cluster_stands_mends_itself_and_stops(model: Path, tmp_path: Pa
         assert paste(cluster).splitlines()[-2:] == ["data: [DONE]", ""]
 
         address = cluster.fact("decode-0").split()[0]
-        before = await describe(address)
+        before = await describe(address, Trust(TOKEN))
         assert before is not None
         psutil.Process(pids["decode-0"]).kill()
         cluster.wait_for("decode-0 was ended by SIGKILL; starting it again")
-        while (after := await describe(address)) is None or after.incarnation == before.incarnation:
+        while (after := await describe(address, Trust(TOKEN))) is None or after.incarnation == before.incarnation:
             await asyncio.sleep(0.05)
         await served_again(cluster)
         assert cluster.end(signal.SIGINT) == 0

@@ -244,7 +244,7 @@ async def test_without_a_known_key_nothing_is_served(keyed: httpx.AsyncClient, m
         error = refused.json()["error"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
     assert (await keyed.get("/health")).status_code == 200
-    assert (await keyed.get("/metrics")).status_code == 200
+    assert (await keyed.get("/metrics", headers=bearer(A))).status_code == 401  # it names the tenants
 
 
 async def test_requests_carry_tenant_priority_and_salt(keyed: httpx.AsyncClient, world: Any) -> None:

@@ -11,6 +11,14 @@ import pytest
 
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+RECEIVERS = {"recv_pyobj", "send_pyobj", "load_module", "trust_remote_code"}
+"""Names of methods and keywords that unpickle or run what they are given, whoever has them."""
+SECRETS = re.compile(r"(api_?key|secret|password|credential|authorization|bearer|metrics_token|cluster_token)$")
+SECRET_FILES = ("router/admission/", "tandem/trust.py", "tandem/worker/metrics.py", "kvtransfer/backends/tcp.py")
+SECRETS_THERE = re.compile(r"(token|key|digest|shown|given)$")
+"""Elsewhere a token is one of the model's."""
+CHANNELS = {"insecure_channel", "secure_channel", "add_insecure_port", "add_secure_port"}
+PRODUCT = ("tandem/", "router/", "prefill_worker/", "decode_worker/", "kvtransfer/")
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX")) + r")\b")
 PRINTERS = ("tandem/cli/", "tandem/demo/train.py", "benchmarks/")
@@ -53,10 +61,14 @@ def unsafe(path: str, text: str) -> list[str]:
     tree = parse(text)
     found = {(line, name) for line, name in _imported(tree) if name.split(".")[0] in MODULES or name in CALLS}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in RECEIVERS:
+            found.add((node.lineno, node.attr))
         if isinstance(node, ast.Call):
             if _dotted(node.func) in CALLS:
                 found.add((node.lineno, _dotted(node.func)))
             for keyword in node.keywords:
+                if keyword.arg in RECEIVERS and getattr(keyword.value, "value", True) is not False:
+                    found.add((node.lineno, str(keyword.arg)))
                 if keyword.arg == "allow_pickle" and getattr(keyword.value, "value", True) is not False:
                     found.add((node.lineno, "allow_pickle"))
     return [f"{path}:{line}: {name}" for line, name in sorted(found)]
@@ -120,8 +132,32 @@ def sleeps(path: str, text: str) -> list[str]:
     return found
 
 
+def compared_secrets(path: str, text: str) -> list[str]:
+    """`==` ends at the first difference, and how long it took tells how much was right (CVE-2025-59425)."""
+    if not path.startswith(PRODUCT):
+        return []
+    names = re.compile(f"{SECRETS.pattern}|{SECRETS_THERE.pattern}") if path.startswith(SECRET_FILES) else SECRETS
+    found = []
+    for node in ast.walk(parse(text)):
+        if isinstance(node, ast.Compare) and any(isinstance(operator, ast.Eq | ast.NotEq) for operator in node.ops):
+            said = [_dotted(side) for side in (node.left, *node.comparators) if not isinstance(side, ast.Constant)]
+            found += [f"{path}:{node.lineno}: {name} is compared" for name in said if names.search(name)]
+    return found
+
+
+def open_channels(path: str, text: str) -> list[str]:
+    """Ports and connections of gRPC that no token or certificate guards."""
+    if path == "tandem/trust.py" or not path.startswith(PRODUCT) or path.startswith("tandem/testing/"):
+        return []
+    nodes = [node for node in ast.walk(parse(text)) if isinstance(node, ast.Attribute)]
+    found = {(n.lineno, _dotted(n)) for n in nodes if n.attr in CHANNELS or _dotted(n).endswith("grpc.aio.server")}
+    return [f"{path}:{line}: {name}; only tandem/trust.py may" for line, name in sorted(found)]
+
+
 RULES: tuple[Rule, ...] = (
     unsafe,
+    compared_secrets,
+    open_channels,
     environment,
     accelerator,
     bare_except,
@@ -132,6 +168,17 @@ RULES: tuple[Rule, ...] = (
 )
 
 PLANTED: tuple[tuple[Rule, str, str], ...] = (
+    (unsafe, "router/a.py", "import dill"),
+    (unsafe, "router/a.py", "socket.recv_pyobj()"),
+    (unsafe, "router/a.py", "self.out.send_pyobj(x)"),
+    (unsafe, "tandem/a.py", "AutoTokenizer.from_pretrained(path, trust_remote_code=True)"),
+    (compared_secrets, "router/a.py", "ok = given == config.api_key"),
+    (compared_secrets, "tandem/a.py", "if header != secret:\n    pass"),
+    (compared_secrets, "router/admission/a.py", "ok = self._token == token"),
+    (compared_secrets, "kvtransfer/backends/tcp.py", "ok = bytes(token) == self._token"),
+    (open_channels, "router/a.py", "channel = grpc.aio.insecure_channel(address)"),
+    (open_channels, "tandem/worker/a.py", "server = grpc.aio.server()"),
+    (open_channels, "tandem/worker/a.py", "server.add_insecure_port(address)"),
     (unsafe, "router/a.py", "import pickle"),
     (unsafe, "router/a.py", "from cloudpickle import dumps"),
     (unsafe, "router/a.py", "def f():\n    import marshal"),
@@ -159,6 +206,11 @@ PLANTED: tuple[tuple[Rule, str, str], ...] = (
 )
 
 ALLOWED: tuple[tuple[Rule, str, str], ...] = (
+    (unsafe, "tandem/a.py", "AutoTokenizer.from_pretrained(path, trust_remote_code=False)"),
+    (compared_secrets, "tandem/engine/a.py", "ok = token == eos"),
+    (compared_secrets, "router/admission/a.py", "ok = hmac.compare_digest(token, self._token)"),
+    (open_channels, "tandem/trust.py", "channel = grpc.aio.insecure_channel(address)"),
+    (open_channels, "tests/a.py", "server = grpc.aio.server()"),
     (
         unsafe,
         "router/a.py",

@@ -13,7 +13,7 @@ from setuptools import find_packages
 
 PACKAGES = {"tandem", "router", "prefill_worker", "decode_worker", "kvtransfer"}
 TOP = PACKAGES | {"proto", "deploy", "helm", "tests", "benchmarks", "docs"}
-BESIDE_PACKAGES = {"e2e", "rules", "benchmarks", "deploy", "helm"}
+BESIDE_PACKAGES = {"e2e", "rules", "security", "benchmarks", "deploy", "helm"}
 
 
 def misplaced(top: set[str]) -> list[str]:

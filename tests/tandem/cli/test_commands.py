@@ -73,7 +73,9 @@ CASES = {
         r"--metrics-port: 127.0.0.1:\d+ cannot be listened on: address already in use",
     ),
     "foreign host": Case(
-        "decode {model} --host 192.0.2.1", r"--port: 192.0.2.1:0 cannot be listened on: cannot assign .*"
+        "decode {model} --host 192.0.2.1 --tls-cert {model}/config.json --tls-key {model}/config.json "
+        "--tls-ca {model}/config.json",
+        r"--host is 192.0.2.1; whoever reaches it could read the metrics: set TANDEM_METRICS_TOKEN, .*",
     ),
     "negative": Case("router --port -4", r"--port: Input should be greater than or equal to 0 \(got -4\)"),
     "too large": Case("up {model} --prefill 65", r"--prefill: Input should be less than or equal to 64 \(got 65\)"),
@@ -81,7 +83,9 @@ CASES = {
     "unknown word": Case("router --policy best", "Invalid value for '--policy': .*'best' is not one of 'cost', .*"),
     "unknown number": Case("decode {model} --page-size 3", r"--page-size: Input should be 1, 2, .* 64 \(got 3\)"),
     "two at once": Case("router --retries 11 --lease-s 0", "--lease-s: .*; --retries: .*"),
-    "up beyond loopback": Case("up {model} --host 0.0.0.0", "host must be a loopback address: .*"),
+    "up beyond loopback": Case(
+        "up {model} --host 0.0.0.0", "--host is 0.0.0.0; whoever .*: give --api-keys FILE, or listen on 127.0.0.1"
+    ),
     "unknown flag": Case("router --bogus 1", "No such option: --bogus.*"),
     "unknown command": Case("serve", "No such command 'serve'."),
     "no such file": Case("router --config /no/such.yaml", "--config is /no/such.yaml; there is no such file"),

@@ -114,10 +114,14 @@ def router() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
 
 
 def test_the_command_asks_the_router(
-    router: tuple[str, list[tuple[str, str | None]]], capsys: pytest.CaptureFixture[str]
+    router: tuple[str, list[tuple[str, str | None]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url, asked = router
-    assert run(["explain", "a" * 32, "--url", url, "--api-key", "k", "--json"]) == 0
+    monkeypatch.setenv("TANDEM_API_KEY", "k")
+    assert run(["explain", "a" * 32, "--url", url, "--json"]) == 0
+    monkeypatch.delenv("TANDEM_API_KEY")
     assert json.loads(capsys.readouterr().out)["requests"][0]["id"] == "a" * 32
     assert run(["explain", "--ladder", "--url", url]) == 0
     assert "perfect_routing" in capsys.readouterr().out

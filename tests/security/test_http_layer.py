@@ -1,0 +1,117 @@
+"""CVE-2025-48956, CVE-2025-23310, slow loris, CVE-2024-8768: the bytes before there is a request, and empty ones."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from router.http import http_limits
+from router.main import HttpServer, listen
+from tests.security.rig import Front
+
+CONNECTIONS = 6
+
+
+@pytest_asyncio.fixture
+async def port(opened: Front) -> AsyncIterator[int]:
+    server = HttpServer(opened.app, 0.0, CONNECTIONS)
+    with listen("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(server.serve([listener]))
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        await serving
+
+
+async def say(port: int, *parts: bytes) -> bytes:
+    """What comes back until the connection ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.suppress(ConnectionError):
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(20):
+            answer = await reader.read()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    return answer
+
+
+async def serves(port: int) -> bool:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        body = {"prompt": "hi", "max_tokens": 2}
+        return (await client.post("/v1/completions", json=body)).status_code == 200
+
+
+FILL = b"x" * http_limits.HEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (b"GET /health HTTP/1.1\r\nhost: x\r\nlong: " + FILL + b"\r\n\r\n",),
+        (b"GET /health?" + FILL + b" HTTP/1.1\r\nhost: x\r\n\r\n",),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 3000 + b"\r\n",),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\nlong: ", *[b"x" * 4096] * 8),
+    ],
+    ids=["one header", "the path", "many headers", "without an end"],
+)
+async def test_headers_have_16_kib(parts: tuple[bytes, ...], port: int) -> None:
+    answer = await say(port, *parts)
+    assert answer == b"" or (
+        answer.startswith(b"HTTP/1.1 400 ") and b"the headers have more than 16384 bytes" in answer
+    )
+    assert await serves(port)
+
+
+async def test_headers_below_that_are_fine(port: int) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/health", headers={"long": "y" * 15_000})).status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"], ids=["silent", "slow"])
+async def test_slow_loris(head: bytes, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.1)
+    answers = await asyncio.gather(*(say(port, head) for _ in range(CONNECTIONS)))
+    assert all(answer == b"" or answer.startswith(b"HTTP/1.1 400 ") for answer in answers)
+    assert await serves(port)
+
+
+async def test_a_body_in_tiny_chunks_is_refused(port: int) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    many = b"1\r\n \r\n" * 10_000
+    answer = await say(port, head, *[many] * (http_limits.MAX_CHUNKS // 10_000 + 1))
+    assert answer == b"" or (answer.startswith(b"HTTP/1.1 400 ") and b"more than 65536 chunks" in answer)
+    assert await serves(port)
+
+
+async def test_connections_are_counted(port: int) -> None:
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS)]
+    for reader, writer in held:
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    answer = await say(port, b"")
+    assert answer.startswith(b"HTTP/1.1 503 ") and b"too many connections are open" in answer
+    for _, writer in held:
+        writer.close()
+        await writer.wait_closed()
+    while not await serves(port):
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a\0b", "\ud800"], ids=["empty", "NUL", "NUL inside", "lone surrogate"])
+async def test_texts_that_are_none_are_refused(text: str, anyone: httpx.AsyncClient) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text or "\0"}]}),
+    ):  # fmt: skip
+        raw = json.dumps(body)
+        assert (await anyone.post(path, content=raw)).status_code == 400

@@ -1,0 +1,110 @@
+"""CVE-2025-62426, CVE-2025-61620, CVE-2026-5760: templates that reach out of their sandbox, or never end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tandem.errors import BadRequest
+from tandem.testing.tokenizer import byte_level_tokenizer
+from tandem.text import tokenizer as tokenizer_module
+from tandem.text.time_limit import within
+from tandem.text.tokenizer import Tokenizer
+from tests.security.rig import Front
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ' ~ messages) }}",
+    "{{ messages.__class__.__base__ }}",
+    "{{ messages.append(1) }}",
+    "{{ self.__init__.__globals__ }}",
+    "{% set x = namespace() %}{{ x.__class__.__mro__ }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ ('%s' | attr('__class__')).__mro__ }}",
+    "{{ range(10 ** 9) | list }}",
+)
+
+
+def with_template(template: str) -> Tokenizer:
+    made = byte_level_tokenizer()
+    made.chat_template = template
+    return Tokenizer(made)
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_templates_cannot_leave_the_sandbox(template: str) -> None:
+    try:
+        said = with_template(template).render(MESSAGES)
+    except BadRequest as error:
+        said = str(error)
+    assert "<class" not in said and "root:" not in said and "subclasses" not in said.replace("__subclasses__", "")
+    assert len(said) < 400
+
+
+def test_the_sandbox_is_the_immutable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = ImmutableSandboxedEnvironment.from_string
+
+    def seen(self: Any, *args: Any, **named: Any) -> Any:
+        made.append(type(self))
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(ImmutableSandboxedEnvironment, "from_string", seen)
+    with_template("{{ messages[0].content }} seen").render(MESSAGES)
+    assert made and all(issubclass(kind, ImmutableSandboxedEnvironment) for kind in made)
+
+
+async def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "TEMPLATE_S", 0.2)
+    started = time.monotonic()
+    with pytest.raises(BadRequest, match=r"the chat template took longer than 0\.2 seconds"):
+        await with_template(ENDLESS).render_async(MESSAGES)
+    assert time.monotonic() - started < 60  # it would take hours
+    assert await with_template("{{ messages[0].content }}").render_async(MESSAGES) == "hi"
+
+
+async def test_only_the_work_itself_is_interrupted() -> None:
+    """What runs on the same thread afterwards is left alone, however near the end the time ran out."""
+    harmed: list[BaseException] = []
+    seen = set()
+
+    def short() -> int:
+        seen.add(threading.get_ident())
+        return sum(range(200))
+
+    for _ in range(300):
+        try:
+            await within(0.0, short)
+        except TimeoutError as error:
+            harmed.append(error)
+        assert await asyncio.to_thread(sum, range(200)) == 19900
+    assert seen and all(isinstance(error, TimeoutError) for error in harmed)
+
+
+RESERVED = ("messages", "tokenize", "tools", "add_generation_prompt", "_x", "a.b", "return_dict", "bos_token")
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "raise_exception", "conversation", "chat_template"])
+async def test_requests_cannot_replace_what_the_router_gives_the_template(
+    name: str, anyone: httpx.AsyncClient, opened: Front
+) -> None:
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: True}}
+    answer = await anyone.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    assert opened.dispatcher.requests == []
+
+
+@pytest.mark.parametrize("name", ["chat_template", "chat_template_content_format"])
+async def test_requests_bring_no_templates(name: str, anyone: httpx.AsyncClient, opened: Front) -> None:
+    answer = await anyone.post("/v1/chat/completions", json={"messages": MESSAGES, name: "{{ 7 * 7 }}"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    assert opened.dispatcher.requests == []
