@@ -81,8 +81,9 @@ class Trust:
 
     def server(self, options: Options = ()) -> grpc.aio.Server:
         """A server that answers calls with the token alone. Open its ports with `listen`."""
-        gates = [_Gate(self.token)] if self.token else []
-        return grpc.aio.server(options=list(options), interceptors=gates)
+        if not self.token:
+            return grpc.aio.server(options=list(options))
+        return grpc.aio.server(options=list(options), interceptors=[_Gate(self.token)])
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         """Opens a port of `server`; returns which. Raises RuntimeError when it is not free.
