@@ -7,7 +7,7 @@ import asyncio
 from decode_worker.services import build
 from kvtransfer.backends import choose
 from tandem.cluster import Role
-from tandem.config import DecodeConfig
+from tandem.config import DecodeConfig, keep_native_ports_local
 from tandem.obs import setup_logging
 from tandem.worker.process import WorkerProcess, serve
 
@@ -19,5 +19,6 @@ def run(config: DecodeConfig) -> int:
 
 
 async def _run(config: DecodeConfig) -> int:
+    keep_native_ports_local(config.host)
     transports = choose(config.transport, config.host)
     return await serve(WorkerProcess(config, Role.DECODE, transports.preferred.name, build(config, transports)))

@@ -7,7 +7,7 @@ import asyncio
 from kvtransfer.backends import choose
 from prefill_worker.services import build
 from tandem.cluster import Role
-from tandem.config import PrefillConfig
+from tandem.config import PrefillConfig, keep_native_ports_local
 from tandem.obs import setup_logging
 from tandem.worker.process import WorkerProcess, serve
 
@@ -19,5 +19,6 @@ def run(config: PrefillConfig) -> int:
 
 
 async def _run(config: PrefillConfig) -> int:
+    keep_native_ports_local(config.host)
     transports = choose(config.transport, config.host)
     return await serve(WorkerProcess(config, Role.PREFILL, transports.preferred.name, build(config, transports)))

@@ -37,7 +37,7 @@ Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TANDEM_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TANDEM_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -447,6 +447,15 @@ def set_before_import(values: dict[str, str]) -> None:
     """Sets variables that a library reads when it is imported, where the user did not set them."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def keep_native_ports_local(host: str) -> None:
+    """Where a worker listens on loopback, its transport does, too: UCX, under NIXL, takes every interface by itself.
+
+    Call it before NIXL is imported. What the user set (`UCX_NET_DEVICES`) stays.
+    """
+    if is_loopback(host):
+        set_before_import({"UCX_NET_DEVICES": "lo"})
 
 
 def client_key() -> str:

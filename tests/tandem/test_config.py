@@ -39,15 +39,15 @@ def written(folder: Path, text: str) -> Path:
 def test_a_flag_beats_the_environment_beats_yaml_beats_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(tmp_path, "port: 2\nhost: yaml\nretries: 2\n")
+    file = written(tmp_path, "port: 2\nhost: 127.0.0.2\nretries: 2\n")
     assert RouterConfig().port == 8000
     assert RouterConfig(config=file).port == 2
     monkeypatch.setenv("TANDEM_PORT", "3")
-    monkeypatch.setenv("TANDEM_HOST", "environment")
+    monkeypatch.setenv("TANDEM_HOST", "127.0.0.3")
     assert RouterConfig().port == 3
     assert RouterConfig(config=file).port == 3
     settings = RouterConfig(config=file, port=4)
-    assert (settings.port, settings.host, settings.retries, settings.policy) == (4, "environment", 2, "cost")
+    assert (settings.port, settings.host, settings.retries, settings.policy) == (4, "127.0.0.3", 2, "cost")
 
 
 def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
