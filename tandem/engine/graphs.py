@@ -23,6 +23,8 @@ from tandem.engine.attention.base import AttentionPlan, IntArray
 from tandem.engine.attention.triton_fixed import DoesNotFit, FixedDecodePlan
 from tandem.engine.attention.triton_paged import TritonPagedAttention, TritonPagedPlan
 from tandem.engine.inputs import InputTokens
+from tandem.engine.kernels.replay import Forward, Replayed
+from tandem.engine.taps import HiddenTaps
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,6 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes that are captured, beside the largest there can be."""
 MOST_GRAPHS = 64
 MIB = 1 << 20
-
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
-"""Tokens and positions `[rows]`, and the plan, to logits `[rows, vocabulary]`."""
 
 
 class Capture(Protocol):
@@ -53,6 +52,7 @@ class Capture(Protocol):
 class _Graph:
     launch: Callable[[], None]
     logits: torch.Tensor
+    taps: HiddenTaps
 
 
 def captured_rows(most: int) -> tuple[int, ...]:
@@ -63,12 +63,26 @@ def captured_rows(most: int) -> tuple[int, ...]:
 class GraphReplay:
     """See `kernels.replay.Replay`, whose place this takes on a GPU. Used by the engine thread only."""
 
-    def __init__(self, forward: Forward, attention: TritonPagedAttention, capture: Capture, most_rows: int) -> None:
-        """Captures every size up to `most_rows` for short contexts; sizes for longer ones when they are first met."""
+    drafts = False
+    """Whether a row may have several tokens: its own and a draft's."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        attention: TritonPagedAttention,
+        capture: Capture,
+        most_rows: int,
+        layers: tuple[int, ...] = (),
+    ) -> None:
+        """Captures every size up to `most_rows` for short contexts; sizes for longer ones when they are first met.
+
+        layers: those whose hidden states are read along.
+        """
         self.sizes = captured_rows(most_rows)
         device = attention.pool.device
         self._forward = forward
         self._capture = capture
+        self._layers = layers
         self._plan = FixedDecodePlan(attention, self.sizes[-1])
         self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
@@ -78,11 +92,8 @@ class GraphReplay:
         for rows in reversed(self.sizes):
             self._graph(rows, self._plan.load(None, rows))
 
-    def logits(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
-        """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
-
-        None when the step has to be computed in the usual way.
-        """
+    def run(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> Replayed | None:
+        """A step that `plan` was made for. None when it has to be computed in the usual way."""
         count = len(tokens)
         if not self._working or count > self.sizes[-1] or not isinstance(plan, TritonPagedPlan):
             return None
@@ -97,7 +108,8 @@ class GraphReplay:
         self._tokens[:count].copy_(tokens.on(self._tokens.device))
         self._positions[:count].copy_(upload(torch.from_numpy(positions), self._tokens.device))
         graph.launch()
-        return graph.logits[:count]
+        states = {layer: state[:count] for layer, state in graph.taps.states.items()}
+        return Replayed(graph.logits[:count], HiddenTaps(self._layers, states))
 
     @torch.inference_mode()
     def _graph(self, rows: int, parts: tuple[int, ...]) -> _Graph | None:
@@ -106,13 +118,15 @@ class GraphReplay:
         if graph is not None or not self._working or len(self._graphs) >= MOST_GRAPHS:
             return graph
         started, tokens, positions = time.monotonic(), self._tokens[:rows], self._positions[:rows]
+        taps = HiddenTaps(self._layers)
         try:
-            launch, logits = self._capture.capture(lambda: self._forward(tokens, positions, self._plan))
+            # It runs several times; what the taps have at last is what the captured run wrote.
+            launch, logits = self._capture.capture(lambda: self._forward(tokens, positions, self._plan, taps))
         except RuntimeError as error:
             log.warning("decode steps are not captured: a graph of %d rows failed: %s", rows, error)
             self._working = False
             return None
-        graph = self._graphs[rows, parts] = _Graph(launch, logits)
+        graph = self._graphs[rows, parts] = _Graph(launch, logits, taps)
         text = "CUDA graph %d: %d rows, %s parts of context, %.1f s; all hold %.1f MiB"
         shown, seconds = "+".join(map(str, parts)), time.monotonic() - started
         log.info(text, len(self._graphs), rows, shown, seconds, self._capture.memory_bytes / MIB)

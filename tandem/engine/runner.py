@@ -18,10 +18,10 @@ from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.choose import Kernels
 from tandem.engine.kv_pool import TORCH_DTYPES, KvPool
 from tandem.engine.model.family import CausalLM
-from tandem.engine.model.taps import HiddenTaps
 from tandem.engine.sampler import Drawn, Scores, sample
 from tandem.engine.sequence import ROOT, Batch, Row, Sampled, Seq
 from tandem.engine.spec.base import Observer
+from tandem.engine.taps import HiddenTaps
 
 LOGIT_ROWS = 64
 """Prompt positions whose logits are held at once: a vocabulary is large."""
@@ -112,10 +112,7 @@ class Runner:
         kernels: Kernels | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """attention: over the pool; by default that of `kernels`, and without these, torch's.
-
-        observer: reads along. Of replayed steps, in which nobody drafts, it gets no hidden states.
-        """
+        """attention: over the pool; by default that of `kernels`, and without these, torch's. observer: reads along."""
         self.model = model
         self.pool = pool
         self.vocab_size = vocab_size
@@ -126,10 +123,13 @@ class Runner:
             attention = kernels.attention(pool) if kernels else TorchPagedAttention(pool)
         self.attention: AttentionBackend = attention
         dtype = TORCH_DTYPES[pool.layout.planes[0].dtype]
-        self._replay = kernels.replay(self._step, attention, dtype) if kernels else None
+        self._taps = () if observer is None else observer.layers
+        self._replay = kernels.replay(self._step, attention, dtype, self._taps) if kernels else None
 
-    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        return self.model.logits(self.model.forward(tokens, positions, plan))
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, taps: HiddenTaps
+    ) -> torch.Tensor:
+        return self.model.logits(self.model.forward(tokens, positions, plan, taps=taps if taps.layers else None))
 
     def run(self, batch: Batch) -> list[Sampled]:
         """Launches one step and waits for it."""
@@ -147,8 +147,6 @@ class Runner:
         masks = self._masks.start([row.seq for row in rows], [row.draft for row in rows])
         inputs = self._inputs(batch, after)
         logits, drawn, prompts = self._replayed(batch, *inputs), None, dict[int, list[Scores]]()
-        if self._observer is not None and logits is not None:
-            self._observer.observe(batch, inputs[0].on(self.device), None)
         if logits is None:
             wanted = _wanted(batch)
             hidden = self._observed(batch, *inputs, wanted)
@@ -204,12 +202,14 @@ class Runner:
         self, batch: Batch, tokens: InputTokens, positions: IntArray, plan: AttentionPlan, wanted: _Wanted
     ) -> torch.Tensor:
         """As `_hidden`; the observer gets what it reads."""
-        if self._observer is None:
-            return self._hidden(tokens, positions, plan, wanted)
-        taps = HiddenTaps(self._observer.layers) if self._observer.layers else None
+        taps = HiddenTaps(self._taps) if self._taps else None
         hidden = self._hidden(tokens, positions, plan, wanted, taps)
-        self._observer.observe(batch, tokens.on(self.device), None if taps is None else taps.joined())
+        self._observe(batch, tokens, taps)
         return hidden
+
+    def _observe(self, batch: Batch, tokens: InputTokens, taps: HiddenTaps | None) -> None:
+        if self._observer is not None:
+            self._observer.observe(batch, tokens.on(self.device), None if taps is None else taps.joined())
 
     def _hidden(
         self,
@@ -231,13 +231,17 @@ class Runner:
     def _replayed(
         self, batch: Batch, tokens: InputTokens, positions: IntArray, plan: AttentionPlan
     ) -> torch.Tensor | None:
-        """The logits of a step that can be replayed: each row has one new token, and a token is sampled from each."""
-        rows = batch.rows
-        if self._replay is None or len(tokens) != len(rows):
+        """The logits of a step that can be replayed: a token is sampled behind each of its tokens."""
+        replay, rows = self._replay, batch.rows
+        if replay is None or (len(tokens) != len(rows) and not replay.drafts):
             return None
-        if not all(row.samples and row.seq.sampling.prompt_logprobs is None for row in rows):
+        if not all(row.samples and row.own == 1 and row.seq.sampling.prompt_logprobs is None for row in rows):
             return None
-        return self._replay.logits(tokens, positions, plan)
+        step = replay.run(tokens, positions, plan)
+        if step is None:
+            return None
+        self._observe(batch, tokens, step.taps if self._taps else None)
+        return step.logits
 
     def _prompt_scores(self, row: Row, hidden: torch.Tensor) -> list[Scores]:
         """Of prompt tokens `start + 1 .. start + count`: the logits at a position are those of the token behind it."""

@@ -10,7 +10,7 @@ import torch
 from tandem.engine.attention.base import AttentionBatch
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel
-from tandem.engine.model.taps import HiddenTaps
+from tandem.engine.taps import HiddenTaps
 
 PAGE = 16
 

@@ -133,16 +133,16 @@ def test_what_cannot_be_captured_is_computed_as_ever(
 @torch.inference_mode()
 def test_longer_contexts_get_graphs_of_their_own_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     capture, backend = FakeCapture(), TritonPagedAttention(pool_of(), part_tokens=16)
-    replay = graphs.GraphReplay(lambda tokens, positions, plan: tokens[:, None].float(), backend, capture, 1)
+    replay = graphs.GraphReplay(lambda tokens, positions, plan, taps: tokens[:, None].float(), backend, capture, 1)
     for length in (3, 40, 44, 100, 3):  # 1, 3, 3, 7 and 1 parts
         plan = backend.plan(decode_batch([length]))
-        found = replay.logits(InputTokens([length]), np.array([length]), plan)
+        found = replay.run(InputTokens([length]), np.array([length]), plan)
         assert found is not None
-        assert found.tolist() == [[length]]
+        assert found.logits.tolist() == [[length]]
     assert capture.captured == 3
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
-    assert replay.logits(InputTokens([20]), np.array([20]), backend.plan(decode_batch([20]))) is None
-    assert replay.logits(InputTokens([1, 2]), np.array([1, 2]), backend.plan(decode_batch([1, 2]))) is None
+    assert replay.run(InputTokens([20]), np.array([20]), backend.plan(decode_batch([20]))) is None
+    assert replay.run(InputTokens([1, 2]), np.array([1, 2]), backend.plan(decode_batch([1, 2]))) is None
 
 
 def test_graphs_need_triton_on_a_gpu(tmp_path: Path) -> None:

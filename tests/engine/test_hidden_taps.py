@@ -13,7 +13,7 @@ from tandem.engine.attention.base import AttentionBatch
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.model import LoadedModel, load_model
-from tandem.engine.model.taps import HiddenTaps
+from tandem.engine.taps import HiddenTaps
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import torch
 from tandem.engine.kernels import replay
 from tandem.engine.kernels.build import find_compiler
 from tandem.engine.kernels.choose import choose_kernels
-from tandem.engine.kernels.replay import SEEN_BEFORE, Replay
+from tandem.engine.kernels.replay import SEEN_BEFORE, Replay, Replayed
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.runner import Runner
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
@@ -49,14 +49,14 @@ def test_tokens_are_those_of_computed_steps(
 ) -> None:
     loaded = load_model(make_checkpoint(tmp_path, replace(SPEC, dtype=dtype)), "auto", CPU)
     answered: list[bool] = []
-    logits = Replay.logits
+    run = Replay.run
 
-    def counted(*arguments: object) -> torch.Tensor | None:
-        found = logits(*arguments)  # type: ignore[arg-type]
+    def counted(*arguments: object) -> Replayed | None:
+        found = run(*arguments)  # type: ignore[arg-type]
         answered.append(found is not None)
         return found
 
-    monkeypatch.setattr(Replay, "logits", counted)
+    monkeypatch.setattr(Replay, "run", counted)
     with caplog.at_level(logging.INFO):
         assert outputs(loaded, replayed=True) == outputs(loaded, replayed=False)
     assert sum(answered) > 10, "hardly a step was replayed"
@@ -91,7 +91,7 @@ def test_a_model_with_operations_of_its_own_is_not_recorded(tmp_path: Path, capl
     with caplog.at_level(logging.INFO):
         assert outputs(replace(loaded, module=Doubling()), replayed=True, count=1) == expected
     assert [record.message for record in caplog.records if "recorded" in record.message] == [
-        "decode steps of more than 0 rows are not recorded: the model uses aten.mul.Tensor"
+        "steps of more than 0 tokens are not recorded: the model uses aten.mul.Tensor"
     ]
 
 
@@ -103,7 +103,7 @@ def test_a_step_that_needs_too_much_memory_is_computed(
     with caplog.at_level(logging.INFO):
         assert outputs(loaded, replayed=True) == outputs(loaded, replayed=False)
     (record,) = (record for record in caplog.records if "recorded" in record.message)
-    assert record.message.endswith("rows are not recorded: a recording needs more than 16000 bytes")
+    assert record.message.endswith("tokens are not recorded: a recording needs more than 16000 bytes")
 
 
 def test_torch_kernels_are_not_recorded(tmp_path: Path) -> None:

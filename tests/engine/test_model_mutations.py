@@ -16,9 +16,9 @@ import torch
 from tandem.engine.attention.base import AttentionPlan
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.model.family import CausalLM
-from tandem.engine.model.taps import HiddenTaps
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Seq
+from tandem.engine.taps import HiddenTaps
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.runner_loop import RunnerLoop
 from tandem.types import SamplingParams

@@ -43,11 +43,16 @@ class Kernels:
         """The backend over a pool. Raises ValueError or ConfigError when it cannot serve the pool's layout."""
         return self.backend(pool)
 
-    def replay(self, forward: Forward, attention: AttentionBackend, dtype: torch.dtype) -> StepReplay | None:
-        """What records and replays decode steps of a model in `dtype`, where that can be done."""
+    def replay(
+        self, forward: Forward, attention: AttentionBackend, dtype: torch.dtype, layers: tuple[int, ...]
+    ) -> StepReplay | None:
+        """What records and replays decode steps of a model in `dtype`, where that can be done.
+
+        layers: those whose hidden states are read along.
+        """
         if self.graph_rows:
-            return replay_graphs(forward, attention, self.graph_rows)
-        return None if self.library is None else Replay(forward, self.library, FEW_ROWS[dtype])
+            return replay_graphs(forward, attention, self.graph_rows, layers)
+        return None if self.library is None else Replay(forward, self.library, FEW_ROWS[dtype], layers)
 
 
 def choose_kernels(

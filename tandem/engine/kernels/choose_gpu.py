@@ -13,7 +13,7 @@ from tandem.device import CudaCapture
 from tandem.engine.attention.base import AttentionBackend, AttentionPlan, IntArray
 from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels.ops import Ops
-from tandem.engine.kernels.replay import Forward
+from tandem.engine.kernels.replay import Forward, Replayed
 from tandem.engine.kv_pool import KvPool
 from tandem.errors import ConfigError
 
@@ -28,11 +28,11 @@ Loaded = tuple[Ops, Callable[[KvPool], AttentionBackend]]
 class StepReplay(Protocol):
     """What runs decode steps that were recorded."""
 
-    def logits(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> torch.Tensor | None:
-        """The logits of a step that `plan` was made for, `[rows, vocabulary]` float32, valid until the next call.
+    drafts: bool
+    """Whether a row may have several tokens: its own and a draft's."""
 
-        None when the step has to be computed in the usual way.
-        """
+    def run(self, tokens: InputTokens, positions: IntArray, plan: AttentionPlan) -> Replayed | None:
+        """A step that `plan` was made for. None when it has to be computed in the usual way."""
 
 
 def installed_gpu_kernels() -> list[GpuKernels]:
@@ -61,14 +61,16 @@ def load_gpu_kernels(wanted: GpuKernels, device: torch.device) -> Loaded:
     return TritonOps(), lambda pool: FlashInferAttention(pool, library)
 
 
-def replay_graphs(forward: Forward, attention: AttentionBackend, rows: int) -> StepReplay | None:
+def replay_graphs(
+    forward: Forward, attention: AttentionBackend, rows: int, layers: tuple[int, ...]
+) -> StepReplay | None:
     """Decode steps of up to `rows` rows as CUDA graphs; None where the backend is not Triton's."""
     from tandem.engine.attention.triton_paged import TritonPagedAttention
     from tandem.engine.graphs import GraphReplay
 
     if not isinstance(attention, TritonPagedAttention):
         return None
-    return GraphReplay(forward, attention, CudaCapture(attention.pool.device), rows)
+    return GraphReplay(forward, attention, CudaCapture(attention.pool.device), rows, layers)
 
 
 def _interpreted() -> bool:

@@ -24,7 +24,7 @@ from tandem.engine.model.layers import (
 )
 from tandem.engine.model.qk_norm import make_qk_norm
 from tandem.engine.model.rope import Angles, RotaryEmbedding, turn
-from tandem.engine.model.taps import HiddenTaps
+from tandem.engine.taps import HiddenTaps
 from tandem.kv import KvLayout, LayerGroup, Plane
 
 

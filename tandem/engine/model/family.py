@@ -13,7 +13,7 @@ from tandem.engine.model.config import ModelConfig
 from tandem.engine.model.decoder import Decoder
 from tandem.engine.model.fields import Fields
 from tandem.engine.model.layers import Place, Tensors
-from tandem.engine.model.taps import HiddenTaps
+from tandem.engine.taps import HiddenTaps
 from tandem.kv import KvLayout
 
 

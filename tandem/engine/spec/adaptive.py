@@ -24,8 +24,12 @@ GUESSED_SLOPE = 0.03
 """Of a step's time, what one more token adds, as far as it was not measured."""
 LASTING_STEPS = 512
 """Measured steps after which the time of a size that did not occur again is forgotten."""
+LASTING_LONGER = 8
+"""Times as many where it was measured often enough: what was found not to pay is not asked again so soon."""
 ENOUGH = 3
-"""Plain steps of about a size to measure before any is replaced."""
+"""Steps of about a size to measure before their time is believed."""
+HOPEFUL = 0.95
+"""Acceptance of the best drafts there are. A draft that would not pay at that rate is not tried."""
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256
 """Steps without a draft before a sequence gets one again, to see whether it pays now."""
 
@@ -82,7 +86,11 @@ class Costs:
             self._forget()
 
     def _forget(self) -> None:
-        self.sizes = [size for size in self.sizes if self._known[size].step > self._steps - LASTING_STEPS]
+        def lasts(known: _Measured) -> int:
+            return LASTING_STEPS * (LASTING_LONGER if known.count >= ENOUGH else 1)
+
+        kept = [size for size in self.sizes if self._known[size].step > self._steps - lasts(self._known[size])]
+        self.sizes = kept
         self._known = {size: self._known[size] for size in self.sizes}
 
     def knows(self, tokens: int) -> bool:
@@ -168,9 +176,9 @@ class Pause:
     length: int = FIRST_PAUSE
     waited: int = 0
 
-    def wait(self) -> bool:
-        """A step without a draft; whether the next pause is over with it."""
-        self.waited += 1
+    def wait(self, steps: int = 1) -> bool:
+        """Steps without a draft; whether the pause is over with them."""
+        self.waited += steps
         return self.waited >= self.length
 
     def probe(self) -> None:

@@ -59,6 +59,6 @@ class Observer(Protocol):
         """Called after every forward pass of the target, before sampling, on prefill workers too.
 
         tokens: `[tokens]` of all rows, one after another, drafted ones included. hidden: `[tokens, len(layers) *
-        hidden]`, the residual stream after each of `layers`, side by side; None without layers, and of steps that were
-        replayed. A draft head with KV in planes of its own writes that of these positions here.
+        hidden]`, the residual stream after each of `layers`, side by side; None without layers. A draft head with KV in
+        planes of its own writes that of these positions here.
         """

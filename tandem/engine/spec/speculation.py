@@ -9,7 +9,7 @@ from tandem.engine.memory import KvMemory
 from tandem.engine.output import DraftOutcome, SeqOutput
 from tandem.engine.scheduler import Plan
 from tandem.engine.sequence import NO_DRAFT, Batch, Draft, Row, Seq
-from tandem.engine.spec.adaptive import FIRST_GUESS, Costs, Load, Offer, Pause, Rate, choose_lengths
+from tandem.engine.spec.adaptive import FIRST_GUESS, HOPEFUL, Costs, Load, Offer, Pause, Rate, choose_lengths
 from tandem.engine.spec.base import MOST_NODES, Drafter
 
 KEPT = 0.85
@@ -20,6 +20,8 @@ PROBE_TOKENS = 2
 """Length of a draft that only asks whether drafts have become better."""
 PROBE_STEPS = 8
 """Least steps from one such draft to the next, of whatever sequences."""
+IDLE_STEPS, REST = 16, 8
+"""After so many steps without a draft that paid, nothing is looked for in so many, again and again: looking costs too."""
 
 
 @dataclass(slots=True)
@@ -48,10 +50,13 @@ class Speculation:
         self._records: dict[str, _Record] = {}
         self._plain, self._drafted = Costs(), Costs()
         self._since_probe = 0
+        self._idle = self._rested = 0
         self._load = Load(0, 0, 0)
 
     def draft(self, plan: Plan) -> None:
         """Gives rows of a scheduled plan their drafts. Pages for them come from what is free or only cached."""
+        if self._rests():
+            return
         offered = [(row, limit) for row in (*plan.decodes, *plan.prefills) if (limit := self._limit(row)) > 0]
         if not offered or plan.budget < 1:
             return
@@ -71,6 +76,13 @@ class Speculation:
         ]
         if wanted:
             self._give(plan, [row for row, _ in wanted], self._propose(*map(list, zip(*wanted, strict=True))))
+
+    def _rests(self) -> bool:
+        self._rested += 1
+        if self._adaptive and self._idle >= IDLE_STEPS and self._rested <= REST:
+            return True
+        self._rested = 0
+        return False
 
     def _limit(self, row: Row) -> int:
         """Most tokens of a row's draft: the one sampled behind them is one of `max_tokens`, too."""
@@ -115,15 +127,22 @@ class Speculation:
             Offer(self._chance(record, kind), limit) for record, kind, limit in zip(records, kinds, limits, strict=True)
         ]
         lengths = choose_lengths(offers, self._load, self._plain, self._drafted)
-        self._since_probe += 1
+        steps = 1 if self._idle < IDLE_STEPS else 1 + REST
+        self._idle = 0 if any(lengths) else self._idle + 1
+        self._since_probe += steps
         for at, (record, offer) in enumerate(zip(records, offers, strict=True)):
-            if lengths[at] or not offer.limit or not record.pause.wait() or self._since_probe < PROBE_STEPS:
+            if lengths[at] or not offer.limit or not record.pause.wait(steps) or self._since_probe < PROBE_STEPS:
                 continue
-            if self._plain.knows(self._load.tokens) and sum(lengths) + PROBE_TOKENS <= self._load.budget:
+            if sum(lengths) + PROBE_TOKENS <= self._load.budget and self._may_pay(offers):
                 self._since_probe = 0
                 record.pause.probe()
                 lengths[at] = min(offer.limit, PROBE_TOKENS)
         return lengths
+
+    def _may_pay(self, offers: Sequence[Offer]) -> bool:
+        """Whether drafts would pay if nearly all their tokens were accepted."""
+        hopeful = [Offer(HOPEFUL, offer.limit) for offer in offers]
+        return any(choose_lengths(hopeful, self._load, self._plain, self._drafted))
 
     def _chance(self, record: _Record, kind: int) -> float:
         guess = self._rates[kind].value(FIRST_GUESS) if kind in self._rates else FIRST_GUESS

@@ -9,6 +9,7 @@ import pytest
 from tandem.engine.spec.adaptive import (
     ENOUGH,
     FIRST_PAUSE,
+    LASTING_LONGER,
     LASTING_STEPS,
     LONGEST_PAUSE,
     Costs,
@@ -99,10 +100,14 @@ def test_one_slow_step_is_no_measure() -> None:
 
 def test_sizes_that_do_not_occur_again_are_forgotten() -> None:
     made = costs(1.0, 1.0, [4, 9])
+    made.add(6, 1.0)
     for _ in range(2 * LASTING_STEPS):
         made.add(9, 2.0)
+    assert made.sizes == [4, 9], "6 occurred once"
+    for _ in range(LASTING_LONGER * LASTING_STEPS):
+        made.add(9, 2.0)
     assert made.sizes == [9]
-    for _ in range(2 * LASTING_STEPS):
+    for _ in range((LASTING_LONGER + 1) * LASTING_STEPS):
         made.expire()
     assert not made.knows(9) and made.estimate(9) is None
 
