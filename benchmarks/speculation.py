@@ -96,6 +96,7 @@ class Oracle:
 
     name = "oracle"
     free = False
+    branches = 1
 
     def __init__(self, chance: float) -> None:
         """chance: that a drafted token is right."""

@@ -101,6 +101,7 @@ SPECULATIVE_HELP = (
     "`draft_model`, where that is set"
 )
 DraftTokens = Annotated[int, Field(ge=1, le=63)]
+DraftBranches = Annotated[int, Field(ge=1, le=16)]
 
 
 def _strong(secret: SecretStr) -> SecretStr:
@@ -264,6 +265,9 @@ class WorkerConfig(_Process):
     )
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
     draft_tokens: DraftTokens = Field(8, description="tokens of a draft at most")
+    draft_branches: DraftBranches = Field(
+        1, description="likeliest tokens that a draft model or head drafts for one place; more than 1 make drafts trees"
+    )
     draft_adaptive: bool = Field(
         True, description="draft only as many tokens as was measured to pay, down to none; else always `draft_tokens`"
     )
@@ -312,6 +316,8 @@ class WorkerConfig(_Process):
     def _one_drafter(self) -> WorkerConfig:
         if self.draft_model is not None and self.speculative != "auto":
             raise ValueError(f"speculative is {self.speculative}; with a draft_model it must be auto")
+        if self.draft_branches > 1 and self.draft_model is None:
+            raise ValueError(f"draft_branches is {self.draft_branches}; without a draft_model it must be 1")
         return self
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     layout = model.layout if net is None else model.layout.with_drafter(net.layout)
     pages = count_pages(config, layout)
     pool = KvPool(layout, pages, config.page_size, device)
-    drafter = None if net is None else _drafter(net, model, pool)
+    drafter = None if net is None else _drafter(net, model, pool, config.draft_branches)
     own, vocab = pool.part(model.layout, 0), model.config.vocab_size
     runner = Runner(model.module, own, vocab, device, kernels=model.kernels, observer=drafter)
     for group, count in zip(layout.groups, pages, strict=True):
@@ -59,11 +59,17 @@ def build_engine(config: WorkerConfig) -> tuple[Engine, LoadedModel]:
     return Engine(runner, pool, engine_config(config), drafter=guesses), model
 
 
-def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool) -> ModelDrafter:
-    """A drafter over its groups of the pool, which are the last."""
+def _drafter(net: DraftNet, model: LoadedModel, pool: KvPool, branches: int) -> ModelDrafter:
+    """A drafter over its groups of the pool, which are the last. Raises ConfigError where trees cannot be served."""
     first = len(model.layout.groups)
     part = pool.part(net.layout, first, DRAFT)
-    return ModelDrafter(net, part, model.kernels.attention(part), first)
+    attention = model.kernels.attention(part)
+    if branches > 1 and not attention.trees:
+        raise ConfigError(
+            f"draft_branches is {branches}; it must be 1 with kernels {model.kernels.name}, which serve chains alone",
+            "draft_branches",
+        )
+    return ModelDrafter(net, part, attention, first, branches)
 
 
 def _reader(config: WorkerConfig) -> Drafter | None:

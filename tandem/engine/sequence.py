@@ -239,6 +239,12 @@ class Draft:
         parents = tuple(places[self.parents[node]] for node in nodes)
         return Draft(tuple(self.tokens[node] for node in nodes), parents, self.kind)
 
+    def as_chain(self) -> Draft:
+        """The same draft, as a chain where each node follows the one before it."""
+        if self.parents is None or self.parents != tuple(range(-1, len(self.tokens) - 1)):
+            return self
+        return Draft(self.tokens, None, self.kind)
+
 
 NO_DRAFT = Draft()
 

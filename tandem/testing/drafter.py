@@ -13,6 +13,7 @@ class GuessingDrafter:
 
     name = "guess"
     free = False
+    branches = 1
 
     def __init__(self, answer: Callable[[Seq], Sequence[int]], vocab_size: int, trees: bool, seed: int = 0) -> None:
         """answer: a sequence's whole output, as far as it is known."""

@@ -61,16 +61,21 @@ class Reference:
         return self._known[key]
 
     def judge(
-        self, prompt: Sequence[int], tokens: Sequence[int], logprobs: Sequence[TokenLogprob] | None = None
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob] | None = None,
+        allowed: torch.Tensor | None = None,
     ) -> Verdict:
         """Compares a greedy answer, and its log-probabilities where it has them (one for each token).
 
-        Raises ValueError when there is no token, or not one log-probability for each.
+        allowed: `[len(tokens), vocabulary]`, bool: the tokens among which each was chosen. Raises ValueError when there
+        is no token, or not one log-probability for each.
         """
         if not tokens or (logprobs is not None and len(logprobs) != len(tokens)):
             raise ValueError(f"{len(tokens)} tokens and {len(logprobs or ())} log-probabilities")
         logits = self.logits((*prompt, *tokens[:-1]))[len(prompt) - 1 :]
-        best = logits.topk(2)
+        best = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).topk(2)
         margins = (best.values[:, 0] - best.values[:, 1]).tolist()
         leaders = best.indices[:, 0].tolist()
         flips = tuple(step for step, token in enumerate(tokens) if margins[step] > MARGIN and token != leaders[step])

@@ -26,10 +26,17 @@ def attention(dtype: str, dim: int, group: int) -> Iterator[Variant]:
     shared = {"GROUP": group, "DIM": dim, "PAGE": 16, "BLOCK_N": tiles.context, "BLOCK_D": tiles.dim}
     tensors = dict.fromkeys(("query", "keys", "values", "key", "value"), f"*{dtype}")
     numbers = {"scale": "fp32", "softcap": "fp32", "query_token": "i32", "query_head": "i32"}
-    for partial, lanes in ((True, tiles.decode), (False, tiles.chunk)):
+    for partial, trees in ((True, False), (False, False), (False, True)):
+        lanes = tiles.decode if partial else tiles.chunk
         written = dict.fromkeys(("out", "sums", "peaks"), "*fp32" if partial else f"*{dtype}")
         special = {"WINDOW": 0 if partial else 100, "CAPPED": not partial, "PARTIAL": partial, "BLOCK_M": lanes}
-        yield f"attend {name} {lanes}", attend.attend, tensors | numbers | written, shared | special
+        special["TREES"] = trees
+        yield (
+            f"attend {name} {lanes}{' trees' if trees else ''}",
+            attend.attend,
+            tensors | numbers | written,
+            shared | special,
+        )
     part = dict.fromkeys(("partial", "sums", "peaks"), "*fp32")
     yield f"combine {name}", attend.combine, {**part, "out": f"*{dtype}"}, {"DIM": dim, "BLOCK_D": tiles.dim}
     strides = dict.fromkeys(("key_token", "key_head", "value_token", "value_head"), "i32")

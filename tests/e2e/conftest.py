@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tandem.engine.grammar.vocabulary import load_vocabulary
+from tandem.testing.allowed import Pattern
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
-from tandem.testing.drafters import make_head
+from tandem.testing.drafters import make_draft_model, make_head
 from tandem.testing.reference import Reference
 
 VOCAB = 400
@@ -21,6 +23,7 @@ SPECS = {
     "llama": CheckpointSpec(layers=3, vocab=VOCAB, max_positions=512, seed=11),
     "qwen2": CheckpointSpec(family="qwen2", layers=3, vocab=VOCAB, max_positions=512, seed=12),
 }
+PHRASES = r"(?:(?:say|ask) [a-h]{1,3} = [a-h ]{2,6}; ){40}"
 TINY = CheckpointSpec(layers=1, heads=2, kv_heads=1, vocab=VOCAB, max_positions=512, std=0.3, seed=13)
 """For what is slow."""
 
@@ -34,6 +37,10 @@ class Subject:
     prompts: tuple[tuple[int, ...], ...]
     head: Path
     """A draft head of random weights, which is nearly always wrong."""
+    draft_model: Path
+    """The first layers of the checkpoint as a model of their own."""
+    pattern: Pattern
+    """What answers may be made to look like; with parts that leave no choice."""
 
 
 def few_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
@@ -54,15 +61,19 @@ def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
     return tuple(prompts)
 
 
+def make_subject(folder: Path, spec: CheckpointSpec, prompts: tuple[tuple[int, ...], ...]) -> Subject:
+    path = make_checkpoint(folder / "target", spec)
+    drafter = make_draft_model(folder / "drafter", spec, layers=1)
+    info = load_vocabulary(str(path), spec.vocab, [])
+    pattern = Pattern(PHRASES, info.decoded_vocab)
+    return Subject(path, Reference.load(path), prompts, make_head(folder / "head", path), drafter, pattern)
+
+
 @pytest.fixture(scope="session")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     """Family -> subject; `tiny` has few and short prompts, of which two begin alike."""
-    made = {}
-    for seed, (family, spec) in enumerate(SPECS.items()):
-        folder = tmp_path_factory.mktemp("models")
-        path = make_checkpoint(folder / family, spec)
-        made[family] = Subject(path, Reference.load(path), make_prompts(seed), make_head(folder / "head", path))
-    folder = tmp_path_factory.mktemp("models")
-    path = make_checkpoint(folder / "tiny", TINY)
-    made["tiny"] = Subject(path, Reference.load(path), few_prompts(0), make_head(folder / "head", path))
-    return made
+    made = {
+        family: make_subject(tmp_path_factory.mktemp(family), spec, make_prompts(seed))
+        for seed, (family, spec) in enumerate(SPECS.items())
+    }
+    return made | {"tiny": make_subject(tmp_path_factory.mktemp("tiny"), TINY, few_prompts(0))}

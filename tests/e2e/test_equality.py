@@ -9,21 +9,27 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xgrammar
 
+from decode_worker.grammars import Grammars, continuation
 from tandem.cluster import StepTiming
 from tandem.engine.engine import Engine
+from tandem.engine.grammar.compiler import CompilerSettings
+from tandem.engine.grammar.compiler_process import compile_one
+from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
+from tandem.engine.grammar.vocabulary import load_vocabulary
 from tandem.engine.kernels.build import find_compiler
 from tandem.engine.scheduler import Plan
 from tandem.testing.pair import Answer, Pair, pair
-from tandem.types import FinishReason, SamplingParams
+from tandem.text.tokenizer import Tokenizer
+from tandem.types import FinishReason, Grammar, GrammarKind, SamplingParams
 
 TOKENS = 8
 LONG = 24
@@ -49,10 +55,11 @@ class Cell:
     overlap: str = "off"
     kernels: str = "native"
     drafts: str = "none"
+    answers: str = "free"
 
     def __str__(self) -> str:
         what = f"{self.form}-page{self.page}-{self.cache}-{self.prompt}-batch{self.batch}-{self.pages}"
-        return f"{what}-overlap {self.overlap}-{self.kernels}-drafts {self.drafts}"
+        return f"{what}-overlap {self.overlap}-{self.kernels}-drafts {self.drafts}-{self.answers}"
 
     @property
     def slow(self) -> bool:
@@ -62,7 +69,7 @@ class Cell:
     @property
     def by_hand(self) -> bool:
         """Whether the test has to retract sequences: those under way never run out of pages by themselves."""
-        return self.pages == "retracted" and (self.batch == 1 or self.slow)
+        return self.pages == "retracted" and (self.batch == 1 or self.slow or self.answers != "free")
 
     def pairs(self) -> set[tuple[tuple[str, object], tuple[str, object]]]:
         """All pairs of this cell's values, each with its axis."""
@@ -78,7 +85,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "pages": ("ample", "retracted"),
     "overlap": ("off", "on"),
     "kernels": ("native", "torch", "triton"),
-    "drafts": ("none", "ngram", "head"),
+    "drafts": ("none", "ngram", "model", "head", "tree"),
+    "answers": ("free", "grammar"),
 }
 ALL = [Cell(*values) for values in itertools.product(*AXES.values())]
 ALONE = [Cell(), *(replace(Cell(), **{name: value}) for name, values in AXES.items() for value in values[1:])]
@@ -150,7 +158,20 @@ def one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.worker.process._compute_slots", lambda key: SimpleNamespace(held=held))
 
 
-def settings_of(cell: Cell, head: Path) -> dict[str, Any]:
+def compile_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars without a process of their own, which takes seconds to start."""
+
+    async def compiled(grammars: Grammars, grammar: Grammar) -> Callable[[], GrammarConstraint]:
+        settings: CompilerSettings = vars(grammars)["_settings"]
+        info = load_vocabulary(settings.folder, settings.vocab_size, [*settings.stop_ids])
+        found = compile_one(xgrammar.GrammarCompiler(info, max_threads=1), grammar.kind.value, grammar.source)
+        vocabulary = Vocabulary(info, continuation(Tokenizer.load(settings.folder).encode))
+        return lambda: GrammarConstraint(found, vocabulary)
+
+    monkeypatch.setattr(Grammars, "compile", compiled)
+
+
+def settings_of(cell: Cell, subject: Any) -> dict[str, Any]:
     """Of the workers of a cell. Drafts are never given up, however badly they do."""
     settings: dict[str, Any] = {
         "prefill": int(cell.form == "disaggregated"),
@@ -165,8 +186,11 @@ def settings_of(cell: Cell, head: Path) -> dict[str, Any]:
         settings["decode_settings"]["pages"] = CAPACITY // cell.page
     if cell.drafts == "ngram":
         settings["decode_settings"] |= {"speculative": "ngram", "draft_adaptive": False}
-    elif cell.drafts == "head":
-        settings |= {"draft_model": str(head), "draft_adaptive": False, "draft_tokens": 3}
+    elif cell.drafts != "none":
+        drafter = subject.draft_model if cell.drafts == "model" else subject.head
+        settings |= {"draft_model": str(drafter), "draft_adaptive": False, "draft_tokens": 3}
+    if cell.drafts == "tree":
+        settings |= {"draft_branches": 2, "draft_tokens": 5}
     return settings
 
 
@@ -221,7 +245,11 @@ async def test_greedy_answers_equal_the_reference(
         length = FEW_TOKENS
         one_step_at_a_time(monkeypatch)
     sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, logprobs=4)
-    async with pair(subject.path, **settings_of(cell, subject.head)) as workers:
+    if cell.answers == "grammar":
+        compile_here(monkeypatch)
+        # Without log-probabilities: text that the grammar forces is not asked of the model then.
+        sampling = replace(sampling, grammar=Grammar(GrammarKind.REGEX, subject.pattern.source), logprobs=None)
+    async with pair(subject.path, **settings_of(cell, subject)) as workers:
         if cell.by_hand:
             retract_by_hand(workers.decode.engine, at=3)
         rounds = 2 if cell.cache == "warm" else 1
@@ -229,12 +257,13 @@ async def test_greedy_answers_equal_the_reference(
         retractions = workers.decode.engine.status().retractions
         speculation = workers.decode.engine.speculation
     assert (speculation is None) == (cell.drafts == "none")
-    if speculation is not None and (cell.drafts == "head" or cell.cache == "warm"):
+    if speculation is not None and (cell.drafts != "ngram" or cell.cache == "warm") and cell.answers == "free":
         assert speculation.drafted > (2 if cell.slow else 100)
     answers, near_ties = list(itertools.chain(*passes)), 0
     for prompt, answer in zip(prompts * rounds, answers, strict=True):
         assert (answer.finish, answer.error, len(answer.tokens)) == (FinishReason.LENGTH, "", length)
-        verdict = subject.reference.judge(prompt, answer.tokens, answer.logprobs)
+        bound = None if sampling.grammar is None else subject.pattern.allowed(answer.tokens)
+        verdict = subject.reference.judge(prompt, answer.tokens, answer.logprobs or None, bound)
         assert verdict.agrees
         near_ties += verdict.near_ties
     assert near_ties < 0.01 * length * len(answers), "the reference must nearly always have an opinion"

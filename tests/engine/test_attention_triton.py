@@ -73,5 +73,5 @@ def test_compiled_kernels_fit_the_shared_memory_of_every_gpu(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 13
+    assert len(found) == 15
     assert max(found.values()) <= 99 * 1024, found

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tandem.config import WorkerConfig
+from tandem.engine.build import build_engine
+from tandem.engine.inputs import InputTokens
 from tandem.engine.kernels import replay
 from tandem.engine.kernels.build import find_compiler
 from tandem.engine.kernels.choose import choose_kernels
@@ -18,6 +22,8 @@ from tandem.engine.kernels.replay import SEEN_BEFORE, Replay, Replayed
 from tandem.engine.model import LoadedModel, load_model
 from tandem.engine.runner import Runner
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.drafters import make_head
+from tandem.testing.engine import make_seq
 from tandem.testing.runner_loop import RunnerLoop
 from tandem.types import SamplingParams
 
@@ -124,3 +130,38 @@ def test_recording_loads_no_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "['aten.add.Tensor', 'aten.zeros.default'] False False\n"
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_steps_that_check_drafts_are_replayed(branches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chains and trees; what is read along of them is there, too."""
+    target = make_checkpoint(tmp_path / "target", SPEC)
+    head = make_head(tmp_path / "head", target)
+    counts: list[int] = []
+    run = Replay.run
+
+    def counted(replay: Replay, tokens: InputTokens, *rest: Any) -> Replayed | None:
+        found = run(replay, tokens, *rest)
+        if found is not None:
+            counts.append(len(tokens))
+            assert found.taps.joined().shape[0] == len(tokens)
+        return found
+
+    monkeypatch.setattr(Replay, "run", counted)
+    found = []
+    for kernels, drafter in (("native", head), ("native", None), ("torch", head)):
+        config = WorkerConfig(
+            model=str(target), draft_model=drafter and str(drafter), draft_tokens=3, draft_adaptive=False, pages=64,
+            draft_branches=branches if drafter else 1, dtype="float32", kernels=kernels,
+        )  # fmt: skip
+        engine, _ = build_engine(config)
+        seqs = [make_seq(str(row), prompt, 30) for row, prompt in enumerate(PROMPTS[:2])]
+        for seq in seqs:
+            engine.add(seq)
+        if kernels == "native" and drafter is None:
+            monkeypatch.setattr(Replay, "run", run)
+        while engine.has_work():
+            engine.step()
+        found.append([seq.tokens for seq in seqs])
+    assert found[0] == found[1] == found[2]
+    assert sum(count > 2 for count in counts) > 5, "hardly a step with drafts was replayed"

@@ -88,7 +88,9 @@ class FlashInferAttention:
         self._prefillers: dict[_Kind, Any] = {}
 
     def plan(self, batch: AttentionBatch) -> FlashInferPlan:
-        """See `AttentionBackend.plan`. Raises ValueError when pages are missing or out of range."""
+        """See `AttentionBackend.plan`. Raises ValueError when pages are missing or out of range, and on a tree."""
+        if batch.trees:
+            raise ValueError(f"rows {', '.join(map(str, batch.trees))} have trees; these kernels attend to chains")
         groups = self.pool.layout.groups
         if len(batch.pages) != len(groups):
             raise ValueError(f"pages of {len(batch.pages)} layer groups; the pool has {len(groups)}")

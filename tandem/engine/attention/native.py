@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tandem.engine.attention.base import AttentionBatch, AttentionForm, IntArray
+from tandem.engine.attention.page_runs import tree_words
 from tandem.engine.kernels.native import SUFFIXES, NativeLibrary
 from tandem.engine.kv_pool import KvPool
 
@@ -132,7 +133,7 @@ class NativePlan:
         ends = counts.cumsum()
         self._tokens = int(ends[-1])
         self._rows = (starts, counts, ends - counts)
-        self._trees = _trees(batch, self._tokens) if batch.trees else None
+        self._trees = tree_words(batch) if batch.trees else None
         self._alive: list[IntArray] = []
         """What the kernel's plan points to."""
         self._tables = tables
@@ -198,19 +199,6 @@ class NativePlan:
             tile,
             *((None, None) if self._trees is None else (array.ctypes.data for array in self._trees)),
         )
-
-
-def _trees(batch: AttentionBatch, tokens: int) -> tuple[IntArray, IntArray]:
-    """`nodes` and `lineage` of `Plan` in attention.cpp. Raises ValueError where a node would see what is not there."""
-    nodes, lineage = np.zeros(len(batch.counts), dtype=np.int64), np.zeros(tokens, dtype=np.int64)
-    ends = batch.counts.cumsum()
-    for row, words in batch.trees.items():
-        places = np.arange(len(words))
-        if not 1 <= len(words) <= min(63, int(batch.counts[row]) - 1) or ((words >> places) != 1).any():
-            raise ValueError(f"row {row} has a tree of {len(words)} tokens that see others than themselves and earlier")
-        nodes[row] = len(words)
-        lineage[ends[row] - len(words) : ends[row]] = words
-    return nodes, lineage
 
 
 def _kinds(pool: KvPool) -> list[tuple[int, int, str]]:

@@ -16,10 +16,8 @@ def visible_pages(
 
     `firsts[row] + position // page_size` is where a position's page stands, so that a first may be negative where a
     window leaves pages out. Raises ValueError when pages are missing or out of range: kernels would read and write
-    foreign memory; and on a tree, which those kernels do not serve.
+    foreign memory.
     """
-    if batch.trees:
-        raise ValueError(f"rows {', '.join(map(str, batch.trees))} have trees; these kernels attend to chains")
     firsts = np.zeros_like(batch.starts)
     if window is not None:
         firsts = np.maximum(batch.starts - window + 1, 0) // page_size
@@ -40,3 +38,19 @@ def token_slots(batch: AttentionBatch, table: IntArray, firsts: IntArray, page_s
     row = np.repeat(np.arange(len(batch.counts)), batch.counts)
     positions = np.arange(len(row)) - np.repeat(np.cumsum(batch.counts) - batch.counts - batch.starts, batch.counts)
     return np.asarray(table[firsts[row] + positions // page_size] * page_size + positions % page_size)
+
+
+def tree_words(batch: AttentionBatch) -> tuple[IntArray, IntArray]:
+    """`[rows]` nodes of each row's tree, and `[tokens]` what each of them sees of its tree, as bits; 0 for others.
+
+    Raises ValueError where a node would see what is not there.
+    """
+    ends = batch.counts.cumsum()
+    nodes, lineage = np.zeros(len(batch.counts), dtype=np.int64), np.zeros(int(ends[-1]), dtype=np.int64)
+    for row, words in batch.trees.items():
+        places = np.arange(len(words))
+        if not 1 <= len(words) <= min(63, int(batch.counts[row]) - 1) or ((words >> places) != 1).any():
+            raise ValueError(f"row {row} has a tree of {len(words)} tokens that see others than themselves and earlier")
+        nodes[row] = len(words)
+        lineage[ends[row] - len(words) : ends[row]] = words
+    return nodes, lineage

@@ -23,6 +23,7 @@ from tandem.engine.attention.triton_plan import (
     decode_items,
     pack,
     tiles_for,
+    tree_arrays,
 )
 from tandem.engine.kernels.gpu.attend import attend, combine, store
 from tandem.engine.kv_pool import KvPool
@@ -34,7 +35,7 @@ PART_TOKENS = 256
 class TritonPagedAttention:
     """The backend: grouped queries, windows, soft caps, every head size; float32, bfloat16, float16."""
 
-    trees = False
+    trees = True
 
     def __init__(self, pool: KvPool, part_tokens: int = PART_TOKENS) -> None:
         """Raises ValueError on layouts that it cannot serve."""
@@ -113,11 +114,14 @@ class TritonPagedPlan:
         backend, batch, (table, firsts) = self._backend, self.batch, self.tables[group]
         tiles, window, page = backend.tiles(heads), backend.pool.layout.groups[group].window, backend.pool.page_size
         rows = np.stack((batch.starts, batch.counts, np.cumsum(batch.counts) - batch.counts, firsts), axis=1)
-        rows = rows[np.argsort(batch.counts > 1, kind="stable")]  # decoding rows first
+        order = np.argsort(batch.counts > 1, kind="stable")  # decoding rows first
+        rows, trees = rows[order], tree_arrays(batch, order) if batch.trees else ()
         decoding = int((batch.counts == 1).sum())
         parts, first_parts = decode_items(rows[:decoding], window, backend.part_tokens)
-        chunks = chunk_items(rows, decoding, window, heads // backend.kv_heads, tiles.chunk)
-        arrays = (token_slots(batch, table, firsts, page), rows, table, first_parts, parts, chunks)
+        chunks = chunk_items(
+            rows, decoding, window, heads // backend.kv_heads, tiles.chunk, trees[0] if trees else None
+        )
+        arrays = (token_slots(batch, table, firsts, page), rows, table, first_parts, parts, chunks, *trees)
         return GroupPlan(window, decoding, tiles, *pack(arrays, backend.pool.device))
 
     def _decode(
@@ -148,11 +152,13 @@ class TritonPagedPlan:
         form: AttentionForm,
         partial: bool = False,
     ) -> None:
-        backend, tiles = self._backend, plan.tiles
+        backend, tiles, trees = self._backend, plan.tiles, (plan.nodes, plan.places, plan.lineage)
         attend[(len(items), backend.kv_heads)](
-            query, keys, values, *targets, items, plan.rows, plan.pages, form.scale, form.softcap or 1.0,
+            query, keys, values, *targets, items, plan.rows, plan.pages,
+            *((plan.rows,) * 3 if partial or plan.nodes is None else trees), form.scale, form.softcap or 1.0,
             query.stride(0), query.stride(1), GROUP=query.shape[1] // backend.kv_heads, DIM=backend.dim,
             PAGE=backend.pool.page_size, WINDOW=plan.window or 0, CAPPED=form.softcap is not None, PARTIAL=partial,
+            TREES=plan.nodes is not None and not partial,
             BLOCK_M=tiles.decode if partial else tiles.chunk, BLOCK_N=tiles.context, BLOCK_D=tiles.dim,
             num_warps=4, num_stages=2,
         )  # fmt: skip

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from tandem.device import upload
-from tandem.engine.attention.base import IntArray
+from tandem.engine.attention.base import AttentionBatch, IntArray
+from tandem.engine.attention.page_runs import tree_words
 
 LEAST_LANES = 16
 """The smallest tile a tensor core takes."""
@@ -47,6 +48,10 @@ class GroupPlan:
     """Items of decoding rows."""
     chunks: torch.Tensor
     """Items of the others."""
+    nodes: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    lineage: torch.Tensor | None = None
+    """Of trees, where there are any; see `attend`."""
 
 
 def tiles_for(group: int, dim: int, element_size: int) -> Tiles:
@@ -77,10 +82,12 @@ def decode_items(rows: IntArray, window: int | None, part_tokens: int) -> tuple[
     return np.stack((row, np.zeros_like(row), begin, end), axis=1), firsts
 
 
-def chunk_items(rows: IntArray, decoding: int, window: int | None, group: int, lanes: int) -> IntArray:
+def chunk_items(
+    rows: IntArray, decoding: int, window: int | None, group: int, lanes: int, nodes: IntArray | None = None
+) -> IntArray:
     """Tiles of the chunks, `[tiles, 4]` as `attend` takes them.
 
-    rows: `[rows, 4]`, of which the first `decoding` are no chunks. lanes: those of a tile.
+    rows: `[rows, 4]`, of which the first `decoding` are no chunks. lanes: those of a tile. nodes: `[rows]` of trees.
     """
     starts, totals = rows[decoding:, 0], rows[decoding:, 1] * group
     sizes = -(-totals // lanes)
@@ -88,8 +95,21 @@ def chunk_items(rows: IntArray, decoding: int, window: int | None, group: int, l
     lane = (np.arange(len(row)) - (np.cumsum(sizes) - sizes)[row]) * lanes
     first = starts[row] + lane // group
     last = starts[row] + (np.minimum(lane + lanes, totals[row]) - 1) // group
+    if nodes is not None:  # a node's position is at most that of its slot
+        first = np.where(nodes[row + decoding] > 0, starts[row], first)
     begin = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0)
     return np.stack((row + decoding, lane, begin, last + 1), axis=1)
+
+
+def tree_arrays(batch: AttentionBatch, order: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Nodes, places and lineage as `attend` takes them. order: of the rows. Raises ValueError as `tree_words` does."""
+    nodes, lineage = tree_words(batch)
+    ends = batch.counts.cumsum()
+    places = np.arange(len(lineage)) - np.repeat(ends - batch.counts - batch.starts, batch.counts)
+    for row, count in zip(*(part.tolist() for part in (nodes.nonzero()[0], nodes[nodes > 0])), strict=True):
+        depths = [word.bit_count() for word in lineage[ends[row] - count : ends[row]].tolist()]
+        places[ends[row] - count : ends[row]] = batch.starts[row] + batch.counts[row] - count - 1 + np.array(depths)
+    return nodes[order], places, lineage.view(np.int32).astype(np.int64)
 
 
 def pack(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:

@@ -18,8 +18,9 @@ GUESS_WEIGHT = 2.0
 """Tested tokens that an estimate's starting value counts as."""
 MARGIN = 1.02
 """Drafts must promise so many times the speed of a plain step."""
-COST_WEIGHT = 0.2
-"""Of a new measurement, once there are some."""
+COST_WEIGHT, STALE_WEIGHT = 0.2, 0.5
+"""Of a new measurement, once there are some; of one after more than `STALE_STEPS`."""
+STALE_STEPS = 16
 GUESSED_SLOPE = 0.03
 """Of a step's time, what one more token adds, as far as it was not measured."""
 LASTING_STEPS = 512
@@ -75,12 +76,14 @@ class Costs:
             insort(self.sizes, size)
             self._known[size] = _Measured(seconds, 1, self._steps)
         else:
+            since = self._steps - known.step
             known.count, known.step = known.count + 1, self._steps
             if known.count <= ENOUGH:
                 known.seconds = min(known.seconds, seconds)  # the first step of a kind may have compiled something
             else:
+                usual = COST_WEIGHT if since <= STALE_STEPS else STALE_WEIGHT
                 # A step that took far longer met something else: another process, or a first use of memory.
-                weight = max(COST_WEIGHT, 1.0 / known.count)
+                weight = max(usual, 1.0 / known.count)
                 known.seconds += weight * (min(seconds, 2 * known.seconds) - known.seconds)
         if self._steps % LASTING_STEPS == 0:
             self._forget()
@@ -130,9 +133,15 @@ class Offer:
     """A row that may have a draft."""
 
     chance: float
-    """Estimated probability that a token of it is accepted when all before it are."""
+    """Estimated probability that a token of it is accepted when all before it are; of a tree, some token of a level."""
     limit: int
     """Tokens at most."""
+    branches: int = 1
+    """Tokens of a level of a tree, which share what the level is worth."""
+
+    def gain(self, place: int) -> float:
+        """What its `place`-th token, from 1 on, brings."""
+        return self.chance ** -(-place // self.branches) / self.branches
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +164,7 @@ def choose_lengths(offers: Sequence[Offer], load: Load, plain: Costs, drafted: C
     without = plain.estimate(load.tokens)
     if without is None or not plain.knows(load.tokens):
         return lengths  # a plain step is measured first
-    gains = [(offer.chance**place, row) for row, offer in enumerate(offers) for place in range(1, offer.limit + 1)]
+    gains = [(offer.gain(place), row) for row, offer in enumerate(offers) for place in range(1, offer.limit + 1)]
     gains.sort(key=lambda each: -each[0])
     costs, base, gained = drafted if drafted.sizes else plain, load.rows, 0.0
     best, best_count = base / without * MARGIN, 0

@@ -30,6 +30,9 @@ class Drafter(Protocol):
     """Whether proposing costs next to nothing: how long drafts may be is then decided once they are known, and no room
     is made before."""
 
+    branches: int
+    """Tokens at most that are drafted for one place; 1: all drafts are chains."""
+
     def propose(self, seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
         """A draft for each sequence, of at most `limits` nodes; an empty one where nothing is likely.
 

@@ -10,7 +10,8 @@ behind steps that nobody drafted for) nothing stands in its place, and the draft
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch, IntArray
 from tandem.engine.kv_pool import KvPool
-from tandem.engine.sequence import Batch, Draft, Row, Seq
+from tandem.engine.sequence import ROOT, Batch, Draft, Row, Seq
 from tandem.engine.spec.draft_net import DraftNet
+from tandem.engine.spec.draft_tree import GrowingTree
 
 log = logging.getLogger(__name__)
 
@@ -33,34 +35,40 @@ class _Track:
 
     valid: int
     """Slots `[0, valid)` are as good as they get."""
-    end: int = 0
-    """Position behind the last of `features`."""
-    features: torch.Tensor | None = None
-    """`[positions, features]` of the target's last positions: for slots that are still to be computed."""
+    features: deque[tuple[int, torch.Tensor]] = field(default_factory=deque)
+    """Runs of the target's last positions, one behind another: where each begins, and its `[positions, features]`.
+
+    They are for slots that are still to be computed.
+    """
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
     """By the start of rows that are not committed, what their step gave: `[tokens of the row, features]`."""
 
     def between(self, start: int, end: int, nothing: torch.Tensor) -> torch.Tensor:
         """Features of positions `[start, end)`. nothing: `[end - start, features]`, what stands where none is known."""
-        if self.features is None:
-            return nothing
-        first = self.end - len(self.features)
-        known = range(max(start, first), min(end, self.end))
-        if not known:
-            return nothing
-        own = self.features[known.start - first : known.stop - first]
-        return torch.cat((nothing[: known.start - start], own, nothing[known.stop - start :]))
+        parts, at = list[torch.Tensor](), start
+        for first, run in self.features:
+            known = range(max(at, first), min(first + len(run), end))
+            if known:
+                parts += [nothing[: known.start - at], run[known.start - first : known.stop - first]]
+                at = known.stop
+        return torch.cat((*parts, nothing[: end - at])) if parts else nothing
 
     def keep(self, start: int, fresh: torch.Tensor | None) -> None:
         """Takes in the features of positions from `start` on; those that no slot is waiting for are dropped."""
+        if fresh is None or (self.features and self._end() != start):
+            self.features.clear()
         if fresh is None:
-            self.features = None
             return
-        stop = start + len(fresh)
-        if self.features is not None and self.end == start:
-            fresh = torch.cat((self.features, fresh))
-        wanted = min(stop - self.valid + 1, CATCH_UP)
-        self.features, self.end = fresh[len(fresh) - min(wanted, len(fresh)) :].clone(), stop  # a view keeps its whole
+        if len(fresh) > CATCH_UP:
+            fresh, start = fresh[-CATCH_UP:].clone(), start + len(fresh) - CATCH_UP  # a view keeps its whole
+        self.features.append((start, fresh))
+        wanted = max(self.valid - 1, self._end() - CATCH_UP)
+        while len(self.features) > 1 and self.features[1][0] <= wanted:
+            self.features.popleft()
+
+    def _end(self) -> int:
+        first, run = self.features[-1]
+        return first + len(run)
 
 
 @dataclass(slots=True)
@@ -74,6 +82,22 @@ class _Slots:
     """`[slots]`"""
     features: torch.Tensor
     """`[slots, features]`: of the positions before them."""
+    trees: Sequence[GrowingTree] = ()
+    """Of each sequence, whose nodes that are taken further are its slots but the first."""
+    kept: Sequence[int] | None = None
+    """The slots whose states are wanted; None: each sequence's last."""
+
+
+@dataclass(slots=True)
+class _Growth:
+    """One sequence's tree while it grows."""
+
+    seq: Seq
+    tree: GrowingTree
+    last: torch.Tensor
+    """`[features]`: what the sequence's last token was computed with."""
+    states: dict[int, torch.Tensor]
+    """`[hidden]` behind the root and behind each node that is taken further."""
 
 
 class ModelDrafter:
@@ -81,8 +105,14 @@ class ModelDrafter:
 
     free = False
 
-    def __init__(self, net: DraftNet, pool: KvPool, attention: AttentionBackend, first_group: int) -> None:
-        """pool: of the drafter's own groups, which are those of a sequence from `first_group` on."""
+    def __init__(
+        self, net: DraftNet, pool: KvPool, attention: AttentionBackend, first_group: int, branches: int = 1
+    ) -> None:
+        """pool: of the drafter's own groups, which are those of a sequence from `first_group` on.
+
+        branches: likeliest tokens that are drafted for a place; more than 1 make trees, which `attention` must serve.
+        """
+        self.branches = branches
         self.name = net.name
         self.layers = net.layers
         self._net = net
@@ -138,10 +168,17 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def propose(self, seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
-        """See `Drafter`. Chains of the likeliest tokens."""
-        states = self._compute(self._made_up(seqs, [len(seq.tokens) for seq in seqs]))
+        """See `Drafter`. The likeliest tokens, as chains or trees."""
+        made_up = self._made_up(seqs, [len(seq.tokens) for seq in seqs])
+        states = self._compute(made_up)
+        if self.branches > 1:
+            return self._trees(made_up, limits, states)
+        return self._chains(seqs, limits, states)
+
+    def _chains(self, seqs: Sequence[Seq], limits: Sequence[int], states: torch.Tensor) -> list[Draft]:
         columns: list[tuple[list[int], torch.Tensor]] = []
         alive = [index for index, limit in enumerate(limits) if limit > 0]
+        states = states[alive]
         while alive:
             chosen = self._net.token_ids(self._net.logits(states).argmax(-1))
             columns.append((alive, chosen))
@@ -156,6 +193,42 @@ class ModelDrafter:
             for index, token in zip(rows, tokens.tolist(), strict=True):
                 chains[index].append(token)
         return [Draft(tuple(chain)) for chain in chains]
+
+    def _trees(self, slots: _Slots, limits: Sequence[int], states: torch.Tensor) -> list[Draft]:
+        """Level by level. The whole tree is computed at each: attention takes trees that end a row's new tokens."""
+        lasts = slots.features[np.cumsum(slots.counts) - 1]
+        rows = zip(slots.seqs, limits, lasts, states, strict=True)
+        growing = [_Growth(seq, GrowingTree(limit, self.branches), last, {ROOT: s}) for seq, limit, last, s in rows]
+        while alive := [each for each in growing if each.tree.level]:
+            children = self._children(torch.stack([each.states[node] for each in alive for node in each.tree.level]))
+            for each in alive:
+                each.tree.extend([next(children) for _ in each.tree.level])
+            alive = [each for each in alive if each.tree.level]
+            found = iter(self._compute(self._tree_slots(alive)) if alive else ())
+            for each in alive:
+                each.states |= {node: next(found) for node in each.tree.level}
+        return [each.tree.draft() for each in growing]
+
+    def _children(self, states: torch.Tensor) -> Iterator[list[tuple[int, float]]]:
+        """The likeliest tokens behind each state, with their log-probabilities."""
+        best = self._net.logits(states).log_softmax(-1).topk(self.branches)
+        pairs = zip(self._net.token_ids(best.indices).tolist(), best.values.tolist(), strict=True)
+        return (list(zip(tokens, scores, strict=True)) for tokens, scores in pairs)
+
+    def _tree_slots(self, growing: Sequence[_Growth]) -> _Slots:
+        """Each sequence's last token, and behind it the nodes that are taken further."""
+        starts, tokens, kept, features = list[int](), list[int](), list[int](), list[torch.Tensor]()
+        for each in growing:
+            tree, real = each.tree, each.seq.tokens
+            starts.append(len(real) - 1)
+            tokens += [real[-1], *(tree.tokens[node] for node in tree.taken)]
+            # What a head makes of a token is the feature for the next; a draft model reads none.
+            features += [each.last, *(each.states[tree.parents[node]][: len(each.last)] for node in tree.taken)]
+            kept += range(len(tokens) - len(tree.level), len(tokens))
+        trees = [each.tree for each in growing]
+        counts = [1 + len(tree.taken) for tree in trees]
+        ids = torch.tensor(tokens, device=self._pool.device)
+        return _Slots([each.seq for each in growing], starts, counts, ids, torch.stack(features), trees, kept)
 
     def _made_up(self, seqs: Sequence[Seq], ends: Sequence[int]) -> _Slots:
         """The slots of real tokens before `ends` that are still to be computed, each sequence's last one at least."""
@@ -190,12 +263,17 @@ class ModelDrafter:
         return self._compute(_Slots(seqs, starts, [1] * len(seqs), chosen, states))
 
     def _compute(self, slots: _Slots) -> torch.Tensor:
-        """Writes the KV of slots; the states of each sequence's last one, `[sequences, hidden]`."""
+        """Writes the KV of slots; the states of those that are wanted, `[wanted, hidden]`."""
         starts, counts = np.array(slots.starts, dtype=np.int64), np.array(slots.counts, dtype=np.int64)
         ends = counts.cumsum()
         positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        plan = self._attention.plan(AttentionBatch(starts, counts, self._pages(slots.seqs, starts + counts)))
-        where = [torch.from_numpy(each).to(self._pool.device) for each in (positions, ends - 1)]
+        trees = dict[int, IntArray]()
+        for row, tree in enumerate(slots.trees):
+            positions[ends[row] - len(tree.taken) : ends[row]] = [starts[row] + tree.depth(node) for node in tree.taken]
+            trees[row] = np.array(tree.lineage(), dtype=np.int64)
+        plan = self._attention.plan(AttentionBatch(starts, counts, self._pages(slots.seqs, starts + counts), trees))
+        kept = ends - 1 if slots.kept is None else np.array(slots.kept, dtype=np.int64)
+        where = [torch.from_numpy(each).to(self._pool.device) for each in (positions, kept)]
         return self._net.forward(slots.tokens, where[0], slots.features, plan, where[1])
 
     def _pages(self, seqs: Sequence[Seq], ends: IntArray) -> list[list[IntArray]]:

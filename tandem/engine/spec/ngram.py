@@ -45,6 +45,7 @@ class NgramDrafter:
 
     name = "ngram"
     free = True
+    branches = 1
 
     def __init__(self, caching: bool = True, root_tokens: int = ROOT_TOKENS) -> None:
         """caching: whether texts may be remembered beyond their sequences, as the prefix cache does."""

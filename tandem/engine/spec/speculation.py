@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.engine.memory import KvMemory
 from tandem.engine.output import DraftOutcome, SeqOutput
@@ -20,8 +20,10 @@ PROBE_TOKENS = 2
 """Length of a draft that only asks whether drafts have become better."""
 PROBE_STEPS = 8
 """Least steps from one such draft to the next, of whatever sequences."""
+RENEW_STEPS = 32
+"""Steps with drafts between which there is one without, to see what these save now: machines change their pace."""
 IDLE_STEPS, REST = 16, 8
-"""After so many steps without a draft that paid, nothing is looked for in so many, again and again: looking costs too."""
+"""After so many steps without a draft that may pay, nothing is looked for in so many: looking costs, too."""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ class Speculation:
         self._records: dict[str, _Record] = {}
         self._plain, self._drafted = Costs(), Costs()
         self._since_probe = 0
-        self._idle = self._rested = 0
+        self._idle = self._rested = self._since_plain = 0
         self._load = Load(0, 0, 0)
 
     def draft(self, plan: Plan) -> None:
@@ -79,7 +81,7 @@ class Speculation:
 
     def _rests(self) -> bool:
         self._rested += 1
-        if self._adaptive and self._idle >= IDLE_STEPS and self._rested <= REST:
+        if self._adaptive and (self._since_plain >= RENEW_STEPS or (self._idle >= IDLE_STEPS and self._rested <= REST)):
             return True
         self._rested = 0
         return False
@@ -123,9 +125,8 @@ class Speculation:
                 left -= lengths[-1]
             return lengths
         records = [self._records.setdefault(row.seq.seq_id, _Record()) for row in rows]
-        offers = [
-            Offer(self._chance(record, kind), limit) for record, kind, limit in zip(records, kinds, limits, strict=True)
-        ]
+        each = zip(records, kinds, limits, strict=True)
+        offers = [Offer(self._chance(record, kind), limit, self.drafter.branches) for record, kind, limit in each]
         lengths = choose_lengths(offers, self._load, self._plain, self._drafted)
         steps = 1 if self._idle < IDLE_STEPS else 1 + REST
         self._idle = 0 if any(lengths) else self._idle + 1
@@ -141,7 +142,7 @@ class Speculation:
 
     def _may_pay(self, offers: Sequence[Offer]) -> bool:
         """Whether drafts would pay if nearly all their tokens were accepted."""
-        hopeful = [Offer(HOPEFUL, offer.limit) for offer in offers]
+        hopeful = [replace(offer, chance=HOPEFUL) for offer in offers]
         return any(choose_lengths(hopeful, self._load, self._plain, self._drafted))
 
     def _chance(self, record: _Record, kind: int) -> float:
@@ -182,7 +183,9 @@ class Speculation:
         if any(len(row.draft) for row in batch.rows):
             self._drafted.add(batch.num_tokens, seconds)
             self._plain.expire()
+            self._since_plain += 1
         else:
+            self._since_plain = 0
             self._plain.add(batch.num_tokens, seconds)
             self._drafted.expire()
 

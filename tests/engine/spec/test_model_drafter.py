@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tandem.config import WorkerConfig
 from tandem.engine.build import build_engine
 from tandem.engine.engine import Engine
-from tandem.engine.sequence import Seq
+from tandem.engine.sequence import ROOT, Draft, Seq
 from tandem.errors import CheckpointError
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.drafters import make_draft_model, make_head
@@ -87,6 +88,47 @@ def test_drafts_change_no_token(drafter: str, page_size: int, folders: Folders) 
         assert run(drafted, seqs(sampling)) == expected
         assert run(drafted, seqs(sampling, "warm")) == expected
         assert accepted_share(drafted) > 0.99 or drafter != "twin" or sampling is SAMPLED
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("drafter", ["head", "model", "twin"])
+def test_trees_change_no_token(drafter: str, page_size: int, folders: Folders) -> None:
+    plain = build(folders, None, page_size=page_size, pages=1024 // page_size)
+    settings = {"draft_branches": 3, "draft_tokens": 7, "page_size": page_size, "pages": 1024 // page_size}
+    drafted = build(folders, drafter, **settings)
+    for sampling in (replace(SAMPLED, temperature=0.0), SAMPLED):
+        expected = run(plain, seqs(sampling))
+        assert run(drafted, seqs(sampling)) == expected
+        assert run(drafted, seqs(sampling, "warm")) == expected
+
+
+def test_the_likeliest_path_of_a_tree_is_that_of_a_chain(folders: Folders) -> None:
+    """A drafter that is the target knows the next token; its trees hold it, and others beside."""
+    engine = build(folders, "twin", draft_branches=2, draft_tokens=6)
+    speculation = engine.speculation
+    assert speculation is not None
+    found: list[Draft] = []
+    propose = speculation.drafter.propose
+
+    def watched(seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
+        drafts = propose(seqs, limits)
+        found.extend(drafts)
+        return drafts
+
+    speculation.drafter.propose = watched  # type: ignore[method-assign]
+    steps = 0
+    greedy = replace(SAMPLED, temperature=0.0, logprobs=None)
+    seq = make_seq("a", PROMPTS[3], sampling=greedy)
+    engine.add(seq)
+    while engine.has_work():
+        output = engine.step()
+        steps += len(output.drafts)
+        assert all(outcome.accepted >= 1 for outcome in output.drafts)
+    whole = [draft for draft in found if len(draft) == 6]
+    assert whole
+    assert all(draft.parents is not None and max(draft.depths()) >= 2 for draft in whole)
+    assert any(len(draft.children(ROOT)) == 2 for draft in whole)
+    assert speculation.accepted > steps
 
 
 def test_a_drafter_that_is_the_target_is_always_right(folders: Folders) -> None:

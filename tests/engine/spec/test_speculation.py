@@ -27,6 +27,7 @@ class Knowing:
     tree: bool = False
     name: str = "knowing"
     free: bool = False
+    branches: int = 1
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(drafted, accepted)"""
     forgotten: list[tuple[str, int]] = field(default_factory=list)

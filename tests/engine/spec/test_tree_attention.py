@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from tandem.device import resolve_device
 from tandem.engine.attention.base import AttentionBackend, AttentionBatch, AttentionForm
 from tandem.engine.attention.native import NativeAttention
-from tandem.engine.attention.page_runs import visible_pages
 from tandem.engine.attention.torch_paged import TorchPagedAttention
 from tandem.engine.kernels.choose import choose_kernels
 from tandem.engine.kv_pool import KvPool
@@ -29,7 +29,15 @@ def native(pool: KvPool) -> AttentionBackend:
     return NativeAttention(pool, library)
 
 
+def triton(pool: KvPool) -> AttentionBackend:
+    from tandem.engine.attention.triton_paged import TritonPagedAttention  # imports triton
+
+    return TritonPagedAttention(pool, part_tokens=32)
+
+
 BACKENDS: dict[str, Callable[[KvPool], AttentionBackend]] = {"native": native, "torch": TorchPagedAttention}
+if importlib.util.find_spec("triton") is not None:
+    BACKENDS["triton"] = triton
 
 
 def make_pool(page_size: int, pages: int, window: int | None) -> KvPool:
@@ -110,9 +118,3 @@ def test_trees_that_are_none_are_refused(words: list[int], count: int) -> None:
     batch = AttentionBatch(np.array([0]), np.array([count]), [[np.array([0])]], {0: np.array(words)})
     with pytest.raises(ValueError, match="row 0 has a tree of 2 tokens"):
         native(make_pool(16, 1, None)).plan(batch)
-
-
-def test_kernels_for_chains_refuse_trees() -> None:
-    batch = AttentionBatch(np.array([0]), np.array([3]), [[np.array([0])]], {0: np.array([1, 3])})
-    with pytest.raises(ValueError, match="these kernels attend to chains"):
-        visible_pages(batch, [np.array([0])], None, 16, 1)

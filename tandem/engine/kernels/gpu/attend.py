@@ -47,18 +47,29 @@ def store(
 
 
 @triton.jit
-def _scores(
-    q, k, asking, position, stored, scale, softcap, WINDOW: tl.constexpr, CAPPED: tl.constexpr
-):  # fmt: skip
-    """`[BLOCK_M, BLOCK_N]`, float32: minus infinity where the query's position does not see the key's."""
+def _scores(q, k, behind, seen, scale, softcap, WINDOW: tl.constexpr, CAPPED: tl.constexpr):
+    """`[BLOCK_M, BLOCK_N]`, float32: minus infinity where a query does not see a key.
+
+    behind: by how many positions the key stands before the query. seen: what is hidden for no other reason.
+    """
     scores = _dot(q, tl.trans(k)) * scale
     if CAPPED:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-    behind = asking[:, None] - position[None, :]
-    visible = stored[None, :] & (behind >= 0)
+    visible = seen & (behind >= 0)
     if WINDOW:
         visible = visible & (behind < WINDOW)
     return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _related(node, low, high, other):
+    """Whether the tree's token `node` sees its token `other`, `[BLOCK_M, BLOCK_N]`; below 0: tokens before the tree.
+
+    low, high: the bits of what a token of the tree sees.
+    """
+    at = other[None, :]
+    bits = tl.where(at < 32, low[:, None] >> tl.maximum(tl.minimum(at, 31), 0), high[:, None] >> tl.maximum(at - 32, 0))
+    return (at < 0) | ((node[:, None] >= 0) & ((bits & 1) == 1))
 
 
 @triton.jit
@@ -76,9 +87,10 @@ def _absorb(scores, v, peak, total, acc):
 
 @triton.jit
 def attend(
-    query, keys, values, out, sums, peaks, items, rows, pages, scale, softcap, query_token, query_head,
+    query, keys, values, out, sums, peaks, items, rows, pages, nodes, places, lineage,
+    scale, softcap, query_token, query_head,
     GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTIAL: tl.constexpr, TREES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one row against a range of its context. Grid: (items, kv_heads).
 
@@ -86,7 +98,9 @@ def attend(
     query: `[tokens, heads, DIM]`, last dimension dense. keys, values: `[slots, kv_heads, DIM]`, dense. WINDOW 0: none.
     items: `[items, 4]` row, first lane, begin and end of the range of positions. rows: `[rows, 4]` start, count, first
     token, where page 0 of the row is or would be in `pages`. out: `[tokens, heads, DIM]`; or, PARTIAL, float32
-    `[items, heads, DIM]`, with sums of weights and largest scores `[items, heads]` beside it.
+    `[items, heads, DIM]`, with sums of weights and largest scores `[items, heads]` beside it. TREES: nodes `[rows]` how
+    many of a row's last tokens are a tree, places `[tokens]` positions, lineage `[tokens, 2]` what a token sees of its
+    tree, 64 bits, the lower ones first; a tree's keys lie in the order of its tokens.
     """
     item, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row = tl.load(items + item * 4).to(tl.int64)
@@ -103,13 +117,25 @@ def attend(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    asking = start + step
+    if TREES:
+        own = count - tl.load(nodes + row)  # tokens before the tree
+        asking = tl.load(places + new, mask=step < count, other=0)
+        low = tl.load(lineage + new * 2, mask=step < count, other=0)
+        high = tl.load(lineage + new * 2 + 1, mask=step < count, other=0)
     for first in range(begin, end, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         stored = position < end
+        at_place, seen = position, stored[None, :]
+        if TREES:
+            fresh = position - start
+            at_place = tl.load(places + token + fresh, mask=stored & (fresh >= 0), other=0)
+            at_place = tl.where(fresh >= 0, at_place, position)
+            seen = seen & _related(step - own, low, high, fresh - own)
         page = tl.load(pages + first_page + position // PAGE, mask=stored, other=0).to(tl.int64)
         where = (((page * PAGE + position % PAGE) * kv_heads + kv_head) * DIM)[:, None] + at[None, :]
         k = tl.load(keys + where, mask=stored[:, None] & inside, other=0.0)
-        scores = _scores(q, k, start + step, position, stored, scale, softcap, WINDOW, CAPPED)
+        scores = _scores(q, k, asking[:, None] - at_place[None, :], seen, scale, softcap, WINDOW, CAPPED)
         v = tl.load(values + where, mask=stored[:, None] & inside, other=0.0)
         peak, total, acc = _absorb(scores, v, peak, total, acc)
     if PARTIAL:
