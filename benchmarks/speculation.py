@@ -224,12 +224,15 @@ def demo_tasks(folder: Path, eos: frozenset[int], count: int) -> list[Task]:
     ]
 
 
-def real(folder: Path, drafters: Sequence[str], batches: Sequence[int], count: int, rounds: int) -> list[Figure]:
-    """Real drafters on a model that answers. Whatever is not `ngram` is a draft model or head."""
+def real(
+    folder: Path, drafters: Sequence[str], batches: Sequence[int], count: int, rounds: int, **settings: Any
+) -> list[Figure]:
+    """Real drafters on a model that answers. Whatever is not `ngram` is a draft model or head; `:2` makes it trees."""
     figures = []
     for drafter in drafters:
-        chosen = {"speculative": "ngram"} if drafter == "ngram" else {"draft_model": resolve_drafter(drafter)}
-        bench = Bench(folder, kv_mib=64, **chosen)
+        name, _, branches = drafter.partition(":")
+        chosen: dict[str, Any] = {"speculative": "ngram"} if name == "ngram" else {"draft_model": resolve_drafter(name)}
+        bench = Bench(folder, kv_mib=64, **chosen, draft_branches=int(branches or 1), **settings)
         for task in demo_tasks(folder, frozenset(bench.loaded.config.eos_token_ids), count):
             figures += [compare(bench, task, drafter, batch, rounds) for batch in batches]
     return figures
@@ -272,16 +275,21 @@ def show(title: str, figures: Sequence[Figure]) -> Table:
 
 def main(
     model: Annotated[str, typer.Argument(help="folder, hub id or demo, for real drafters")] = "demo",
-    drafters: Annotated[str, typer.Option(help="ngram, or draft models and heads, separated by commas")] = "ngram",
+    drafters: Annotated[
+        str,
+        typer.Option(help="ngram, or draft models and heads, separated by commas; demo:2 drafts trees of two branches"),
+    ] = "ngram",
     shape: Annotated[str, typer.Option(help=f"random weights and forced acceptance: {', '.join(SHAPES)}")] = "",
     rates: Annotated[str, typer.Option(help="tokens a step that are forced, separated by commas")] = "2.0,3.0",
-    length: Annotated[int, typer.Option(help="longest draft where acceptance is forced", min=1, max=63)] = 4,
+    length: Annotated[int, typer.Option(help="tokens of the longest draft", min=1, max=63)] = 4,
     batches: Annotated[str, typer.Option(help="sequences at once, separated by commas")] = "1,16",
     prompts: Annotated[int, typer.Option(help="of each task", min=1)] = 32,
     context: Annotated[int, typer.Option(help="prompt tokens where acceptance is forced", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="output tokens where acceptance is forced", min=8)] = 64,
     threads: Annotated[int, typer.Option(help="compute threads", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="turns with and without drafts", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="of real drafters: auto, float32, bfloat16")] = "auto",
+    always: Annotated[bool, typer.Option(help="real drafts as long as can be, whether that pays or not")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object in place of a table")] = False,
 ) -> None:
     set_compute_threads(threads)
@@ -292,7 +300,8 @@ def main(
             wanted = [float(rate) for rate in rates.split(",")]
             figures, name = forced(made, wanted, sizes, length, context, tokens, rounds), shape
     else:
-        figures = real(Path(resolve_model(model)), drafters.split(","), sizes, prompts, rounds)
+        settings = {"draft_tokens": length, "draft_adaptive": not always, "dtype": dtype}
+        figures = real(Path(resolve_model(model)), drafters.split(","), sizes, prompts, rounds, **settings)
         name = model
     if as_json:
         print(json.dumps({"model": name, "figures": [asdict(each) | {"speed": each.speed} for each in figures]}))
