@@ -277,7 +277,7 @@ def main(
     model: Annotated[str, typer.Argument(help="folder, hub id or demo, for real drafters")] = "demo",
     drafters: Annotated[
         str,
-        typer.Option(help="ngram, or draft models and heads, separated by commas; demo:2 drafts trees of two branches"),
+        typer.Option(help="ngram, or draft models and heads, separated by commas; demo:2 drafts trees"),
     ] = "ngram",
     shape: Annotated[str, typer.Option(help=f"random weights and forced acceptance: {', '.join(SHAPES)}")] = "",
     rates: Annotated[str, typer.Option(help="tokens a step that are forced, separated by commas")] = "2.0,3.0",

@@ -86,6 +86,34 @@ def _absorb(scores, v, peak, total, acc):
 
 
 @triton.jit
+def _four(table, row):
+    """A row of `[rows, 4]`."""
+    first = table + row * 4
+    return tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3)
+
+
+@triton.jit
+def _node(places, lineage, token, real):
+    """Of tokens: their positions, and the lower and upper bits of what they see of their tree."""
+    place = tl.load(places + token, mask=real, other=0)
+    low = tl.load(lineage + token * 2, mask=real, other=0)
+    return place, low, tl.load(lineage + token * 2 + 1, mask=real, other=0)
+
+
+@triton.jit
+def _place(places, slot, fresh, stored):
+    """Positions of keys: of those before a row's new tokens, by slot; of the new ones, what `places` says."""
+    return tl.where(fresh >= 0, tl.load(places + fresh, mask=stored & (fresh >= 0), other=0), slot)
+
+
+@triton.jit
+def _write(out, heads, acc, total, at, real, DIM: tl.constexpr):
+    """What heads of tokens attended to, in the dtype of `out`, `[tokens * heads, DIM]`."""
+    result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out + (heads * DIM)[:, None] + at[None, :], result.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def attend(
     query, keys, values, out, sums, peaks, items, rows, pages, nodes, places, lineage,
     scale, softcap, query_token, query_head,
@@ -97,41 +125,33 @@ def attend(
     A tile's lane is a pair (new token, query head of the group): grouped queries share each key that is read.
     query: `[tokens, heads, DIM]`, last dimension dense. keys, values: `[slots, kv_heads, DIM]`, dense. WINDOW 0: none.
     items: `[items, 4]` row, first lane, begin and end of the range of positions. rows: `[rows, 4]` start, count, first
-    token, where page 0 of the row is or would be in `pages`. out: `[tokens, heads, DIM]`; or, PARTIAL, float32
-    `[items, heads, DIM]`, with sums of weights and largest scores `[items, heads]` beside it. TREES: nodes `[rows]` how
-    many of a row's last tokens are a tree, places `[tokens]` positions, lineage `[tokens, 2]` what a token sees of its
-    tree, 64 bits, the lower ones first; a tree's keys lie in the order of its tokens.
+    token, where page 0 of the row is or would be in `pages`. out: `[tokens, heads, DIM]`; PARTIAL: float32 `[items,
+    heads, DIM]`, with sums of weights and largest scores `[items, heads]` beside it. TREES: nodes `[rows]` how many of
+    a row's last tokens are a tree, whose keys lie in their order; places `[tokens]` positions; lineage `[tokens, 2]`.
     """
     item, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    row = tl.load(items + item * 4).to(tl.int64)
-    lane = tl.load(items + item * 4 + 1) + tl.arange(0, BLOCK_M)
-    begin, end = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
-    start, count = tl.load(rows + row * 4), tl.load(rows + row * 4 + 1)
-    token, first_page = tl.load(rows + row * 4 + 2), tl.load(rows + row * 4 + 3)
+    row, first_lane, begin, end = _four(items, item)
+    start, count, token, first_page = _four(rows, row.to(tl.int64))
+    lane = first_lane + tl.arange(0, BLOCK_M)
     step, head, heads = lane // GROUP, kv_head * GROUP + lane % GROUP, kv_heads * GROUP
     at = tl.arange(0, BLOCK_D)
     real, inside = (step < count)[:, None], (at < DIM)[None, :]
     new = (token + step).to(tl.int64)
     source = query + new[:, None] * query_token + head[:, None] * query_head + at[None, :]
     q = tl.load(source, mask=real & inside, other=0.0)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     asking = start + step
     if TREES:
         own = count - tl.load(nodes + row)  # tokens before the tree
-        asking = tl.load(places + new, mask=step < count, other=0)
-        low = tl.load(lineage + new * 2, mask=step < count, other=0)
-        high = tl.load(lineage + new * 2 + 1, mask=step < count, other=0)
+        asking, low, high = _node(places, lineage, new, step < count)
     for first in range(begin, end, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         stored = position < end
         at_place, seen = position, stored[None, :]
         if TREES:
-            fresh = position - start
-            at_place = tl.load(places + token + fresh, mask=stored & (fresh >= 0), other=0)
-            at_place = tl.where(fresh >= 0, at_place, position)
-            seen = seen & _related(step - own, low, high, fresh - own)
+            at_place = _place(places + token, position, position - start, stored)
+            seen = seen & _related(step - own, low, high, position - start - own)
         page = tl.load(pages + first_page + position // PAGE, mask=stored, other=0).to(tl.int64)
         where = (((page * PAGE + position % PAGE) * kv_heads + kv_head) * DIM)[:, None] + at[None, :]
         k = tl.load(keys + where, mask=stored[:, None] & inside, other=0.0)
@@ -139,14 +159,11 @@ def attend(
         v = tl.load(values + where, mask=stored[:, None] & inside, other=0.0)
         peak, total, acc = _absorb(scores, v, peak, total, acc)
     if PARTIAL:
-        left = item * heads + head
-        tl.store(out + (left * DIM)[:, None] + at[None, :], acc, mask=real & inside)
-        tl.store(sums + left, total, mask=step < count)
-        tl.store(peaks + left, peak, mask=step < count)
+        tl.store(out + ((item * heads + head) * DIM)[:, None] + at[None, :], acc, mask=real & inside)
+        tl.store(sums + item * heads + head, total, mask=step < count)
+        tl.store(peaks + item * heads + head, peak, mask=step < count)
     else:
-        target = out + ((new * heads + head) * DIM)[:, None] + at[None, :]
-        result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(target, result.to(out.dtype.element_ty), mask=real & inside)
+        _write(out, new * heads + head, acc, total, at, real & inside, DIM)
 
 
 @triton.jit
