@@ -25,6 +25,7 @@ from tandem.engine.policy import (
 )
 from tandem.engine.radix import pack
 from tandem.engine.sequence import Batch, Draft, Row, Seq, SeqState
+from tandem.engine.twins import Twins
 
 FAIR_STARTS = 64
 """Waiting sequences that are put in the order of their tenants' turns in one step: more than a step ever starts."""
@@ -137,6 +138,7 @@ class Scheduler:
         self._queue: dict[str, Queued] = {}
         self._held: dict[str, Seq] = {}
         self._stale: list[Queued] = []
+        self._twins = Twins(memory.page_size) if config.prefix_cache else None
         self._changes = 0
         self._standstill: Standstill | None = None
         self._balances: dict[str, float] = {}
@@ -163,6 +165,8 @@ class Scheduler:
         """Forgets a sequence; its pages are the caller's to close."""
         self.note_change()
         self._held.pop(seq.seq_id, None)
+        if self._twins is not None:
+            self._twins.forget(seq)
         if self._queue.pop(seq.seq_id, None) is None and seq.state is SeqState.RUNNING:
             self.running.remove(seq)
         self.blocked = None if self.blocked is seq else self.blocked
@@ -279,9 +283,11 @@ class Scheduler:
                 return
             if stuck is not None and not self._covered(item.seq):
                 continue
+            if self._twins is not None and self._twins.waits(item.seq, item.packed, item.ready):
+                continue
             if self._open(item):
                 self._charge(item, now)
-                self._start(item.seq, plan)
+                self._start(item, plan)
             elif stuck is None:
                 stuck = item
         if stuck is not None and (self.running or not plan.ahead):
@@ -358,8 +364,9 @@ class Scheduler:
         # While it waited with what was cached when it came, others computed more of the same prompt.
         return self._memory.reopen(seq, item.packed, tokens)
 
-    def _start(self, seq: Seq, plan: Plan) -> None:
+    def _start(self, item: Queued, plan: Plan) -> None:
         """Moves a sequence that has its pages from the queue into the batch."""
+        seq = item.seq
         if seq.pending == 0:
             self.hold(seq)
             plan.cached.append(seq)
@@ -367,6 +374,8 @@ class Scheduler:
         self.remove(seq)
         seq.state = SeqState.RUNNING
         insort(self.running, seq, key=lambda each: each.order)
+        if self._twins is not None and seq.pending > 1:
+            self._twins.started(seq, item.packed)
         plan.add(seq, seq.pending)
 
     def _force(self, stuck: Queued, plan: Plan) -> None:
@@ -378,7 +387,7 @@ class Scheduler:
                 return
             self.retract(giver, plan)
             if self._open(stuck):
-                self._start(stuck.seq, plan)
+                self._start(stuck, plan)
                 return
 
     def _refresh(self) -> None:
