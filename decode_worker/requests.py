@@ -27,6 +27,8 @@ class Choice:
     """The first so many output tokens were made by a worker that is gone; the router has them."""
     sent: int = 0
     """Output tokens already put into a message."""
+    leaving: bool = False
+    """Whether it ends only because this worker does."""
     closed: bool = False
     """Whether its end was put into a message."""
     last_token_at: float = 0.0
@@ -45,6 +47,7 @@ class Choice:
             finish=self.finish,
             stop_token=self.stop_token,
             error=self.error,
+            leaving=self.leaving,
             usage=self.usage() if first == 0 or self.finish is not None else None,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.cluster import TenantUse
+from tandem.types import GenerateRequest
 
 KEPT_S = 120.0
 """Seconds for which a tenant without requests is still reported; then its counts start anew."""
@@ -16,6 +17,8 @@ class _Use:
     requests: int = 0
     tokens: int = 0
     running: int = 0
+    open: int = 0
+    """Those that have not ended, with those that are counted with others."""
     since: float = 0.0
 
 
@@ -26,28 +29,34 @@ class TenantLedger:
         self._clock = clock
         self._uses: dict[tuple[str, str], _Use] = {}
 
-    def admitted(self, tenant: str, router_id: str, prompt_tokens: int) -> None:
-        """A request was admitted."""
-        if tenant:
-            key = tenant, router_id
+    def admitted(self, request: GenerateRequest, router_id: str) -> None:
+        """A request was admitted.
+
+        What goes on here was counted where it began, and prompts that came with another one are one request with it.
+        """
+        if request.tenant:
+            key = request.tenant, router_id
             use = self._uses.get(key)
             if use is None or self._forgotten(use):
                 self._uses = {name: each for name, each in self._uses.items() if not self._forgotten(each)}
                 use = self._uses[key] = _Use()
-            use.requests += 1
-            use.tokens += prompt_tokens
-            use.running += 1
+            moved = bool(request.generated)
+            use.requests += not (moved or request.follows)
+            use.tokens += 0 if moved else len(request.prompt)
+            use.running += not request.follows
+            use.open += 1
 
     def made(self, tenant: str, router_id: str, tokens: int) -> None:
         """Tokens of an answer."""
         if tenant:
             self._uses[tenant, router_id].tokens += tokens
 
-    def ended(self, tenant: str, router_id: str) -> None:
+    def ended(self, request: GenerateRequest, router_id: str) -> None:
         """A request has ended."""
-        if tenant:
-            use = self._uses[tenant, router_id]
-            use.running -= 1
+        if request.tenant:
+            use = self._uses[request.tenant, router_id]
+            use.running -= not request.follows
+            use.open -= 1
             use.since = self._clock()
 
     def uses(self) -> tuple[TenantUse, ...]:
@@ -59,4 +68,4 @@ class TenantLedger:
         )
 
     def _forgotten(self, use: _Use) -> bool:
-        return not use.running and self._clock() - use.since > KEPT_S
+        return not use.open and self._clock() - use.since > KEPT_S

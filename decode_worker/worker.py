@@ -14,17 +14,18 @@ from decode_worker.prefill_client import PrefillClient
 from decode_worker.requests import Choice, Request, make_request
 from decode_worker.tenants import TenantLedger
 from kvtransfer.pairs import Target
-from tandem.cluster import CacheEvent, EventKind, WorkerInfo
+from tandem.cluster import WorkerInfo
 from tandem.config import DecodeConfig
 from tandem.engine.engine import Engine
 from tandem.engine.output import SeqOutput, StepOutput
 from tandem.engine.sequence import SeqState
 from tandem.errors import Fenced, Internal
 from tandem.kv import HashRoot, block_hashes
-from tandem.types import FinishReason, GenerateRequest, TokenIds
+from tandem.types import FinishReason, GenerateRequest
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.kv_sink import PageSink, Reservations
 from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.promises import Promises
 from tandem.worker.publish import Publisher
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class DecodeWorker:
         self._choices: dict[str, Choice] = {}
         self._outboxes: dict[str, Outbox] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._promises = Promises(publisher.announce)
         self._reservations = Reservations(engine, thread)
         self.tenants = TenantLedger(asyncio.get_running_loop().time)
         self._loop = asyncio.get_running_loop()
@@ -95,7 +97,7 @@ class DecodeWorker:
         self._order += request.choices
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.open_choices())
-        self.tenants.admitted(request.tenant, router_id, len(request.prompt))
+        self.tenants.admitted(request, router_id)
         known_tokens, cached = request.known, 0
         if request.sampling.prompt_logprobs is None:
             try:
@@ -111,7 +113,10 @@ class DecodeWorker:
             )
             and request.sampling.prompt_logprobs is None
         )
-        self._announce(EventKind.PROMISED, root, known_tokens)
+        # Without a cache nothing is ever stored, and no promise would be kept.
+        if self._config.prefix_cache:
+            self._promises.make(request.request_id, tuple(block_hashes(root, known_tokens)))
+        self._publisher.poke()
         self._start(record, dispatch, targets if asked else ())
         return cached, targets[0].incarnation if asked else ""
 
@@ -219,17 +224,23 @@ class DecodeWorker:
         record = choice.request
         if record.finished:
             record.finished_at = self._loop.time()
-            self.tenants.ended(record.request.tenant, record.router_id)
+            self.tenants.ended(record.request, record.router_id)
+            self._promises.keep(record.request.request_id)
             self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
             self._metrics.requests.labels(reason.value).inc()
 
-    def _end(self, record: Request, reason: FinishReason, error: str = "") -> bool:
-        """Ends what is open of a request, takes its promise back and tells its router. False when nothing was open."""
+    def _end(self, record: Request, reason: FinishReason, error: str = "", leaving: bool = False) -> bool:
+        """Ends what is open of a request, takes its promise back and tells its router. False when nothing was open.
+
+        leaving: it could go on at another worker.
+        """
         if record.finished:
             return False
-        self._withdraw(record)
+        self._promises.withdraw(record.request.request_id)
+        self._publisher.poke()
         outbox = self._outboxes.get(record.router_id)
         for choice in list(record.open_choices()):
+            choice.leaving = leaving
             self._close(choice, reason, error)
             self._thread.post(self._engine.cancel, choice.seq.seq_id)
             if outbox is not None:
@@ -251,18 +262,6 @@ class DecodeWorker:
         ended = self._end(record, FinishReason.CANCELLED)
         await self._thread.call(lambda: None)
         return ended
-
-    def _withdraw(self, record: Request) -> None:
-        """Takes the promise back; what was stored meanwhile stays stored."""
-        request = record.request
-        root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
-        self._announce(EventKind.WITHDRAWN, root, request.known)
-
-    def _announce(self, kind: EventKind, root: bytes, prompt: TokenIds) -> None:
-        # Without a cache nothing is ever stored, and no promise would be kept.
-        if self._config.prefix_cache and (hashes := tuple(block_hashes(root, prompt))):
-            self._publisher.announce((CacheEvent(kind, hashes),))
-        self._publisher.poke()
 
     # Routers --------------------------------------------------------------------------------------------------------
 
@@ -309,11 +308,11 @@ class DecodeWorker:
             await self.cancel(record.request.request_id, record.request.attempt)
 
     async def close(self) -> None:
-        """Admits nothing more and ends every request with an error."""
+        """Admits nothing more and gives every request up; routers let them go on elsewhere."""
         self.draining = True
         for record in list(self._requests.values()):
             if not record.finished:
-                self._end(record, FinishReason.ERROR, "the worker is shutting down")
+                self._end(record, FinishReason.ERROR, "the worker is shutting down", leaving=True)
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -343,7 +342,7 @@ class DecodeWorker:
     def leaks(self) -> list[str]:
         """What is still held although nothing runs."""
         open_requests = [f"request {key} is open" for key, record in self._requests.items() if not record.finished]
-        return open_requests + [f"task {name} runs" for name in self._tasks]
+        return open_requests + [f"task {name} runs" for name in self._tasks] + self._promises.leaks()
 
 
 def _fault(choice: Choice) -> str:

@@ -29,7 +29,7 @@ from tandem.wire.v1 import handover_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 
-LINK_FAILURES = frozenset({"pair", "transfer_deadline", *(fault.value for fault in Fault)})
+LINK_FAILURES = frozenset({"pair", "link", "transfer_deadline", *(fault.value for fault in Fault)})
 """Kinds of failures that are the way's, and neither end's own."""
 
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToSender, pb.ToReceiver]"
@@ -373,7 +373,8 @@ class PairClient:
         elif kind == "progress" and (fetch := self._fetches.get(message.progress.ticket_id)) is not None:
             fetch.state.progressed(message.progress.computed, self._clock())
         elif kind == "quiesced" and (fetch := self._fetches.get(message.quiesced.ticket_id)) is not None:
-            if fetch.state.quiesced(message.quiesced.spans_sent, message.quiesced.error):
+            last = message.quiesced
+            if fetch.state.quiesced(last.spans_sent, last.error, last.link_failed):
                 self._hooks.failed(fetch.state.kind)
                 fetch.events.put_nowait(None)
             if fetch.state.ended:

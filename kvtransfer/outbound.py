@@ -171,7 +171,12 @@ class OutboundPair:
             self._sender.hooks.failed("sender")
         del self._tickets[state.ticket_id]
         self._sender.hooks.open_tickets(-1)
-        quiesced = pb.Quiesced(ticket_id=state.ticket_id, spans_sent=len(state.sent), error=state.error)
+        quiesced = pb.Quiesced(
+            ticket_id=state.ticket_id,
+            spans_sent=len(state.sent),
+            error=state.error,
+            link_failed=self._closing is not None,
+        )
         self.outbox.put_nowait(pb.ToReceiver(quiesced=quiesced))
 
     async def _serve(self, sending: _Sending, message: pb.Open) -> None:

@@ -94,12 +94,14 @@ class InboundTicket:
         self.kind, self.error = kind, error
         return True
 
-    def quiesced(self, sent: int, error: str) -> bool:
-        """The sender is done for good; whether that fails the fetch."""
+    def quiesced(self, sent: int, error: str, link_failed: bool = False) -> bool:
+        """The sender is done for good; whether that fails the fetch. link_failed: it could not write."""
         self.sent = sent
         wanted = len(self.spans or ())
         if error or self.spans is None or sent < wanted:
-            return self.fail("sender", error or f"the sender ended after {sent} of {wanted} spans")
+            return self.fail(
+                "link" if link_failed else "sender", error or f"the sender ended after {sent} of {wanted} spans"
+            )
         return False
 
     def drain(self) -> list[Range]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvtransfer.base import Buffer
-from tandem.cluster import CacheEvent, EventKind
 from tandem.errors import Overloaded
-from tandem.kv import BlockHash, Span, block_hashes
+from tandem.kv import Span, block_hashes
 from tandem.types import TokenIds
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts
+from tandem.worker.promises import Promises
 
 
 class PromisingSource:
@@ -23,7 +23,8 @@ class PromisingSource:
         self._metrics = parts.metrics
         self._root = parts.root
         self._max_waiting = max_waiting
-        self._promised: dict[str, tuple[BlockHash, ...]] = {}
+        self._promises = Promises(parts.publisher.announce)
+        self._tickets: set[str] = set()
 
     async def open(
         self,
@@ -37,14 +38,15 @@ class PromisingSource:
         cached_only: bool = False,
     ) -> int:
         """See `KvSource.open`. Raises Overloaded when too many tickets are open."""
-        if len(self._promised) >= self._max_waiting:
-            raise Overloaded(f"{len(self._promised)} prompts wait here; at most {self._max_waiting} are taken")
+        if len(self._tickets) >= self._max_waiting:
+            raise Overloaded(f"{len(self._tickets)} prompts wait here; at most {self._max_waiting} are taken")
         if cached_only:  # for another worker's cache: nothing is computed, and no request is served
-            self._promised[ticket_id] = ()
+            self._tickets.add(ticket_id)
             return await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant, True)
         hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
-        self._promised[ticket_id] = hashes
-        self._announce(EventKind.PROMISED, hashes)
+        self._tickets.add(ticket_id)
+        self._promises.make(ticket_id, hashes)
+        self._publisher.poke()
         cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant)
         self._metrics.prompt_tokens.inc(len(tokens))
         self._metrics.prefix_hits.labels("prefill").inc(cached)
@@ -56,13 +58,9 @@ class PromisingSource:
 
     async def close(self, ticket_id: str) -> None:
         """See `KvSource.close`. What was stored closed its promise; the rest is taken back."""
-        hashes = self._promised.pop(ticket_id, None)
-        if hashes is None:  # refused before the engine heard of it
+        if ticket_id not in self._tickets:  # refused before the engine heard of it
             return
+        self._tickets.remove(ticket_id)
         await self._source.close(ticket_id)
-        self._announce(EventKind.WITHDRAWN, hashes)
-
-    def _announce(self, kind: EventKind, hashes: tuple[BlockHash, ...]) -> None:
-        if hashes:
-            self._publisher.announce((CacheEvent(kind, hashes),))
-            self._publisher.poke()
+        self._promises.withdraw(ticket_id)
+        self._publisher.poke()

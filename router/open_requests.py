@@ -97,7 +97,8 @@ class OpenRequests:
                 # The last sampled token has no KV.
                 self._tails.remember(record.decode, record.chain, len(request.prompt), sequence[:-1])
             if not unreported:
-                self._fleet.ended(record.decode, Load(sequences=request.choices))
+                # Choices that had ended before it went on there were never that worker's.
+                self._fleet.ended(record.decode, Load(sequences=request.choices - len(request.ended)))
 
     def _climb(self, record: OpenRequest) -> None:
         """Puts an ended request on the hit ladder, and its answer among what could be reused."""

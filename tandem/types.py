@@ -165,6 +165,8 @@ class GenerateRequest:
     """The output of each choice so far, where the request goes on after a worker was lost; empty for a new one."""
     ended: tuple[int, ...] = ()
     """Choices that had ended by then."""
+    follows: bool = False
+    """Came with another prompt, in one HTTP request, which is counted with that one."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field."""
@@ -227,6 +229,8 @@ class Delta:
     """The id that ended the choice when `finish` is STOP."""
     error: str = ""
     """One line for the client when `finish` is ERROR."""
+    leaving: bool = False
+    """Whether `finish` is ERROR only because the worker ends: another one can go on."""
     usage: Usage | None = None
     """In a choice's last delta; in its first, too, for a choice that the router ends by itself at a stop string."""
 

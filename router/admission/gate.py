@@ -1,8 +1,8 @@
 """The router's bound on open requests, and the queue of those that wait behind it.
 
 Workers, who see every router's requests, do the ordering; here no more are let in than they can use. Who waits longer
-than the deadline would get its answer too late, and leaves; when the queue is full, the newest of the lowest priority
-goes. So under any load, what is served is served in time.
+than the deadline would get its answer too late, and leaves; when the queue is full, one of the lowest priority goes,
+the newest of the tenant that has most waiting. So under any load, what is served is served in time.
 """
 
 from __future__ import annotations
@@ -138,8 +138,11 @@ class Admission:
         self._tenants[tenant] += 1
 
     def _shed(self) -> None:
-        """Refuses the newest of the lowest priority."""
-        victim = min(self._queue.values(), key=lambda w: (w.priority, -w.number))
+        """Refuses, of the lowest priority, the newest of the tenant with most waiting: a flood displaces itself."""
+        lowest = min(waiting.priority for waiting in self._queue.values())
+        level = [waiting for waiting in self._queue.values() if waiting.priority == lowest]
+        counts = Counter(waiting.tenant for waiting in level)
+        victim = max(level, key=lambda w: (counts[w.tenant], w.number))
         del self._queue[victim.number]
         if not victim.entered.done():
             retry = self._retry_s()

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tandem.errors import BadRequest, ConfigError, Unauthorized
 
@@ -27,7 +28,16 @@ MAX_KEYS = 64
 HASHED = "sha256:"
 Limit = Annotated[int, Field(ge=0, lt=1 << 53)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._@-]+$")]
-Key = Annotated[str, Field(min_length=8, max_length=512)]
+
+
+def _printable(key: str) -> str:
+    if not PRINTABLE.fullmatch(key):
+        raise ValueError("a key must be printable ASCII characters, with no space at either end: HTTP carries no other")
+    return key
+
+
+PRINTABLE = re.compile(r"[!-~]([ -~]*[!-~])?")
+Key = Annotated[str, Field(min_length=8, max_length=512), AfterValidator(_printable)]
 
 
 class Tenant(BaseModel):
@@ -125,9 +135,10 @@ class Keyring:
 
 
 def read_keys(path: Path) -> Keyring:
-    """Reads a file of tenants. Raises ConfigError that names the field, and never a key."""
+    """Reads a file of tenants. Raises ConfigError that names the field and its line, and never a key."""
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = type(error).__name__ if isinstance(error, yaml.YAMLError) else error
         raise ConfigError(f"--api-keys is {path}; it cannot be read: {reason}", "api_keys") from None
@@ -136,8 +147,26 @@ def read_keys(path: Path) -> Keyring:
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, fault["loc"])) or "the file"
-        raise ConfigError(f"--api-keys is {path}; {where}: {fault['msg']}", "api_keys") from None
+        where = f"line {_line(yaml.compose(text), fault['loc'])}: {where}" if fault["loc"] else where
+        says = fault["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--api-keys is {path}; {where}: {says}", "api_keys") from None
     return Keyring(_by_digest(entries, path))
+
+
+def _line(node: yaml.Node | None, place: Sequence[int | str]) -> int:
+    """The line, from 1 on, of a value in a document; of what should hold it where it is not there."""
+    line = 1
+    for step in place:
+        if isinstance(node, yaml.MappingNode):
+            node = next((value for key, value in node.value if key.value == step), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+        else:
+            break
+        if node is None:
+            break
+        line = node.start_mark.line + 1
+    return line
 
 
 def _by_digest(entries: Iterable[_Entry], path: Path) -> dict[str, Tenant]:

@@ -214,6 +214,7 @@ def _request(body: GenerationBody, to: Endpoint, prompt: Prompt, asked: Asked, r
         salt=to.tenant.salt_of(body.cache_salt or ""),
         priority=to.tenant.priority_of(body.priority),
         tenant=to.tenant.name,
+        follows=request_id != to.job_id,
     )
 
 

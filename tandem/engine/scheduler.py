@@ -337,9 +337,10 @@ class Scheduler:
             order.insert(0, order.pop(order.index(first)))
 
     def _charge(self, item: Queued, now: float) -> None:
-        """Its tenant pays for a sequence that is admitted."""
+        """Its tenant pays for a sequence that is admitted, once: one that gave way has been paid for."""
         self._passed = 0 if is_starved(item.seq, now, self._config.ageing_s) else self._passed + 1
-        if item.tenant in self._balances:
+        if item.tenant in self._balances and not item.seq.charged:
+            item.seq.charged = True
             self._balances = served(self._balances, item.tenant, item.cost)
 
     def _yields(self, seq: Seq, now: float) -> bool:

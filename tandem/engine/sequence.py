@@ -84,6 +84,8 @@ class Seq:
     """Whose it is; tenants of the same priority take turns."""
     cost: int = 0
     """Tokens that its tenant's share is charged with; 0 takes what is to be computed of it."""
+    charged: bool = False
+    """Whether its tenant has paid for it."""
     arrival: float = 0.0
     """Seconds, monotonic: ages the queue."""
     order: int = 0

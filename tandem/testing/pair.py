@@ -36,6 +36,7 @@ class Answer:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish: FinishReason | None = None
     error: str = ""
+    leaving: bool = False
     usage: Usage | None = None
 
 
@@ -93,6 +94,7 @@ class Pair:
         answer.logprobs += delta.logprobs
         answer.prompt_logprobs = delta.prompt_logprobs or answer.prompt_logprobs
         answer.finish, answer.error, answer.usage = delta.finish, delta.error, delta.usage
+        answer.leaving = delta.leaving
         if all(each.finish is not None for each in answers):
             self._ended.add(delta.request_id)
         self._arrived.set()

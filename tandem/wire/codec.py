@@ -170,6 +170,7 @@ def generate_request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
         cost=request.cost,
         generated=[pb.TokenIds(tokens=tokens) for tokens in request.generated],
         ended=request.ended,
+        follows=request.follows,
     )
 
 
@@ -193,6 +194,7 @@ def generate_request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
             cost=_not_negative("cost", message.cost),
             generated=tuple(tuple(choice.tokens) for choice in message.generated),
             ended=tuple(message.ended),
+            follows=message.follows,
         )
     except ValueError as error:
         # Every such text starts with the field's name, here and in tandem.types.
@@ -266,6 +268,7 @@ def delta_to_wire(delta: Delta) -> pb.Delta:
     if delta.finish is not None:
         message.finish = _FINISH[delta.finish]
         message.error = delta.error
+        message.leaving = delta.leaving
         if delta.stop_token is not None:
             message.stop_token = delta.stop_token
     if delta.usage is not None:
@@ -298,6 +301,7 @@ def delta_from_wire(message: pb.Delta) -> Delta:
         finish=_enum("finish", _FINISH_BACK, message.finish) if message.finish else None,
         stop_token=message.stop_token if message.HasField("stop_token") else None,
         error=message.error,
+        leaving=message.leaving,
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,
     )
 

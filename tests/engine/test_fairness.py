@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.engine import scheduler
 from tandem.engine.engine import Engine
 from tandem.engine.fairness import MOST, QUANTUM, fair_order, present, rounds, served
 from tandem.engine.policy import PASSES, STARVED_AGES, EngineConfig
-from tandem.engine.sequence import Seq
+from tandem.engine.sequence import Seq, SeqState
 from tandem.testing.engine import FakePool, FakeRunner, make_seq
 
 
@@ -115,6 +118,27 @@ def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
         bench.add(f"small{number}", "small")
     assert [name[:5] for name in bench.finished(6)] == ["flood", "small"] * 3
     assert len(bench.finished(50)) == 17
+
+
+def test_a_sequence_that_gave_way_is_paid_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    charged: list[str] = []
+
+    def noting(balances: Mapping[str, float], tenant: str, cost: int) -> dict[str, float]:
+        charged.append(tenant)
+        return served(balances, tenant, cost)
+
+    monkeypatch.setattr(scheduler, "served", noting)
+    bench = Bench()
+    first = bench.add("first", "a")
+    first.sampling = replace(first.sampling, max_tokens=6)
+    for number in range(3):
+        bench.add(f"other{number}", "b")
+    bench.finished(2)
+    assert (first.state, charged) == (SeqState.RUNNING, ["a"])
+    bench.engine.scheduler.retract(first, scheduler.Plan(8))
+    assert len(bench.finished(50)) == 4
+    assert first.retractions == 1
+    assert charged.count("a") == 1
 
 
 def test_who_asks_for_more_gets_fewer_turns() -> None:

@@ -144,6 +144,7 @@ async def test_a_span_whose_bytes_changed_on_the_way_is_never_landed() -> None:
         sink = FakeSink()
         result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, sink)
         assert "digest" in result.error
+        assert result.link_failed
         assert result.landed_until <= 96
         assert Span(96, 32) not in sink.spans
         assert rig.failures == ["digest"]
@@ -187,6 +188,7 @@ async def test_a_span_that_never_arrives_runs_into_the_transfer_deadline() -> No
         client = await rig.connected()
         result = await client.fetch(rig.ticket(transfer_s=0.3), TOKENS, "salt", "", 0, FakeSink())
         assert "transfer_deadline_s" in result.error
+        assert result.link_failed
         assert result.landed_until == 64
         await rig.quiet(client)
 
@@ -209,6 +211,7 @@ async def test_a_sender_that_does_not_start_runs_into_the_queue_deadline(backend
         client = await rig.connected()
         result = await client.fetch(rig.ticket(queue_s=0.2), TOKENS, "salt", "", 0, FakeSink())
         assert "queue_deadline_s" in result.error
+        assert not result.link_failed, "the sender is busy, and reached"
         await rig.quiet(client)
         assert not client.closed
 
@@ -261,7 +264,7 @@ async def test_a_source_that_refuses_or_fails_says_so(backend: Backend) -> None:
         client = await rig.connected()
         rig.source.refuse = "too many prompts wait"
         refused = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
-        assert refused.error == "too many prompts wait"
+        assert (refused.error, refused.link_failed) == ("too many prompts wait", False)
         rig.source.refuse = ""
 
         def explode(span: Span, out: Buffer) -> None:
@@ -269,7 +272,7 @@ async def test_a_source_that_refuses_or_fails_says_so(backend: Backend) -> None:
 
         rig.source.tamper = explode
         failed = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
-        assert failed.error == "internal error of the sender"
+        assert (failed.error, failed.link_failed) == ("internal error of the sender", False)
         await rig.quiet(client)
         assert len(rig.source.closed) == 2
 
@@ -281,6 +284,7 @@ async def test_a_write_that_fails_closes_the_pair_on_both_sides() -> None:
         backend.fail = True
         result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
         assert result.error != ""
+        assert result.link_failed
         await eventually(lambda: client.closed and not client.leaks() and not rig.service.leaks())
         assert backend.closed_links == 1
         backend.fail = False

@@ -93,6 +93,36 @@ async def test_a_full_queue_sheds_the_newest_of_the_lowest_priority() -> None:
     await waiting["low1"]
 
 
+async def test_a_flood_of_one_tenant_displaces_itself_and_not_others() -> None:
+    admission = gate(inflight=1, queued=4)
+    await admission.enter("in")
+    flood = {}
+    for number in range(4):
+        flood[number] = asyncio.ensure_future(admission.enter(f"flood{number}", tenant="flood"))
+        await settle()
+    small = []
+    for number in range(2):
+        small.append(asyncio.ensure_future(admission.enter(f"small{number}", tenant="small")))
+        await settle()
+        admission.check_integrity()
+    for number in (3, 2):
+        with pytest.raises(Overloaded):
+            await flood[number]
+    low = asyncio.ensure_future(admission.enter("low", -1, tenant="other"))
+    with pytest.raises(Overloaded):
+        await low
+    high = asyncio.ensure_future(admission.enter("high", 1, tenant="flood"))
+    await settle()
+    assert small[1].done(), "both have two waiting, and this is the newest"
+    with pytest.raises(Overloaded):
+        await small[1]
+    for task in (flood[0], flood[1], small[0], high):
+        assert not task.done()
+        task.cancel()
+    await asyncio.gather(flood[0], flood[1], small[0], high, return_exceptions=True)
+    admission.leave("in")
+
+
 async def test_who_waits_too_long_leaves_with_503() -> None:
     admission = gate(inflight=1, queued=2, deadline_s=0.01)
     await admission.enter("in")

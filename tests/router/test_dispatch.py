@@ -406,6 +406,43 @@ async def test_what_a_leaving_worker_gives_up_goes_on_and_counts_as_no_crash() -
         assert sorted((d.choice, d.first_index, d.tokens) for d in deltas) == [(0, 0, (4,)), (0, 1, (5,)), (1, 0, (6,))]
 
 
+async def test_a_worker_that_ends_before_it_said_so_still_lets_its_requests_go_on() -> None:
+    async with cluster(decode=2) as made:
+        accepted, leaving = await made.submit(request())
+        (other,) = (worker for worker in made.decode if worker is not leaving)
+        (message,) = leaving.submissions
+        fault: dict[str, Any] = {"finish": FinishReason.ERROR, "error": "the worker is shutting down", "leaving": True}
+        leaving.send(answer(message, [4], **fault))
+        await other.until(lambda: other.submissions)
+        other.send(answer(other.submissions[0], [5], 1, **STOP))
+        assert [(d.first_index, d.tokens, d.error) for d in await read(accepted)] == [(0, (4,), ""), (1, (5,), "")]
+        assert made.dispatcher.moved == 1
+
+
+async def test_a_request_that_moved_with_ended_choices_counts_for_what_ran_where_it_ended() -> None:
+    async with cluster(decode=2) as made:
+        accepted, dead = await made.submit(request(choices=3))
+        (other,) = (worker for worker in made.decode if worker is not dead)
+        (message,) = dead.submissions
+        dead.send(*(answer(message, [1], choice=choice, **STOP) for choice in (0, 1)))
+        await eventually(lambda: made.dispatcher.inflight and len(accepted._record.resume_points()) == 1)
+        await dead.stop()
+        await other.until(lambda: other.submissions)
+        (again,) = other.submissions
+        await eventually(lambda: accepted._record.answered)
+        # One sequence of it, and four of others.
+        other.report(running=5, dispatches={made.control.fleet.router_id: again.dispatch})
+        where = other.info.incarnation
+
+        def sequences() -> int:
+            return next(v.sequences for v in made.control.fleet.snapshot().decode if v.incarnation == where)
+
+        await eventually(lambda: sequences() == 5)
+        other.send(answer(again, [2], choice=2, **STOP))
+        await read(accepted)
+        assert sequences() == 4
+
+
 async def test_a_client_that_leaves_while_its_request_moves_leaves_nothing_behind() -> None:
     async with cluster(decode=2) as made:
         accepted, dead = await made.submit(request())

@@ -71,6 +71,25 @@ def test_a_wrong_file_is_told_by_field_and_without_keys(content: str, says: str,
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("key", ["secret-schlüssel", "secret-\t-tab-", "secret-\u2028-line", " secret-space"])
+def test_a_key_that_no_header_can_carry_is_told_with_its_line(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    other = "tenants:\n  - name: a\n    keys:\n      - secret-good one\n      - "
+    path.write_text(f"{other}{json.dumps(key)}\n")
+    with pytest.raises(ConfigError) as refused:
+        read_keys(path)
+    assert str(refused.value) == (
+        f"--api-keys is {path}; line 5: tenants.0.keys.1: a key must be printable ASCII characters, with no space at "
+        "either end: HTTP carries no other"
+    )
+    path.write_text(other + "secret-fine\n    priority: high\n")
+    with pytest.raises(ConfigError, match=r"line 6: tenants\.0\.priority: "):
+        read_keys(path)
+    path.write_text(other + "secret-fine\n  - name: b\n")
+    with pytest.raises(ConfigError, match=r"line 6: tenants\.1\.keys: Field required"):
+        read_keys(path)
+
+
 def test_salts_keep_caches_apart() -> None:
     a, b, shared = Tenant(name="a"), Tenant(name="b"), Tenant(name="c", salt="a")
     assert len({tenant.salt_of(given) for tenant in (a, b) for given in ("", "x", a.salt_of(""))}) == 6

@@ -87,6 +87,7 @@ async def test_a_drain_is_bounded_and_the_rest_ends_with_an_error(model: Path) -
             await drained
         (answer,) = await workers.answer(name)
         assert (answer.finish, answer.error) == (FinishReason.ERROR, "the worker is shutting down")
+        assert answer.leaving, "another worker can go on"
 
 
 async def test_a_second_signal_ends_the_wait(model: Path) -> None:
@@ -99,7 +100,7 @@ async def test_a_second_signal_ends_the_wait(model: Path) -> None:
             async with asyncio.timeout(10):
                 await drained
         (answer,) = await workers.answer(name)
-        assert answer.finish is FinishReason.ERROR
+        assert (answer.finish, answer.leaving) == (FinishReason.ERROR, True)
 
 
 async def test_a_prefill_worker_sends_what_was_asked_of_it(model: Path) -> None:

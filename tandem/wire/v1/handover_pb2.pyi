@@ -143,14 +143,16 @@ class Cancel(_message.Message):
     def __init__(self, ticket_id: _Optional[str] = ...) -> None: ...
 
 class Quiesced(_message.Message):
-    __slots__ = ("ticket_id", "spans_sent", "error")
+    __slots__ = ("ticket_id", "spans_sent", "error", "link_failed")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     SPANS_SENT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LINK_FAILED_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     spans_sent: int
     error: str
-    def __init__(self, ticket_id: _Optional[str] = ..., spans_sent: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    link_failed: bool
+    def __init__(self, ticket_id: _Optional[str] = ..., spans_sent: _Optional[int] = ..., error: _Optional[str] = ..., link_failed: _Optional[bool] = ...) -> None: ...
 
 class ReplicateRequest(_message.Message):
     __slots__ = ("incarnation", "source", "source_address", "tokens", "salt", "adapter")
