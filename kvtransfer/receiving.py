@@ -99,9 +99,8 @@ class InboundTicket:
         self.sent = sent
         wanted = len(self.spans or ())
         if error or self.spans is None or sent < wanted:
-            return self.fail(
-                "link" if link_failed else "sender", error or f"the sender ended after {sent} of {wanted} spans"
-            )
+            kind = "link" if link_failed else "sender"
+            return self.fail(kind, error or f"the sender ended after {sent} of {wanted} spans")
         return False
 
     def drain(self) -> list[Range]:

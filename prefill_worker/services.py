@@ -9,7 +9,6 @@ from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Identity
 from kvtransfer.inbound import InboundSettings
 from kvtransfer.measure import HandOverMetrics, WriteRate
-from kvtransfer.moves import MoveLedger
 from kvtransfer.pairs import PairPool, pair_maker
 from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
@@ -20,6 +19,7 @@ from tandem.config import PrefillConfig
 from tandem.engine.output import StepOutput
 from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
+from tandem.worker.moves import MoveLedger
 from tandem.worker.process import Parts, Report, RoleServices
 
 

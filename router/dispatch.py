@@ -121,8 +121,8 @@ class Dispatcher:
             self._replicator,
             clock,
         )
-        self._moves = Moves(self._requests, self._placer, self._quarantine)
-        self._deltas = Deltas(fleet, self._requests, self._cancels, self._moves)
+        self.moves = Moves(self._requests, self._placer, self._quarantine)
+        self._deltas = Deltas(fleet, self._requests, self._cancels, self.moves)
         self._model: ModelInfo | None = None
         fleet.listener = self
 
@@ -144,11 +144,6 @@ class Dispatcher:
     def ready(self) -> bool:
         """Whether a request could be served now."""
         return any(not view.draining for view in self.fleet.snapshot().decode)
-
-    @property
-    def moved(self) -> int:
-        """Requests that went on at another decode worker."""
-        return self._moves.moved
 
     async def submit(self, request: GenerateRequest) -> Accepted:
         """Returns when a decode worker has taken the request.
@@ -240,7 +235,7 @@ class Dispatcher:
         if stream is not None:
             stream.close()
         for record in self._requests.taken_by(incarnation):
-            self._moves.go_on(record, f"the decode worker was lost: {reason}", crashed=True)
+            self.moves.go_on(record, f"the decode worker was lost: {reason}", crashed=True)
 
     # End of all -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +243,7 @@ class Dispatcher:
         """Ends every request with an error and tells the workers."""
         for record in self._requests:
             self._requests.end(record, FinishReason.ERROR, "the router is shutting down")
-        self._moves.close()
+        self.moves.close()
         await self._replicator.close()
         await self._cancels.settle(CLOSE_S)
         for stream in self._streams.values():
@@ -257,7 +252,7 @@ class Dispatcher:
     def collect(self) -> Iterable[Metric]:
         """For the metrics page."""
         name = REQUESTS_MOVED_TOTAL.removesuffix("_total")
-        yield CounterMetricFamily(name, "requests that went on at another decode worker", value=self._moves.moved)
+        yield CounterMetricFamily(name, "requests that went on at another decode worker", value=self.moves.moved)
         yield from self._replicator.collect()
 
     def leaks(self) -> list[str]:

@@ -14,11 +14,10 @@ Change = Callable[[int, int], tuple[int, int]]
 
 
 class IndexEdits:
-    """Changes a tree as events tell. clock: seconds, monotonic."""
+    """Changes a tree as events tell."""
 
-    def __init__(self, tree: IndexTree, clock: Callable[[], float]) -> None:
+    def __init__(self, tree: IndexTree) -> None:
         self._tree = tree
-        self._clock = clock
 
     def insert(self, hashes: Sequence[BlockHash], parent: BlockHash, change: Change) -> int:
         """Consecutive blocks after `parent` get the masks that `change` computes; the unknown ones are added.
@@ -103,7 +102,7 @@ class IndexEdits:
             node,
             nodes.depth[node] + nodes.blocks(node),
             tree.sets.take(*masks),
-            self._clock(),
+            tree.clock(),
         )
         tree.table.add(fresh, child)
         for each in tree.path(node):

@@ -26,7 +26,7 @@ class IndexTree:
         self.nodes = IndexNodes()
         self.sets = WorkerSets()
         self.bits = WorkerBits()
-        self._clock = clock
+        self.clock = clock
 
     # Places ---------------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ class IndexTree:
 
     def touch(self, node: int) -> None:
         """A node is used now, and with it all before it."""
-        now, last_used = self._clock(), self.nodes.last_used
+        now, last_used = self.clock(), self.nodes.last_used
         if now - last_used[node] >= FRESH_S:
             for each in self.path(node):
                 last_used[each] = now

@@ -33,7 +33,7 @@ class PrefixIndex:
         self._max_age_s = max_age_s
         self._clock = clock
         self._tree = IndexTree(clock)
-        self._edits = IndexEdits(self._tree, clock)
+        self._edits = IndexEdits(self._tree)
         self.sweep_nodes = 64
         """Nodes cleared of retired workers in each call, so that forgetting a worker never stops the event loop."""
         self._sweeping = 0

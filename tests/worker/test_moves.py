@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtransfer.moves import MoveLedger
 from tandem.cluster import MoveStat
+from tandem.worker.moves import MoveLedger
 
 
 def test_moves_are_counted_by_pair_and_transport() -> None:
