@@ -257,6 +257,9 @@ class WorkerConfig(_Process):
         2.0, description="wait after which a request goes first, whatever its prefix"
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
+    verify_kv: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.02, description="share of cached KV pages that are digested, and compared when they are hit; 0 is none"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="compute threads; 0 takes all cores")
     kernels: Literal["auto", "native", "torch", "triton", "flashinfer"] = Field(
         "auto",

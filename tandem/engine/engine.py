@@ -42,7 +42,7 @@ class Engine:
     ) -> None:
         """drafter: None decodes a token a step; with one, steps do not overlap."""
         self.config = config
-        self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens)
+        self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens, config.verify_share)
         self.scheduler = Scheduler(self.memory, config)
         self.seqs: dict[str, Seq] = {}
         """Every sequence that is not finished."""
@@ -321,6 +321,8 @@ class Engine:
             matched_tokens=self.memory.matched_tokens,
             prompt_tokens=self.memory.prompt_tokens,
             retractions=self._retractions,
+            checked_pages=self.memory.checks.checked,
+            corrupt_pages=self.memory.checks.corrupt,
             timing=self._timing.fit(),
         )
 

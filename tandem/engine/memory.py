@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,10 @@ from tandem.engine.prefix_cache import Match, PrefixCache
 from tandem.engine.protocols import PoolLike
 from tandem.engine.radix import NO_PAGE, Node, pack
 from tandem.engine.sequence import Seq
+from tandem.engine.verification import PageChecks
 from tandem.engine.windows import kept_from, most_pages, running_pages
+
+log = logging.getLogger(__name__)
 
 
 class KvMemory:
@@ -22,10 +26,10 @@ class KvMemory:
     still needs, and those for its next step; it changes the former for the latter when it grows.
     """
 
-    def __init__(self, pool: PoolLike, caching: bool, chunk: int) -> None:
+    def __init__(self, pool: PoolLike, caching: bool, chunk: int, verify_share: float = 0.0) -> None:
         """caching: whether anything outlives its sequence; without it nothing is ever matched.
 
-        chunk: tokens that a sequence computes in one step at most.
+        chunk: tokens that a sequence computes in one step at most. verify_share: see `PageChecks`.
         """
         self.page_size = pool.page_size
         self.matched_tokens = 0
@@ -35,6 +39,7 @@ class KvMemory:
         self.groups = pool.layout.groups
         self.pools = [PagePool(count) for count in pool.group_pages]
         self.cache = PrefixCache(self.pools, self.groups, pool.page_size)
+        self.checks = PageChecks(pool, verify_share)
         self.slides = 0
         """How often a sequence gave up more than it took, so that others may find pages."""
         self.windowed = tuple(number for number, group in enumerate(self.groups) if group.window is not None)
@@ -120,13 +125,31 @@ class KvMemory:
         available. A partly matching page is copied where the copy does not cost the sequence its place. Sets
         `computed`. landing: KV of all tokens but the last will land, so pages are for that which moves alone.
         """
-        match = self.match(seq, packed)
+        match = self._sound(seq, packed)
         if self._try(seq, match, cover, spare, landing):
             return True
         # Without the copy windows end, and so begin, earlier: what they need is looked up anew.
         return match.partial is not None and self._try(
             seq, self.match(seq, packed, match.whole * self.page_size), cover, spare, landing
         )
+
+    def _sound(self, seq: Seq, packed: bytes) -> Match:
+        """The match, none of whose pages that are looked at has changed: one that has goes, and all behind it.
+
+        Raises CorruptKv when sequences are computing with it.
+        """
+        match = self.match(seq, packed)
+        while (place := self._changed(match)) is not None:
+            log.error("KV of cached tokens from %d on has changed in memory; it is dropped", place * self.page_size)
+            self.cache.drop(match, place)
+            match = self.match(seq, packed)
+        return match
+
+    def _changed(self, match: Match) -> int | None:
+        if (found := self.checks.spoiled(match.pages)) is not None:
+            return found[1]
+        partly = [[page] for page in match.partial_pages]
+        return None if self.checks.spoiled(partly) is None else match.whole
 
     def reopen(self, seq: Seq, packed: bytes, cover: int) -> bool:
         """Opens an open sequence anew with what is cached now, its own computed pages among it. False: it is closed."""
@@ -267,7 +290,9 @@ class KvMemory:
         start = seq.shared_pages
         run = pack(seq.tokens[start * self.page_size : whole * self.page_size])
         seq.node, owned = self.cache.extend(_handle(seq), run, [pages[start:whole] for pages in seq.pages])
-        for pages, own in zip(seq.pages, owned, strict=True):
+        for group, (pages, own) in enumerate(zip(seq.pages, owned, strict=True)):
+            given = zip(own, pages[start:whole], strict=True)
+            self.checks.entered(group, [page for page, mine in given if page == mine])
             pages[start:whole] = own
         seq.shared_pages = whole
 

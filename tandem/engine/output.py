@@ -89,5 +89,9 @@ class EngineStatus:
     prompt_tokens: int
     """Prompt tokens admitted since the start."""
     retractions: int
+    checked_pages: int = 0
+    """Cached pages whose digest was compared, since the start."""
+    corrupt_pages: int = 0
+    """Those of them that had changed."""
     timing: StepTiming | None = None
     """Of steps, once enough were run."""

@@ -19,6 +19,7 @@ from tandem.cluster import CacheEvent
 from tandem.engine.cache_events import BlockJournal
 from tandem.engine.pages import PagePool
 from tandem.engine.radix import NO_PAGE, TOKEN_BYTES, Node, Pages, common_bytes
+from tandem.engine.verification import CorruptKv
 from tandem.engine.windows import CachedWindow
 from tandem.kv import LayerGroup
 
@@ -315,6 +316,21 @@ class PrefixCache:
             parent.detach(first)
             self._offer(parent)
         return gone
+
+    def drop(self, match: Match, place: int) -> None:
+        """Takes a matched page out, and all behind it. Raises CorruptKv when somebody holds it. Matches are void."""
+        node = match.node if place < match.whole else match.partial
+        assert node is not None
+        while node.depth > place * self._page_size:
+            assert node.parent is not None
+            node = node.parent
+        if count := place - node.depth // self._page_size:
+            self._split(node, count)
+        if node.refs:
+            raise CorruptKv(f"KV from token {node.depth} on has changed while sequences compute with it")
+        for below in reversed(list(node.walk())):
+            if below.num_pages:
+                self._cut(below, 0)
 
     def _is_loose(self, stamp: int, node: Node) -> bool:
         """Whether an entry of the queue still means an evictable leaf."""

@@ -43,6 +43,9 @@ class PoolLike(Protocol):
     def move_tokens(self, pages: Pages, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies positions of a sequence to others of it, in all groups; the two may overlap."""
 
+    def digest(self, group: int, page: int) -> int:
+        """Of all bytes of a group's page, for finding changes; says nothing of who made them."""
+
     def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of one page of a group to another."""
 

@@ -7,6 +7,7 @@ without torch.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,10 @@ class FakePool:
                 for where in (sources, targets)
             )
             slots[after] = slots[before]
+
+    def digest(self, group: int, page: int) -> int:
+        """Of a page's slots."""
+        return zlib.crc32(self.slots[group][page * self.page_size : (page + 1) * self.page_size].tobytes())
 
     def copy_tokens(self, group: int, source_page: int, target_page: int, count: int) -> None:
         """Copies the first `count` tokens of one page of a group to another."""

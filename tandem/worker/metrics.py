@@ -60,6 +60,13 @@ class WorkerMetrics:
         self.retractions = Counter(
             "tandem_worker_retractions", "Sequences put back for want of pages", registry=registry
         )
+        self.checked_pages = Counter(
+            "tandem_worker_kv_checked_pages", "Cached KV pages compared with their digest", registry=registry
+        )
+        self.corrupt_pages = Counter(
+            "tandem_worker_kv_corrupt_pages", "Cached KV pages that had changed, and were dropped", registry=registry
+        )
+        self._compared = (0, 0)
         self.forced_tokens = Counter(
             "tandem_worker_forced_tokens", "Output tokens that a grammar left no choice for", registry=registry
         )
@@ -69,6 +76,12 @@ class WorkerMetrics:
         registry.register(MoveCollector(moves))
         self._page: WSGIServer | None = None
         self._host = ""
+
+    def compared(self, checked: int, corrupt: int) -> None:
+        """How many cached pages were compared so far, and had changed."""
+        before, self._compared = self._compared, (checked, corrupt)
+        self.checked_pages.inc(checked - before[0])
+        self.corrupt_pages.inc(corrupt - before[1])
 
     def serve(self, host: str, port: int, token: str = "") -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free.

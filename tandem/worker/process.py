@@ -224,6 +224,7 @@ class WorkerProcess:
     def _status(self, report: Report, engine: EngineStatus) -> Status:
         self.metrics.running.set(engine.running)
         self.metrics.waiting.set(engine.waiting + report.waiting)
+        self.metrics.compared(engine.checked_pages, engine.corrupt_pages)
         cached = engine.cached_pages
         self.metrics.pages.labels("available").set(engine.free_pages)
         self.metrics.pages.labels("cached").set(cached)
