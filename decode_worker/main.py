@@ -21,4 +21,6 @@ def run(config: DecodeConfig) -> int:
 async def _run(config: DecodeConfig) -> int:
     keep_native_ports_local(config.host)
     transports = choose(config.transport, config.host)
-    return await serve(WorkerProcess(config, Role.DECODE, transports.preferred.name, build(config, transports)))
+    preferred = transports.preferred
+    process = WorkerProcess(config, Role.DECODE, preferred.name, build(config, transports), preferred)
+    return await serve(process)

@@ -21,4 +21,6 @@ def run(config: PrefillConfig) -> int:
 async def _run(config: PrefillConfig) -> int:
     keep_native_ports_local(config.host)
     transports = choose(config.transport, config.host)
-    return await serve(WorkerProcess(config, Role.PREFILL, transports.preferred.name, build(config, transports)))
+    preferred = transports.preferred
+    process = WorkerProcess(config, Role.PREFILL, preferred.name, build(config, transports), preferred)
+    return await serve(process)

@@ -289,6 +289,9 @@ class WorkerConfig(_Process):
     lease_s: Annotated[float, Field(gt=0)] = Field(
         10.0, description="seconds after which a silent peer or router is given up"
     )
+    probe_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="seconds between pages that the worker sends itself over its transport; 0 sends none"
+    )
     quiesce_s: Annotated[float, Field(gt=0)] = Field(5.0, description="seconds to wait for a peer's `quiesced`")
     drain_s: Annotated[float, Field(ge=0)] = Field(
         30.0, description="seconds that requests under way get to end after SIGTERM; a second signal ends them at once"

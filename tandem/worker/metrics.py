@@ -74,6 +74,8 @@ class WorkerMetrics:
         self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
         self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
         registry.register(MoveCollector(moves))
+        self.ready: Callable[[], bool] = lambda: False
+        """Whether the worker takes requests: what `/ready` says, on a thread of its own."""
         self._page: WSGIServer | None = None
         self._host = ""
 
@@ -86,14 +88,30 @@ class WorkerMetrics:
     def serve(self, host: str, port: int, token: str = "") -> int:
         """Starts the page in a thread of its own; returns the port taken. Raises OSError when the port is not free.
 
+        `/health` and `/ready` are there for probes, which have no token.
+
         token: what readers must show as a bearer token, if not empty.
         """
-        page = make_wsgi_app(self.registry)
+        page = self._with_state(make_wsgi_app(self.registry), token)
         kind = _PageV6 if ":" in host else _Page
-        self._page = make_server(host, port, guarded(page, token) if token else page, kind, _Quiet)
+        self._page = make_server(host, port, page, kind, _Quiet)
         threading.Thread(target=self._page.serve_forever, name="metrics", daemon=True).start()
         self._host = host
         return int(self._page.server_port)
+
+    def _with_state(self, metrics: WSGIApplication, token: str) -> WSGIApplication:
+        metrics = guarded(metrics, token) if token else metrics
+
+        def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            path = environ.get("PATH_INFO")
+            if path not in ("/health", "/ready"):
+                return metrics(environ, start_response)
+            well = path == "/health" or self.ready()
+            status = "200 OK" if well else "503 Service Unavailable"
+            start_response(status, [("content-type", "text/plain")])
+            return [b"ok\n" if well else b"not ready\n"]
+
+        return serve
 
     def close(self) -> None:
         """Ends the page. Blocks for half a second at most, in which its thread looks whether it is to end."""

@@ -32,6 +32,7 @@ from tandem.worker.engine_thread import EngineThread
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
+from tandem.worker.self_probe import SelfProbe, Transport
 from tandem.worker.service import WorkerService, attach, server_options
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ Build = Callable[[Parts], RoleServices]
 class WorkerProcess:
     """Everything of one worker: `start`, and `stop`. Several can live in one process, which tests use."""
 
-    def __init__(self, config: WorkerConfig, role: Role, transport: str, build: Build) -> None:
+    def __init__(
+        self, config: WorkerConfig, role: Role, transport: str, build: Build, probed: Transport | None = None
+    ) -> None:
+        """transport: its name. probed: what must move a page before the worker is ready, and ever after."""
         self.config = config
         self.trust = Trust.of(config)
         self.stopping = asyncio.Event()
@@ -116,6 +120,8 @@ class WorkerProcess:
         self._role_kind = role
         self._transport = transport
         self._build = build
+        self._probed = probed
+        self._probe: SelfProbe | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._registrar: Registrar | None = None
 
@@ -150,14 +156,27 @@ class WorkerProcess:
         self.services = self._build(parts)
         attach(self.server, WorkerService(self.info, self.publisher, self.leaks))
         self.thread.start()
+        proving = await self._prove()
         await self.server.start()
-        self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background()]
+        self.metrics.ready = lambda: self._sound() and not self.told.is_set()
+        self._tasks = [asyncio.create_task(self.publisher.run()), *self.services.background(), *proving]
         if config.router:
             self._registrar = Registrar(self.info, config.router, self.services.discovered, self.trust)
             self._tasks.append(asyncio.create_task(self._registrar.run()))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
         log.info("%s worker %s serves %s at %s", self._role_kind.value, self.info.incarnation, name, self.info.address)
+
+    async def _prove(self) -> list[asyncio.Task[None]]:
+        """Sends a first page over the transport; returns what will go on doing so. Raises Unavailable."""
+        if self._probed is None or not self.config.probe_s:
+            return []
+        self._probe = SelfProbe(self._probed, self.config.probe_s, self.publisher.poke, self._give_up)
+        await self._probe.check()
+        return [asyncio.create_task(self._probe.run())]
+
+    def _sound(self) -> bool:
+        return self._probe is None or self._probe.ready
 
     def _listen(self) -> int:
         wanted = authority(self.config.host, self.config.port)
@@ -239,7 +258,7 @@ class WorkerProcess:
             timing=engine.timing,
             move_bytes_per_ms=report.move_bytes_per_ms,
             dispatches=report.dispatches,
-            draining=report.draining,
+            draining=report.draining or not self._sound(),
             moves=report.moves,
             tenants=report.tenants,
         )
