@@ -257,6 +257,9 @@ class WorkerConfig(_Process):
         2.0, description="wait after which a request goes first, whatever its prefix"
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
+    tenant_cache_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="share of the cached KV pages beyond which a tenant's own are evicted first"
+    )
     verify_kv: Annotated[float, Field(ge=0, le=1)] = Field(
         0.02, description="share of cached KV pages that are digested, and compared when they are hit; 0 is none"
     )

@@ -84,6 +84,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
     """The engine's share of a worker's settings."""
     return EngineConfig(
         max_batch_tokens=config.max_batch_tokens,
+        tenant_share=config.tenant_cache_share,
         verify_share=config.verify_kv if config.prefix_cache else 0.0,
         max_running=config.max_running,
         ageing_s=config.ageing_s,

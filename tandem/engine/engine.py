@@ -42,7 +42,8 @@ class Engine:
     ) -> None:
         """drafter: None decodes a token a step; with one, steps do not overlap."""
         self.config = config
-        self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens, config.verify_share)
+        shares = config.verify_share, config.tenant_share
+        self.memory = KvMemory(pool, config.prefix_cache, config.max_batch_tokens, *shares)
         self.scheduler = Scheduler(self.memory, config)
         self.seqs: dict[str, Seq] = {}
         """Every sequence that is not finished."""

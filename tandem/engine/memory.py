@@ -26,10 +26,13 @@ class KvMemory:
     still needs, and those for its next step; it changes the former for the latter when it grows.
     """
 
-    def __init__(self, pool: PoolLike, caching: bool, chunk: int, verify_share: float = 0.0) -> None:
+    def __init__(
+        self, pool: PoolLike, caching: bool, chunk: int, verify_share: float = 0.0, tenant_share: float = 1.0
+    ) -> None:
         """caching: whether anything outlives its sequence; without it nothing is ever matched.
 
         chunk: tokens that a sequence computes in one step at most. verify_share: see `PageChecks`.
+        tenant_share: see `PrefixCache`.
         """
         self.page_size = pool.page_size
         self.matched_tokens = 0
@@ -38,7 +41,7 @@ class KvMemory:
         """Prompt tokens of those sequences."""
         self.groups = pool.layout.groups
         self.pools = [PagePool(count) for count in pool.group_pages]
-        self.cache = PrefixCache(self.pools, self.groups, pool.page_size)
+        self.cache = PrefixCache(self.pools, self.groups, pool.page_size, tenant_share)
         self.checks = PageChecks(pool, verify_share)
         self.slides = 0
         """How often a sequence gave up more than it took, so that others may find pages."""
@@ -165,7 +168,7 @@ class KvMemory:
         if landing:
             firsts = [group.moved_from(len(seq.tokens) - 1) // self.page_size for group in self.groups]
             match = replace(match, pages=[_without(run, first) for run, first in zip(match.pages, firsts, strict=True)])
-        node = self.cache.acquire(match)
+        node = self.cache.acquire(match, seq.tenant)
         source, held = match.partial, [[page] for page in match.partial_pages]
         if source is not None:
             self.cache.hold(source, held)

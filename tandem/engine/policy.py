@@ -43,6 +43,8 @@ class EngineConfig:
     """Milliseconds that a step may take while sequences generate: prompts are then computed in smaller chunks. 0: as
     long as `max_batch_tokens` take."""
 
+    tenant_share: float = 1.0
+    """Of the cache, beyond which a tenant's own pages are evicted first."""
     verify_share: float = 0.0
     """Of the cached pages, how many are digested and looked at again when they are hit."""
     overlap: bool = False

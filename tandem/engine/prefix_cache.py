@@ -11,12 +11,13 @@ of full attention has a tree of tokens alone: its ends go when no group has a pa
 
 from __future__ import annotations
 
-import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tandem.cluster import CacheEvent
 from tandem.engine.cache_events import BlockJournal
+from tandem.engine.eviction import EvictionQueue
 from tandem.engine.pages import PagePool
 from tandem.engine.radix import NO_PAGE, TOKEN_BYTES, Node, Pages, common_bytes
 from tandem.engine.verification import CorruptKv
@@ -56,7 +57,10 @@ class Match:
 class PrefixCache:
     """The trees and the pages in them. Inserted pages belong to it; evicted and duplicate ones go back to `pools`."""
 
-    def __init__(self, pools: Sequence[PagePool], groups: Sequence[LayerGroup], page_size: int) -> None:
+    def __init__(
+        self, pools: Sequence[PagePool], groups: Sequence[LayerGroup], page_size: int, tenant_share: float = 1.0
+    ) -> None:
+        """tenant_share: of the pages of full attention, beyond which a tenant's own are evicted first."""
         self.num_pages = 0
         """Pages of a group in the tree, missing ones included."""
         self.version = 0
@@ -74,9 +78,11 @@ class PrefixCache:
         self._roots: dict[bytes, Node] = {}
         self._names: dict[Node, bytes] = {}
         self._journal = BlockJournal()
-        self._leaves: list[tuple[int, int, Node]] = []
+        counts = [pool.num_pages for pool in self._full.values()]
+        self._leaves = EvictionQueue(tenant_share * max(counts, default=0))
+        self._owners: dict[Node, str] = {}
+        """The tenant of each tree: whose salt is in its root."""
         self._tick = 0
-        self._serial = 0
 
     def cached(self, group: int) -> int:
         """Pages of a group that are in the tree."""
@@ -165,12 +171,16 @@ class PrefixCache:
         pages = [run[:count] for run in match.pages]
         return Match(match.root, pages, count * self._page_size, node, count - node.depth // self._page_size)
 
-    def acquire(self, match: Match) -> Node:
-        """A handle that keeps the match's whole pages. The match must be fresh; release it with `release`."""
+    def acquire(self, match: Match, tenant: str = "") -> Node:
+        """A handle that keeps the match's whole pages. The match must be fresh; release it with `release`.
+
+        tenant: whose the tree is, when it is a new one.
+        """
         node = match.node
         if node is None:
             node = self._roots[match.root] = Node(None, 0, pages=[[] for _ in self._groups])
             self._names[node] = match.root
+            self._owners[node] = tenant
         elif match.used < node.num_pages:
             node = self._split(node, match.used)
         self.hold(node, match.pages)
@@ -254,6 +264,7 @@ class PrefixCache:
         for group, window in self._windows.items():
             window.adopt(pages[group], node, node.num_pages - len(pages[group]))
         self.num_pages += len(pages[0])
+        self._leaves.count(self._owner(node), len(pages[0]))
         self._journal.grew(node)
         return node
 
@@ -281,10 +292,7 @@ class PrefixCache:
 
     def _evict_ends(self, count: int) -> int:
         freed = 0
-        while freed < count and self._leaves:
-            stamp, _, node = heapq.heappop(self._leaves)
-            if not self._is_loose(stamp, node):
-                continue
+        while freed < count and (node := self._leaves.take()) is not None:
             keep = max(node.num_pages - (count - freed), 0)
             freed += self._cut(node, keep)
             if keep:
@@ -311,6 +319,7 @@ class PrefixCache:
         node.key = node.key[: keep * self._page_bytes]
         self._journal.shrank(node)
         self.num_pages -= gone
+        self._leaves.count(self._owner(node), -gone)
         self._loose_pages -= gone
         if not keep and parent is not None:
             parent.detach(first)
@@ -332,27 +341,24 @@ class PrefixCache:
             if below.num_pages:
                 self._cut(below, 0)
 
-    def _is_loose(self, stamp: int, node: Node) -> bool:
-        """Whether an entry of the queue still means an evictable leaf."""
-        return node.parent is not None and not node.refs and not node.children and node.last_used == stamp
+    def _owner(self, node: Node) -> str:
+        while node.parent is not None:
+            node = node.parent
+        return self._owners[node]
 
     def _offer(self, node: Node) -> None:
         """Queues a node for eviction if it is a leaf without handle; an empty root just goes, and so do dead ends."""
         if node.refs or node.children:
             return
         if node.parent is None:
-            del self._roots[self._names.pop(node)]
+            del self._roots[self._names.pop(node)], self._owners[node]
             return
         if not self._full:
             alive = max(_used_length(run) for run in node.pages)
             if alive < node.num_pages:
                 self._cut(node, alive)
             return
-        self._serial += 1
-        heapq.heappush(self._leaves, (node.last_used, self._serial, node))
-        if len(self._leaves) > 64 + 2 * self.num_pages:
-            self._leaves = [entry for entry in self._leaves if self._is_loose(entry[0], entry[2])]
-            heapq.heapify(self._leaves)
+        self._leaves.offer(self._owner(node), node)
 
     def drain_events(self) -> list[CacheEvent]:
         """Blocks stored and evicted since the last call. Hashes here, and nowhere else: call it between steps."""
@@ -383,7 +389,11 @@ class PrefixCache:
             assert set(pages) <= pool.used(), "a cached page is free"
         for group, window in self._windows.items():
             window.check_integrity(group, nodes)
-        loose = {node for stamp, _, node in self._leaves if self._is_loose(stamp, node)}
+        loose = self._leaves.nodes()
+        owned: Counter[str] = Counter()
+        for node in nodes:
+            owned[self._owner(node)] += node.num_pages
+        self._leaves.check_integrity(owned)
         for node in nodes:
             self._check_node(node, node in loose)
         self._journal.check_integrity(nodes)

@@ -539,3 +539,37 @@ TestOneWindow = machine(2, 30, (5,))
 TestAWindowBesideFullAttention = machine(4, 30, (None, 6))
 TestTwoWindows = machine(1, 40, (3, 70))
 TestTwoWindowsBesideFullAttention = machine(16, 20, (None, 33, 2))
+
+
+def keep(cache: PrefixCache, pool: PagePool, tenant: str, salt: bytes, tokens: list[int]) -> None:
+    """One sequence of a tenant's that came and went; its pages are cached."""
+    match = cache.match(salt, pack(tokens), len(tokens))
+    handle, rest = cache.acquire(match, tenant), tokens[match.whole * 2 :]
+    need = len(rest) // 2
+    cache.evict(0, max(need - pool.free_count, 0))
+    handle, owned = cache.extend(handle, pack(rest[: need * 2]), [pool.allocate(need)])
+    cache.release(handle, [[*match.pages[0], *owned[0]]])
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize(("share", "left"), [(1.0, 0), (0.75, 8), (0.5, 20)])
+def test_a_tenant_that_floods_the_cache_evicts_its_own_first(share: float, left: int) -> None:
+    pool = PagePool(40)
+    cache = PrefixCache([pool], [FULL], 2, share)
+    victims = [[100 + each * 8 + at for at in range(8)] for each in range(5)]
+    for each, tokens in enumerate(victims):
+        keep(cache, pool, "victim", b"v%d" % (each % 2), tokens)
+    for each in range(60):  # under as many salts as it likes
+        keep(cache, pool, "flood", b"f%d" % (each % 7), [1000 + each * 8 + at for at in range(8)])
+    kept = sum(cache.match(b"v%d" % (each % 2), pack(tokens), 8).whole for each, tokens in enumerate(victims))
+    assert kept == left  # less than a leaf below its share
+
+
+def test_a_tenant_alone_has_the_whole_cache() -> None:
+    pool = PagePool(16)
+    cache = PrefixCache([pool], [FULL], 2, 0.25)
+    for each in range(8):
+        keep(cache, pool, "only", ROOT, [each * 10 + at for at in range(4)])
+    assert cache.num_pages == 16
+    keep(cache, pool, "only", ROOT, [500, 501])
+    assert cache.match(ROOT, pack([0, 1, 2, 3]), 4).whole == 1  # the end of the least recently used went
