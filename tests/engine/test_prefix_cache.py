@@ -552,7 +552,7 @@ def keep(cache: PrefixCache, pool: PagePool, tenant: str, salt: bytes, tokens: l
     cache.check_integrity()
 
 
-@pytest.mark.parametrize(("share", "left"), [(1.0, 0), (0.75, 8), (0.5, 20)])
+@pytest.mark.parametrize(("share", "left"), [(1.0, 0), (0.75, 8), (0.6, 16)])
 def test_a_tenant_that_floods_the_cache_evicts_its_own_first(share: float, left: int) -> None:
     pool = PagePool(40)
     cache = PrefixCache([pool], [FULL], 2, share)
