@@ -147,7 +147,7 @@ _MEMORY = re.compile(r"0x[0-9a-fA-F]{5,}")
 _WHERE = re.compile(
     r"(?:ipv[46]:|unix:)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*):[0-9]{2,5}\b"  # host:port
     r"|\b[0-9]{1,3}(?:\.[0-9]{1,3}){3}\b"
-    r"|(?<![\w.:/])(?:/[\w.@+~-]+){2,}/?"  # a path
+    r"|(?<![\w./])(?:/[\w.@+~-]+){2,}/?"  # a path
 )
 _LONGEST = 400
 
@@ -157,10 +157,11 @@ def without_internals(error: TandemError) -> str:
 
     What a client got wrong is told in its own words, paths included.
     """
-    text = " ".join(str(error).split("Traceback (most recent call last)")[0].split())
+    text = " ".join(str(error)[: 2 * _LONGEST].split("Traceback (most recent call last)")[0].split())
     text = _MEMORY.sub("0x?", text)
     if not isinstance(error, BadRequest):
         text = _WHERE.sub("?", text)
+    text = text or "an internal error; the log has the details"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 

@@ -230,7 +230,7 @@ def _happened(story: Story) -> Json:
 
 def _told(reason: str) -> str | None:
     """Tenants read it, too."""
-    return without_internals(TandemError(reason)) or None
+    return without_internals(TandemError(reason)) if reason else None
 
 
 def _state(story: Story) -> str:
