@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest import mock
 
 import grpc.aio
@@ -70,12 +70,20 @@ class Shape:
     """Of a write of the hand-over."""
 
 
+C = TypeVar("C", WorkerConfig, PrefillConfig, DecodeConfig, RouterConfig)
+
+
 @cache
+def _defaults(kind: type[C]) -> C:
+    """Reading settings from everywhere they may come from takes longer than many a simulated second."""
+    return kind(model="fake")
+
+
 def worker_config(role: Role, port: int, shape: Shape) -> WorkerConfig:
     """A worker's settings."""
     slab_mib = shape.slab_tokens * LAYOUT.token_bytes / (1 << 20)
-    shared: dict[str, Any] = {
-        "model": "fake", "port": port, "router": (f"127.0.0.1:{CONTROL_PORT}",), "pages": shape.pages,
+    chosen: dict[str, Any] = {
+        "port": port, "router": (f"127.0.0.1:{CONTROL_PORT}",), "pages": shape.pages,
         "page_size": shape.page_size, "max_batch_tokens": shape.max_batch_tokens, "lease_s": shape.lease_s,
         "quiesce_s": shape.quiesce_s, "drain_s": 3.0, "staging_mib": slab_mib,
         "slab_mib": slab_mib, "slabs_max_mib": 8 * slab_mib, "span_tokens": shape.span_tokens,
@@ -83,14 +91,14 @@ def worker_config(role: Role, port: int, shape: Shape) -> WorkerConfig:
         "handshake_deadline_s": 3.0,
     }  # fmt: skip
     if role is Role.PREFILL:
-        return PrefillConfig(**shared)
-    return DecodeConfig(**shared, local_prefill_tokens=4)
+        return _defaults(PrefillConfig).model_copy(update=chosen)
+    return _defaults(DecodeConfig).model_copy(update={**chosen, "local_prefill_tokens": 4})
 
 
-@cache
 def router_config(shape: Shape) -> RouterConfig:
     """The router's settings."""
-    return RouterConfig(control_port=CONTROL_PORT, lease_s=shape.lease_s, policy=shape.policy)
+    chosen = {"control_port": CONTROL_PORT, "lease_s": shape.lease_s, "policy": shape.policy}
+    return _defaults(RouterConfig).model_copy(update=chosen)
 
 
 class _Loaded:
