@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from urllib.error import URLError
 
 import grpc
@@ -32,6 +33,18 @@ THREADS = {
 }
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where a process runs: its address, what stands before its command line, and its environment's additions."""
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+LOCAL = Host()
+
+
 @dataclass
 class Process:
     """One process of the cluster. Its output goes to a file, which a failing test shows."""
@@ -42,15 +55,16 @@ class Process:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     popen: subprocess.Popen[bytes] | None = None
+    host: Host = LOCAL
 
     def start(self) -> None:
         """Starts it, on the same port each time."""
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "tandem.cli", *self.arguments],
+                [*self.host.prefix, sys.executable, "-m", "tandem.cli", *self.arguments],
                 stdout=log,
                 stderr=log,
-                env=child_environment(THREADS | dict(self.environment)),
+                env=child_environment(THREADS | dict(self.environment) | dict(self.host.environment)),
             )
 
     def signal(self, number: int) -> None:
@@ -123,7 +137,7 @@ class Cluster:
     def audit(self, process: Process) -> list[str]:
         """What a worker still holds; raises grpc.RpcError when it does not answer."""
         token = (("tandem-token", self.token),) if self.token else None
-        with grpc.insecure_channel(f"127.0.0.1:{process.port}") as channel:
+        with grpc.insecure_channel(f"{process.host.address}:{process.port}") as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             return list(stub.Audit(worker_pb2.AuditRequest(), timeout=2.0, metadata=token).leaks)
 
@@ -168,10 +182,12 @@ def cluster(
     decode_args: Sequence[str] = (),
     router_args: Sequence[str] = (),
     token: str = "",
+    hosts: Mapping[str, Host] = MappingProxyType({}),
 ) -> Iterator[Cluster]:
     """Starts router, prefill and decode processes; at the end checks for leaks and stops them.
 
-    token: the processes' shared secret.
+    token: the processes' shared secret. hosts: of processes that run elsewhere than on loopback; the router's is where
+    its control port is.
     """
     environment = {"TANDEM_TOKEN": token} if token else {}
     names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
@@ -184,11 +200,15 @@ def cluster(
         environment,
     )
     made = Cluster(router, token=token)
+    control_host = hosts.get("router", LOCAL).address
+    router.arguments += ["--control-host", control_host]
     for name, port in zip(names, ports, strict=True):
         role = name.split("-")[0]
-        arguments = [role, str(model), "--port", str(port), "--router", f"127.0.0.1:{control}", "--threads", "1"]
+        host = hosts.get(name, LOCAL)
+        arguments = [role, str(model), "--port", str(port), "--router", f"{control_host}:{control}", "--threads", "1"]
+        arguments += ["--host", host.address]
         arguments += [*worker_args, *(decode_args if role == "decode" else ())]
-        made.workers[name] = Process(name, arguments, port, folder / f"{name}.log", environment)
+        made.workers[name] = Process(name, arguments, port, folder / f"{name}.log", environment, host=host)
     processes = [router, *made.workers.values()]
     try:
         for process in processes:

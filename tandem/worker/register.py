@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 
@@ -16,6 +17,12 @@ from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 RETRY_S = 0.5
 """Between tries while a router does not answer: it may be starting."""
+RECONNECT: tuple[tuple[str, Any], ...] = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+"""gRPC itself waits for up to two minutes: a router that was away for long would be back without workers."""
 
 Discovered = Callable[[Sequence[tuple[str, str]]], None]
 """Receives (incarnation, address) of the prefill workers a router knows."""
@@ -46,7 +53,7 @@ class Registrar:
                 group.create_task(self._keep(router))
 
     async def _keep(self, router: str) -> None:
-        async with self._trust.channel(router) as channel:
+        async with self._trust.channel(router, RECONNECT) as channel:
             stub = worker_pb2_grpc.RegistryStub(channel)
             try:
                 reachable = True

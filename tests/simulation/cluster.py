@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from random import Random
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from unittest import mock
 
 import grpc.aio
@@ -70,11 +70,8 @@ class Shape:
     """Of a write of the hand-over."""
 
 
-C = TypeVar("C", WorkerConfig, PrefillConfig, DecodeConfig, RouterConfig)
-
-
 @cache
-def _defaults(kind: type[C]) -> C:
+def _defaults(kind: type[PrefillConfig] | type[DecodeConfig] | type[RouterConfig]) -> Any:
     """Reading settings from everywhere they may come from takes longer than many a simulated second."""
     return kind(model="fake")
 
@@ -90,15 +87,16 @@ def worker_config(role: Role, port: int, shape: Shape) -> WorkerConfig:
         "queue_deadline_s": shape.queue_deadline_s, "transfer_deadline_s": shape.transfer_deadline_s,
         "handshake_deadline_s": 3.0,
     }  # fmt: skip
-    if role is Role.PREFILL:
-        return _defaults(PrefillConfig).model_copy(update=chosen)
-    return _defaults(DecodeConfig).model_copy(update={**chosen, "local_prefill_tokens": 4})
+    kind = PrefillConfig if role is Role.PREFILL else DecodeConfig
+    config: WorkerConfig = _defaults(kind).model_copy(update={**chosen, "local_prefill_tokens": 4})
+    return config
 
 
 def router_config(shape: Shape) -> RouterConfig:
     """The router's settings."""
     chosen = {"control_port": CONTROL_PORT, "lease_s": shape.lease_s, "policy": shape.policy}
-    return _defaults(RouterConfig).model_copy(update=chosen)
+    config: RouterConfig = _defaults(RouterConfig).model_copy(update=chosen)
+    return config
 
 
 class _Loaded:
