@@ -104,7 +104,7 @@ class Network:
             nonlocal settled
             if not settled:
                 settled = True
-                done(end)
+                done(end if end is not None and end.open else None)
             elif end is not None:
                 end.close()
 
