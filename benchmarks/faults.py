@@ -109,7 +109,8 @@ class Bench:
     async def _stream(self, seed: int) -> tuple[str, str]:
         """One answer's text, or why there is none; ("", "lost: ...") for what no client could notice."""
         prompt = [(seed * 7919 + position * (17 + seed % 11)) % 250 for position in range(PROMPT_TOKENS)]
-        text, tokens, finish = "", 0, None
+        text, tokens = "", 0
+        finish: str | None = None
         try:
             async with asyncio.timeout(ANSWER_S):
                 stream = await self._openai.completions.create(
@@ -168,7 +169,12 @@ class Bench:
         before = await self._counters()
         streams = [] if cell.phase == "idle" else [asyncio.create_task(self._stream(seed)) for seed in seeds]
         await self._reached(cell, before, streams)
-        outcome.service_s = await self._strike(cell, lambda: streams or self._begin(seeds, streams))
+
+        def struck() -> None:
+            # An idle cluster is struck first and asked then.
+            streams.extend(asyncio.create_task(self._stream(seed)) for seed in seeds if cell.phase == "idle")
+
+        outcome.service_s = await self._strike(cell, struck)
         results = await asyncio.gather(*streams)
         again = await asyncio.gather(*(self._stream(seed) for seed in seeds))
         for (text, error), (right, problem) in zip(results, again, strict=True):
@@ -184,10 +190,6 @@ class Bench:
         outcome.leaked = await self._leaks()
         return outcome
 
-    def _begin(self, seeds: Sequence[int], streams: list[asyncio.Task[tuple[str, str]]]) -> None:
-        """An idle cluster is struck first and asked then."""
-        streams += [asyncio.create_task(self._stream(seed)) for seed in seeds]
-
     async def _strike(self, cell: Cell, struck: Callable[[], object]) -> float:
         """The fault and its end; seconds from then until everything serves."""
         victim = self._running.router if cell.role == "router" else self._running.workers[cell.victim]
@@ -200,18 +202,19 @@ class Bench:
             victim.signal(signal.SIGCONT)
         else:
             assert isinstance(self._net, Network)
-            pair = ("prefill-0", "decode-0")
-            start, end = (
-                (lambda net: net.cut(*pair), lambda net: net.mend(*pair))
-                if cell.fault == "partition"
-                else (lambda net: net.slow(cell.victim), lambda net: net.fast(cell.victim))
-            )
-            start(self._net)
+            cut = cell.fault == "partition"
+            if cut:
+                self._net.cut("prefill-0", "decode-0")
+            else:
+                self._net.slow(cell.victim)
             struck()
             await asyncio.sleep(NETWORK_S)
-            end(self._net)
+            if cut:
+                self._net.mend("prefill-0", "decode-0")
+            else:
+                self._net.fast(cell.victim)
         begun = time.monotonic()
-        await _until(lambda: self._serving(), SETTLE_S)
+        await _until(self._serving, SETTLE_S)
         return time.monotonic() - begun
 
     async def _replace(self, cell: Cell, victim: Process, struck: Callable[[], object]) -> None:
@@ -292,7 +295,7 @@ async def play(running: Cluster, net: Network | str, chosen: Sequence[Cell]) -> 
             outcome = await bench.play(cell)
             outcomes.append(outcome)
             sys.stderr.write(f"{cell}: {row(outcome)}\n")
-            await _until(lambda: running.complete(), 60.0)
+            await _until(running.complete, 60.0)
     return outcomes
 
 

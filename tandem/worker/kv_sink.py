@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,28 +19,49 @@ Reserve = Callable[[Seq], Awaitable[int | None]]
 """Pages for the whole prompt of a sequence; returns how many of its tokens are cached, None to give up."""
 
 
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A sequence that waits for pages."""
+
+    seq: Seq
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Reservations:
-    """Gives pages to one waiting sequence after another: the oldest first, and no other while it waits."""
+    """Gives pages to one waiting sequence after another: the oldest first, and no other while it waits.
+
+    The oldest is whom the engine keeps pages for (`Scheduler.open_reserved`). It may come back, when its first sender
+    was lost, after younger ones have begun to wait; whoever holds it up then waits for ever.
+    """
 
     def __init__(self, engine: Engine, thread: EngineThread) -> None:
         self._engine = engine
         self._thread = thread
-        self._turn = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._turns: list[_Turn] = []
 
     def changed(self) -> None:
         """Pages may have become free."""
-        self._changed.set()
+        if self._turns:
+            self._oldest().changed.set()
+
+    def _oldest(self) -> _Turn:
+        return min(self._turns, key=lambda turn: turn.seq.order)
 
     async def reserve(self, seq: Seq) -> int:
         """Waits for pages for the whole prompt of `seq`; returns how many of its tokens are cached."""
-        async with self._turn:
+        turn = _Turn(seq)
+        self._turns.append(turn)
+        try:
             while True:
-                self._changed.clear()
-                cached = await self._thread.call(self._engine.reserve, seq)
-                if cached is not None:
-                    return cached
-                await self._changed.wait()
+                turn.changed.clear()
+                if turn is self._oldest():
+                    cached = await self._thread.call(self._engine.reserve, seq)
+                    if cached is not None:
+                        return cached
+                await turn.changed.wait()
+        finally:
+            self._turns.remove(turn)
+            self.changed()
 
 
 class PageSink:

@@ -29,3 +29,14 @@ def test_seeds() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_seed_replays_exactly(seed: int) -> None:
     assert run(seed) == run(seed)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        16318,  # an older request that came back for pages waited behind a younger one that waited for it
+    ],
+)
+def test_a_seed_that_found_something(seed: int) -> None:
+    result = run(seed)
+    assert not result.wrong, result

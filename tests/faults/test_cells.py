@@ -1,0 +1,85 @@
+"""Eight cells of `docs/faults.md`, played on loopback: no worker's end is seen by a client, and nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from benchmarks.abort_storm import play_round, until_free
+from benchmarks.faults import Cell, Outcome, play, running_cluster
+from tandem.obs import FIRST_TOKEN_SECONDS, REQUESTS_MOVED_TOTAL
+from tandem.testing.cluster import Cluster
+
+CELLS = (
+    Cell("prefill", "SIGKILL", "mid-prefill"),
+    Cell("prefill", "restart", "mid-transfer"),
+    Cell("prefill", "SIGTERM", "mid-transfer"),
+    Cell("decode", "SIGKILL", "mid-transfer"),
+    Cell("decode", "SIGKILL", "mid-decode"),
+    Cell("decode", "restart", "idle"),
+    Cell("decode", "SIGTERM", "mid-decode"),
+    Cell("router", "SIGKILL", "mid-decode"),
+)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("faults"), namespaces=False) as (made, _):
+        yield made
+
+
+def check(outcome: Outcome) -> None:
+    assert outcome.lost == 0 and not outcome.leaked, outcome
+    if outcome.cell.role == "router":
+        assert outcome.errors, "its streams end with an error, never cleanly"
+    else:
+        assert not outcome.errors, outcome
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+async def test_a_cell(running: Cluster, cell: Cell) -> None:
+    (outcome,) = await play(running, "on loopback", [cell])
+    check(outcome)
+
+
+async def test_stop_strings_hold_across_a_move(running: Cluster) -> None:
+    """What was withheld as a stop string's possible beginning when the worker died is told apart behind it."""
+    async with AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=90) as openai:
+
+        async def one(seed: int, stop: str | None) -> tuple[str, str | None]:
+            text = ""
+            finish: str | None = None
+            stream = await openai.completions.create(
+                model="llama", prompt=[(seed * 31 + at * 17) % 250 for at in range(64)], max_tokens=400, temperature=0,
+                stop=stop, stream=True, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    text, finish = text + choice.text, choice.finish_reason or finish
+            return text, finish
+
+        whole = [text for text, _ in await asyncio.gather(*(one(seed, None) for seed in range(4)))]
+        stops = [text[len(text) * 4 // 5 :][:12] for text in whole]
+        expected = [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
+        before, moved = running.metric(FIRST_TOKEN_SECONDS + "_count"), running.metric(REQUESTS_MOVED_TOTAL)
+        streams = [asyncio.create_task(one(seed, stop)) for seed, stop in enumerate(stops)]
+        while running.metric(FIRST_TOKEN_SECONDS + "_count") < before + len(streams):
+            await asyncio.sleep(0.01)
+        workers = [running.workers["decode-0"], running.workers["decode-1"]]
+        victim = max(workers, key=lambda worker: len(running.audit(worker)))
+        victim.kill()
+        assert await asyncio.gather(*streams) == [(text, "stop") for text in expected]
+    assert running.metric(REQUESTS_MOVED_TOTAL) > moved
+    victim.start()
+    await asyncio.to_thread(running.wait_ready)
+
+
+async def test_an_abort_storm_pins_nothing(running: Cluster) -> None:
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        assert await play_round(client, 1, storm=True) > 0
+    assert await until_free(running) < 10
+    await asyncio.to_thread(running.check_leaks)
