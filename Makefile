@@ -4,6 +4,7 @@
 #   make test     the whole test suite
 #   make check    formatting, lint, types, import rules, structure rules
 #   make bench    two forms side by side, and the hand-over beside plain writes
+#   make faults   what clients see when processes are killed and links cut: docs/faults.md; as root, half an hour
 #   make docs     regenerate the tables of docs/models.md
 #   make proto    regenerate tandem/wire/v1 from proto/
 #   make clean    remove .venv and everything built
@@ -31,11 +32,11 @@ RUN_READY := $(if $(own),$(VENV)/.ready-run)
 DEV_READY := $(if $(own),$(VENV)/.ready-dev)
 
 # Small tests on many threads are slower, and their sums differ in the last bit.
-test bench check: export OMP_NUM_THREADS := 1
-test bench check: export TOKENIZERS_PARALLELISM := false
+test bench faults check: export OMP_NUM_THREADS := 1
+test bench faults check: export TOKENIZERS_PARALLELISM := false
 test check: export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench docs proto clean
+.PHONY: help demo test check bench faults docs proto clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -93,6 +94,9 @@ bench: $(DEV_READY)
 	@$(BIN)/python -m benchmarks.compare tandem-1p1d tandem-0p2d --model demo --rounds 1
 	@$(BIN)/python -m benchmarks.handover --rounds 3
 	@echo "More: $(BIN)/python -m benchmarks.{serve,compare,handover} --help, and docs/performance.md"
+
+faults: $(DEV_READY)
+	@$(BIN)/python -m benchmarks.faults --out docs/faults.md
 
 docs: $(DEV_READY)
 	@$(BIN)/python -m tandem.testing.model_table docs/models.md

@@ -124,7 +124,9 @@ class Bench:
                 )
                 async for chunk in stream:
                     for choice in chunk.choices:
-                        text, finish = text + choice.text, choice.finish_reason or finish
+                        text += choice.text
+                        if choice.finish_reason is not None:
+                            finish = choice.finish_reason
                     tokens = chunk.usage.completion_tokens if chunk.usage else tokens
         except TimeoutError:
             return "", f"lost: no end within {ANSWER_S:g} s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -26,12 +26,6 @@ CELLS = (
 )
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_cluster(tmp_path_factory.mktemp("faults"), namespaces=False) as (made, _):
-        yield made
-
-
 def check(outcome: Outcome) -> None:
     assert outcome.lost == 0 and not outcome.leaked, outcome
     if outcome.cell.role == "router":
@@ -40,13 +34,18 @@ def check(outcome: Outcome) -> None:
         assert not outcome.errors, outcome
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-async def test_a_cell(running: Cluster, cell: Cell) -> None:
-    (outcome,) = await play(running, "on loopback", [cell])
-    check(outcome)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_eight_cells_and_a_storm(tmp_path: Path) -> None:
+    """One cluster for all: starting it takes longer than what is done to it."""
+    with running_cluster(tmp_path, namespaces=False) as (running, _):
+        for outcome in await play(running, "on loopback", CELLS):
+            check(outcome)
+        await stop_strings_hold_across_a_move(running)
+        await an_abort_storm_pins_nothing(running)
 
 
-async def test_stop_strings_hold_across_a_move(running: Cluster) -> None:
+async def stop_strings_hold_across_a_move(running: Cluster) -> None:
     """What was withheld as a stop string's possible beginning when the worker died is told apart behind it."""
     async with AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=90) as openai:
 
@@ -59,7 +58,9 @@ async def test_stop_strings_hold_across_a_move(running: Cluster) -> None:
             )  # fmt: skip
             async for chunk in stream:
                 for choice in chunk.choices:
-                    text, finish = text + choice.text, choice.finish_reason or finish
+                    text += choice.text
+                    if choice.finish_reason is not None:
+                        finish = choice.finish_reason
             return text, finish
 
         whole = [text for text, _ in await asyncio.gather(*(one(seed, None) for seed in range(4)))]
@@ -78,7 +79,7 @@ async def test_stop_strings_hold_across_a_move(running: Cluster) -> None:
     await asyncio.to_thread(running.wait_ready)
 
 
-async def test_an_abort_storm_pins_nothing(running: Cluster) -> None:
+async def an_abort_storm_pins_nothing(running: Cluster) -> None:
     async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
         assert await play_round(client, 1, storm=True) > 0
     assert await until_free(running) < 10
