@@ -285,7 +285,12 @@ def running_cluster(folder: Path, namespaces: bool = True) -> Iterator[tuple[Clu
         hosts = net.hosts if isinstance(net, Network) else {}
         decode = ["--local-prefill-tokens", "0", "--span-tokens", "64"]
         policy = ["--policy", "round_robin"]
-        yield stack.enter_context(cluster(model, folder, 2, 2, arguments, decode, router_args=policy, token="faults", hosts=hosts)), net
+        yield (
+            stack.enter_context(
+                cluster(model, folder, 2, 2, arguments, decode, router_args=policy, token="faults", hosts=hosts)
+            ),
+            net,
+        )
 
 
 async def play(running: Cluster, net: Network | str, chosen: Sequence[Cell]) -> list[Outcome]:
