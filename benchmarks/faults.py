@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,12 +286,8 @@ def running_cluster(folder: Path, namespaces: bool = True) -> Iterator[tuple[Clu
         hosts = net.hosts if isinstance(net, Network) else {}
         decode = ["--local-prefill-tokens", "0", "--span-tokens", "64"]
         policy = ["--policy", "round_robin"]
-        yield (
-            stack.enter_context(
-                cluster(model, folder, 2, 2, arguments, decode, router_args=policy, token="faults", hosts=hosts)
-            ),
-            net,
-        )
+        secret = {"token": uuid.uuid4().hex}
+        yield stack.enter_context(cluster(model, folder, 2, 2, arguments, decode, policy, hosts=hosts, **secret)), net
 
 
 async def play(running: Cluster, net: Network | str, chosen: Sequence[Cell]) -> list[Outcome]:
