@@ -220,12 +220,17 @@ def cluster(
         sys.stderr.write(made.logs())
         raise
     finally:
-        for process in processes:
-            if process.popen is not None and process.popen.poll() is None:
-                process.signal(signal.SIGTERM)
-        for process in processes:
-            if process.popen is not None:
-                try:
-                    process.popen.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        _end(processes)
+
+
+def _end(processes: Sequence[Process]) -> None:
+    """SIGTERM, and SIGKILL for what does not heed it."""
+    for process in processes:
+        if process.popen is not None and process.popen.poll() is None:
+            process.signal(signal.SIGTERM)
+    for process in processes:
+        if process.popen is not None:
+            try:
+                process.popen.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()

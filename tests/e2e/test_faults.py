@@ -1,0 +1,86 @@
+"""Eight cells of `docs/faults.md`, played on loopback: no worker's end is seen by a client, and nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from benchmarks.abort_storm import play_round, until_free
+from benchmarks.faults import Cell, Outcome, play, running_cluster
+from tandem.obs import FIRST_TOKEN_SECONDS, REQUESTS_MOVED_TOTAL
+from tandem.testing.cluster import Cluster
+
+CELLS = (
+    Cell("prefill", "SIGKILL", "mid-prefill"),
+    Cell("prefill", "restart", "mid-transfer"),
+    Cell("prefill", "SIGTERM", "mid-transfer"),
+    Cell("decode", "SIGKILL", "mid-transfer"),
+    Cell("decode", "SIGKILL", "mid-decode"),
+    Cell("decode", "restart", "idle"),
+    Cell("decode", "SIGTERM", "mid-decode"),
+    Cell("router", "SIGKILL", "mid-decode"),
+)
+
+
+def check(outcome: Outcome) -> None:
+    assert outcome.lost == 0 and not outcome.leaked, outcome
+    if outcome.cell.role == "router":
+        assert outcome.errors, "its streams end with an error, never cleanly"
+    else:
+        assert not outcome.errors, outcome
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_eight_cells_and_a_storm(tmp_path: Path) -> None:
+    """One cluster for all: starting it takes longer than what is done to it."""
+    with running_cluster(tmp_path, namespaces=False) as (running, _):
+        for outcome in await play(running, "on loopback", CELLS):
+            check(outcome)
+        await stop_strings_hold_across_a_move(running)
+        await an_abort_storm_pins_nothing(running)
+
+
+async def stop_strings_hold_across_a_move(running: Cluster) -> None:
+    """What was withheld as a stop string's possible beginning when the worker died is told apart behind it."""
+    async with AsyncOpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=90) as openai:
+
+        async def one(seed: int, stop: str | None) -> tuple[str, str | None]:
+            text = ""
+            finish: str | None = None
+            stream = await openai.completions.create(
+                model="llama", prompt=[(seed * 31 + at * 17) % 250 for at in range(64)], max_tokens=400, temperature=0,
+                stop=stop, stream=True, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    text += choice.text
+                    if choice.finish_reason is not None:
+                        finish = choice.finish_reason
+            return text, finish
+
+        whole = [text for text, _ in await asyncio.gather(*(one(seed, None) for seed in range(4)))]
+        stops = [text[len(text) * 4 // 5 :][:12] for text in whole]
+        expected = [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
+        before, moved = running.metric(FIRST_TOKEN_SECONDS + "_count"), running.metric(REQUESTS_MOVED_TOTAL)
+        streams = [asyncio.create_task(one(seed, stop)) for seed, stop in enumerate(stops)]
+        while running.metric(FIRST_TOKEN_SECONDS + "_count") < before + len(streams):
+            await asyncio.sleep(0.01)
+        workers = [running.workers["decode-0"], running.workers["decode-1"]]
+        victim = max(workers, key=lambda worker: len(running.audit(worker)))
+        victim.kill()
+        assert await asyncio.gather(*streams) == [(text, "stop") for text in expected]
+    assert running.metric(REQUESTS_MOVED_TOTAL) > moved
+    victim.start()
+    await asyncio.to_thread(running.wait_ready)
+
+
+async def an_abort_storm_pins_nothing(running: Cluster) -> None:
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        assert await play_round(client, 1, storm=True) > 0
+    assert await until_free(running) < 10
+    await asyncio.to_thread(running.check_leaks)
