@@ -48,4 +48,7 @@ class DisaggregatedPolicy(Policy):
 
 
 def _best(request: RequestInfo, ranked: list[tuple[float, WorkerView]]) -> list[tuple[float, WorkerView]]:
+    # Ties are drawn only among those that can be kept: of a thousand workers, few.
+    limit = sorted([rank for rank, _ in ranked])[:KEPT][-1]
+    ranked = [each for each in ranked if each[0] <= limit]
     return sorted(ranked, key=lambda each: (each[0], tie_break(request.request_id, each[1].incarnation)))[:KEPT]
