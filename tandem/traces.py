@@ -5,6 +5,9 @@
 timestamp: milliseconds after the start. input_length, output_length: tokens. hash_ids: one id for each 512 tokens of
 the prompt, the last block possibly partial; the same id means the same tokens. Without hash_ids prompts share nothing.
 (The format of the traces published with Mooncake, FAST '25.)
+
+output_hash_ids: where the next turn repeats the answer, the ids that it has for the blocks after those of this prompt,
+as far as the answer goes. An extension: other traces do not name what was generated.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class TraceEntry:
     input_length: int
     output_length: int
     hash_ids: tuple[int, ...]
+    output_hash_ids: tuple[int, ...] = ()
 
 
 def read_trace(path: Path, limit: int) -> Iterator[TraceEntry]:
@@ -54,10 +58,17 @@ def _entry(data: Any) -> TraceEntry:
         value = data.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
             raise ValueError(f"{field} is {value!r}; a number of at least {least} is needed")
-    ids = data.get("hash_ids", [])
-    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-        raise ValueError("hash_ids must be a list of integers")
-    length = int(data["input_length"])
+    length, answer = int(data["input_length"]), int(data["output_length"])
+    ids, after = _ids(data, "hash_ids"), _ids(data, "output_hash_ids")
     if len(ids) > -(-length // TRACE_BLOCK_TOKENS):
         raise ValueError(f"hash_ids has {len(ids)} blocks of {TRACE_BLOCK_TOKENS}; input_length is {length}")
-    return TraceEntry(float(data["timestamp"]), length, int(data["output_length"]), tuple(ids))
+    if after and len(ids) + len(after) > -(-(length + answer) // TRACE_BLOCK_TOKENS):
+        raise ValueError(f"output_hash_ids has {len(after)} blocks of {TRACE_BLOCK_TOKENS} more; that is too much")
+    return TraceEntry(float(data["timestamp"]), length, answer, ids, after)
+
+
+def _ids(data: dict[str, Any], field: str) -> tuple[int, ...]:
+    ids = data.get(field, [])
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise ValueError(f"{field} must be a list of integers")
+    return tuple(ids)

@@ -43,8 +43,13 @@ OTHERS = 8.0
 half of a trace (docs/routing.md): without it prompts are computed again to avoid short queues, and that work delays
 everybody; from 3 to 10 the results hardly change."""
 RECENT = 0.05
-"""Weight of the work that a prefill worker got recently, beside work that waits there now. It levels what queues are
-too short to show, caches included; any small weight does (docs/routing.md)."""
+"""Weight of the work that a worker got recently, beside work that waits there now. It levels what queues are too short
+to show, caches included; any small weight does where there is enough to do (docs/routing.md)."""
+BUSY = 0.15
+"""Share of their time that workers computed prompts lately, below which that weight grows in proportion: computing in
+an idle cluster delays nobody, and to follow prefixes there would leave most caches empty."""
+IDLE = 20.0
+"""How many times at most it grows."""
 SLOW_START_S = 10.0
 """A worker is a newcomer for so long."""
 SPREAD = np.uint64(0x9E3779B1)
@@ -65,9 +70,10 @@ class CostPolicy(Policy):
         decode = _Group(eligible_decode(fleet), request, matches)
         prefill = _Group(eligible(fleet.prefill), request, matches)
         model = _Coefficients(prefill, decode)
-        helpers = _helpers(request, prefill, model, now)
+        recent = _Recent(prefill, decode, model, now)
+        helpers = _helpers(request, prefill, model, recent, now)
         shared = _decode_terms(request, decode, model)
-        local = _local_terms(request, decode, model, now)
+        local = _local_terms(request, decode, model, recent, now)
         missing_bytes = _missing_bytes(request, decode)
         moves = [np.where(missing_bytes > 0, HAND_OVER_MS + missing_bytes / helper.rate, 0.0) for helper in helpers]
         best = _total(local)
@@ -181,6 +187,10 @@ class _Coefficients:
         own = group.column(Column.MOVE_BYTES_PER_MS)
         return np.where(_differs(own, self._rate), own, self._rate)
 
+    def token_ms(self, group: _Group) -> Numbers:
+        """Time for one token of a prompt."""
+        return self._timings[id(group)].pace * self._per_token
+
     def prefill_ms(self, group: _Group, tokens: Numbers) -> Numbers:
         """Time to compute so many prompt tokens in full steps."""
         steps = np.ceil(tokens / group.column(Column.MAX_BATCH_TOKENS))
@@ -221,7 +231,31 @@ def _differs(own: Numbers, typical: Numbers | float) -> NDArray[np.bool_]:
     return (own < typical / OUTLIER) | (own > typical * OUTLIER)
 
 
-def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: float) -> list[_Helper]:
+class _Recent:
+    """The work that workers got recently, and what it adds to the cost of one that got more than others."""
+
+    def __init__(self, prefill: _Group, decode: _Group, model: _Coefficients, now: float) -> None:
+        self._work = {id(group): _recent_ms(group, model, now) for group in (prefill, decode)}
+        # A decode worker has too much of it when it computed more than a prefill worker did.
+        first = self._work[id(prefill if prefill.views else decode)]
+        self._least = float(first.min())
+        done = sum(float(work.sum()) for work in self._work.values())
+        share = done / len(first) / (RECENT_S * 1e3)
+        self._weight = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
+
+    def cost(self, group: _Group) -> Numbers:
+        """Of each worker, for what it got above the least."""
+        found: Numbers = self._weight * np.maximum(self._work[id(group)] - self._least, 0.0)
+        return found
+
+
+def _recent_ms(group: _Group, model: _Coefficients, now: float) -> Numbers:
+    age = np.maximum(now - group.column(Column.RECENT_AT), 0.0)
+    work: Numbers = group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.token_ms(group)
+    return work
+
+
+def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, lately: _Recent, now: float) -> list[_Helper]:
     """The best prefill workers. The pair's terms add up, so the same ones are best for every decode worker."""
     if not group.views:
         return []
@@ -229,7 +263,7 @@ def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: flo
     computed = model.prefill_ms(group, request.computable - group.cached)
     queue = start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS))
     prefill, others = start * computed, OTHERS * computed
-    recent = RECENT * _recent_ms(group, model, now)
+    recent = lately.cost(group)
     cost = queue + prefill + others + recent
     rates = model.rates(group)
     return [
@@ -246,14 +280,6 @@ def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, now: flo
         )
         for place in _smallest(cost, KEPT, request, group)
     ]
-
-
-def _recent_ms(group: _Group, model: _Coefficients, now: float) -> Numbers:
-    """Work that each worker got recently, above the least."""
-    age = np.maximum(now - group.column(Column.RECENT_AT), 0.0)
-    work = group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.timing(group)[1]
-    above: Numbers = work - work.min()
-    return above
 
 
 def _output(request: RequestInfo) -> int:
@@ -275,7 +301,9 @@ def _decode_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> 
     }
 
 
-def _local_terms(request: RequestInfo, group: _Group, model: _Coefficients, now: float) -> dict[str, Numbers]:
+def _local_terms(
+    request: RequestInfo, group: _Group, model: _Coefficients, lately: _Recent, now: float
+) -> dict[str, Numbers]:
     """What it costs that the decode worker computes the prompt itself."""
     here, start = model.prefill_ms(group, request.computable - group.cached), _start(group, now)
     # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
@@ -285,6 +313,7 @@ def _local_terms(request: RequestInfo, group: _Group, model: _Coefficients, now:
         "queue": start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
         "prefill": start * here,
         "others": OTHERS * here,
+        "recent": lately.cost(group),
         "slowdown": held_up,
     }
 

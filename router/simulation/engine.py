@@ -12,6 +12,7 @@ from typing import Protocol
 from router.simulation.block_cache import BlockCache
 from router.simulation.clock import Clock
 from router.simulation.setting import Machine
+from router.simulation.slots import Slots
 from tandem.cluster import StepTiming
 from tandem.kv import BlockHash
 from tandem.step_timing import TimingFit
@@ -92,7 +93,9 @@ class Engine:
         rng: Random,
         noise: float,
         host: Host,
+        slots: Slots | None = None,
     ) -> None:
+        """slots: shared with other engines; every step takes one."""
         self.busy_s = 0.0
         self.queued_tokens = 0
         """Prompt tokens to be computed, as far as the cache is known."""
@@ -105,6 +108,7 @@ class Engine:
         self._rng = rng
         self._noise = noise
         self._host = host
+        self._slots = slots
         self._queue: list[Prompt] = []
         self._prompts: deque[Prompt] = deque()
         self._joining: list[Output] = []
@@ -153,7 +157,7 @@ class Engine:
         # Not at once: what arrives at the same moment shares the step.
         if not self._stepping:
             self._stepping = True
-            self._clock.after(0.0, self._step)
+            self._clock.after(0.0, self._next)
         elif self._run is not None and self._run.steps > 1:
             self._cut_short(self._run)
 
@@ -167,6 +171,16 @@ class Engine:
         self._run = run
         self._clock.at(run.began + run.steps * run.ms / 1e3, self._end, run)
 
+    def _next(self) -> None:
+        if self._slots is None:
+            self._step()
+        else:
+            self._slots.take(self._step)
+
+    def _give_slot(self) -> None:
+        if self._slots is not None:
+            self._slots.give()
+
     def _step(self) -> None:
         for output in self._joining:
             output.ends = self._steps + output.tokens
@@ -179,9 +193,10 @@ class Engine:
         tokens = outputs + sum(count for _, count in chunks)
         if not tokens and not chunks:
             self._stepping, self._run = False, None
+            self._give_slot()
             return
         steps = 1
-        if not (chunks or fresh or self._queue):
+        if not (chunks or fresh or self._queue or self._slots):
             steps = min(RUN, self._outputs[0][0] - self._steps)
         # In each step every sequence looks back on one token more.
         context = self.context + outputs * (steps - 1) / 2
@@ -247,7 +262,8 @@ class Engine:
             self.context -= output.context + output.tokens
             output.on_end()
         self._host.stepped(run.ms, run.outputs * run.steps)
-        self._step()
+        self._give_slot()
+        self._next()
 
     def _advance(self, prompt: Prompt, count: int) -> None:
         prompt.known += count

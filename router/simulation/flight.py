@@ -34,6 +34,8 @@ class Flight:
     prefill_cached: int = 0
     held: int = 0
     """Blocks that it uses in the decode worker's cache from its admission on."""
+    private: int = 0
+    """Blocks reserved on the decode worker for what is not in the cache yet."""
     computed: int = 0
     """Prompt tokens computed for it."""
     arrived_at: float = -1.0

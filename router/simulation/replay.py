@@ -13,6 +13,7 @@ from router.policies import Policy, RequestInfo
 from router.simulation.clock import Clock
 from router.simulation.flight import Flight
 from router.simulation.setting import Arrival, Setting
+from router.simulation.slots import Slots
 from router.simulation.worker import ROUTER_ID, SimulatedDecode, SimulatedPrefill, SimulatedWorker
 from router.workers.members import Member, Members
 from router.workers.snapshot import Load
@@ -38,8 +39,10 @@ class Replay:
         self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
         self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: math.inf, self.clock)
         self._policy = policy
-        self.prefill = [SimulatedPrefill(n, setting, self.clock, self._hear) for n in range(setting.prefill)]
-        self.decode = [SimulatedDecode(n, setting, self.clock, self._hear, self._step) for n in range(setting.decode)]
+        self.slots = Slots(setting.slots) if setting.slots else None
+        basis = (setting, self.clock, self.slots, self._hear)
+        self.prefill = [SimulatedPrefill(number, *basis) for number in range(setting.prefill)]
+        self.decode = [SimulatedDecode(number, *basis, self._step) for number in range(setting.decode)]
         self._prefill_by_name = {worker.incarnation: worker for worker in self.prefill}
         self._decode_by_name = {worker.incarnation: worker for worker in self.decode}
         self.flights = [
@@ -57,7 +60,7 @@ class Replay:
             self.members.add(Member(worker.info, self.members.booking_closed, 0.0))
             worker.announce_itself()
         for flight in self.flights:
-            self.clock.at(SETTLE_S + flight.arrival.at, self._arrive, flight)
+            self.clock.at(SETTLE_S + flight.arrival.at, self._ask, flight)
         for end in self.window:
             self.clock.at(SETTLE_S + end, self._note_busy)
         self.clock.run()
@@ -75,9 +78,15 @@ class Replay:
         if member is not None:
             self.members.observe(member, update)
 
+    def _ask(self, flight: Flight) -> None:
+        flight.arrived_at = self.clock.now
+        if self.setting.machine.overhead_ms:
+            self.clock.after(self.setting.machine.overhead_ms / 1e3, self._arrive, flight)
+        else:
+            self._arrive(flight)
+
     def _arrive(self, flight: Flight) -> None:
         request_id = f"{self.setting.seed}-{flight.number}"
-        flight.arrived_at = self.clock.now
         if not self.admission.enter_at_once(request_id):
             flight.rejected = True
             return
@@ -128,7 +137,8 @@ class Replay:
             worker.cache.check_integrity()
             assert worker.engine.queued_tokens == worker.engine.running == worker.engine.waiting == 0
             assert worker.engine.context == worker.engine.prompt_tokens == 0
-            assert len(worker.cache) <= self.setting.cache_blocks
+            assert len(worker.cache) <= (self.setting.pool_blocks or self.setting.cache_blocks)
+        assert self.slots is None or self.slots.free == self.setting.slots
         self.index.check_integrity()
 
 

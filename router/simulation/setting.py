@@ -29,7 +29,9 @@ class Machine:
     hand_over_ms: float = 3.0
     """A hand-over's fixed price."""
     kv_tokens: int = 2_000_000
-    """Tokens of sequences under way, beside the cache."""
+    """Tokens of sequences under way, beside the cache; with `Setting.pool`, all of its memory."""
+    overhead_ms: float = 0.0
+    """Of a request until it reaches the router, and of its first token on the way back: client, HTTP, dispatch."""
 
     def step_ms(self, tokens: int, context: float) -> float:
         """Of one step."""
@@ -54,6 +56,11 @@ class Setting:
     seed: int = 0
     noise: float = 0.05
     """Standard deviation of a step's time, relative."""
+    pool: bool = False
+    """Whether a worker's cache takes its memory from `Machine.kv_tokens`, as sequences do, and keeps all their output.
+    Else it has `cache_blocks` beside it, and keeps output that the trace names."""
+    slots: int = 0
+    """Steps that all workers run at once, as on one machine with so many cores; 0: each has a machine of its own."""
     interval_s: float = 0.05
     """Least time between two reports of a worker."""
     delay_s: float = 0.001
@@ -65,9 +72,15 @@ class Setting:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
-        for name, least in (("prefill", 0), ("decode", 1), ("cache_blocks", 0), ("block_tokens", 1)):
+        limits = {"prefill": 0, "decode": 1, "cache_blocks": 0, "block_tokens": 1, "slots": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool, 0 without one."""
+        return self.machine.kv_tokens // self.block_tokens if self.pool else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,40 +100,71 @@ class Arrival:
     output_tokens: int
     hashes: tuple[BlockHash, ...]
     """Of the prompt's whole blocks."""
+    output_hashes: tuple[BlockHash, ...] = ()
+    """Of the whole blocks after those that the answer leaves in a cache; its last token has no KV."""
     reported: bool = True
     """Whether it counts; earlier ones fill the caches."""
 
 
-def arrivals(entries: Sequence[TraceEntry], skip: int, load: float, setting: Setting) -> list[Arrival]:
+def arrivals(
+    entries: Sequence[TraceEntry], skip: int, load: float, setting: Setting, scale: float = 1.0
+) -> list[Arrival]:
     """A trace with its time compressed, so that its prompts are `load` times what the prefill workers can compute.
 
-    Nothing is assumed of caches. skip: requests that are not reported; the load is measured on the others. A cluster
-    without prefill workers is given what its decode workers could compute. Raises ValueError.
+    Nothing is assumed of caches. A load of 0 leaves the trace its own times. skip: requests that are not reported; the
+    load is measured on the others. A cluster without prefill workers is given what its decode workers could compute.
+    scale: factor of all lengths, and of the trace's blocks. Raises ValueError.
     """
     if not 0 <= skip < len(entries):
         raise ValueError(f"{skip} requests are skipped of {len(entries)}; at least one must be left")
     counted = entries[skip:]
     span_s = (counted[-1].timestamp_ms - counted[0].timestamp_ms) / 1e3
-    if load <= 0 or span_s <= 0:
-        raise ValueError(f"load is {load:g} and the trace takes {span_s:g} s; both must be above 0")
-    tokens = sum(entry.input_length for entry in counted)
+    if load < 0 or span_s <= 0:
+        raise ValueError(f"load is {load:g}, at least 0 is needed; the trace takes {span_s:g} s, which must be above 0")
+    tokens = sum(entry.input_length for entry in counted) * scale
     capacity = (setting.prefill or setting.decode) * setting.machine.prefill_tokens_per_s
-    speed = load * capacity / (tokens / span_s)
-    start = entries[0].timestamp_ms
+    speed = load * capacity / (tokens / span_s) if load else 1.0
+    start, parts = entries[0].timestamp_ms, blocks_in(setting.block_tokens, scale)
     return [
-        Arrival(
-            at=(entry.timestamp_ms - start) / 1e3 / speed,
-            prompt_tokens=entry.input_length,
-            output_tokens=entry.output_length,
-            hashes=tuple(_hash(name) for name in entry.hash_ids[: entry.input_length // setting.block_tokens]),
-            reported=number >= skip,
-        )
+        _arrival(number, entry, (entry.timestamp_ms - start) / 1e3 / speed, scale, parts, setting, number >= skip)
         for number, entry in enumerate(entries)
     ]
 
 
-def _hash(name: int) -> BlockHash:
-    return hashlib.blake2b(str(name).encode(), digest_size=16).digest()
+def blocks_in(block_tokens: int, scale: float) -> int:
+    """How many blocks one block of the trace is. Raises ValueError unless it is a whole number of them."""
+    trace_block = TRACE_BLOCK_TOKENS * scale
+    if scale <= 0 or trace_block % block_tokens:
+        raise ValueError(
+            f"block_tokens is {block_tokens}; the trace's blocks of {trace_block:g} tokens must be a multiple of it"
+        )
+    return int(trace_block // block_tokens)
+
+
+def _arrival(
+    number: int, entry: TraceEntry, at: float, scale: float, parts: int, setting: Setting, reported: bool
+) -> Arrival:
+    prompt, output = max(1, round(entry.input_length * scale)), max(1, round(entry.output_length * scale))
+    whole, kept = prompt // setting.block_tokens, (prompt + output - 1) // setting.block_tokens
+    named = _names(entry.hash_ids, parts, whole)
+    if entry.output_hash_ids:
+        after = _names((*entry.hash_ids, *entry.output_hash_ids), parts, kept)[whole:]
+    else:
+        after = [f"{number} {place}" for place in range(whole, kept)] if setting.pool else []
+    return Arrival(
+        at, prompt, output, tuple(map(_hash, named)), tuple(map(_hash, after)) if len(named) == whole else (), reported
+    )
+
+
+def _names(ids: Sequence[int], parts: int, count: int) -> list[str]:
+    """Of the first blocks: the trace's blocks, or what they are cut into."""
+    if parts == 1:
+        return [str(name) for name in ids[:count]]
+    return [f"{name}.{part}" for name in ids[: -(-count // parts)] for part in range(parts)][:count]
+
+
+def _hash(name: str) -> BlockHash:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 def working_set(entries: Sequence[TraceEntry]) -> int:

@@ -12,6 +12,7 @@ from router.simulation.clock import Clock
 from router.simulation.engine import Engine, Output, Prompt
 from router.simulation.flight import Flight
 from router.simulation.setting import Setting
+from router.simulation.slots import Slots
 from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, Status, WorkerInfo, WorkerUpdate
 from tandem.kv import BlockHash, KvLayout, LayerGroup, Plane
 from tandem.types import ModelInfo
@@ -45,13 +46,19 @@ def worker_info(role: Role, number: int, setting: Setting) -> WorkerInfo:
 
 
 class SimulatedWorker(ABC):
-    """What both roles share. tell: takes an update to the router, `delay_s` later."""
+    """What both roles share. slots: for its steps. tell: takes an update to the router, `delay_s` later."""
 
     def __init__(
-        self, role: Role, number: int, setting: Setting, clock: Clock, tell: Callable[[WorkerUpdate], None]
+        self,
+        role: Role,
+        number: int,
+        setting: Setting,
+        clock: Clock,
+        slots: Slots | None,
+        tell: Callable[[WorkerUpdate], None],
     ) -> None:
         self.info = worker_info(role, number, setting)
-        self.cache = BlockCache(setting.cache_blocks)
+        self.cache = BlockCache(setting.cache_blocks, self._evicted, setting.pool_blocks)
         self.engine = Engine(
             clock,
             setting.machine,
@@ -60,6 +67,7 @@ class SimulatedWorker(ABC):
             Random(self.info.incarnation),
             setting.noise,
             self,
+            slots,
         )
         self._setting = setting
         self._clock = clock
@@ -99,11 +107,15 @@ class SimulatedWorker(ABC):
                 self._setting.delay_s, self._tell, WorkerUpdate(self.incarnation, self._sequence, (event,))
             )
 
-    def release(self, hashes: tuple[BlockHash, ...]) -> None:
-        """Ends one use of a prompt's blocks."""
-        evicted = self.cache.release(hashes)
-        if evicted:
-            self._events.append(CacheEvent(EventKind.EVICTED, evicted))
+    def _evicted(self, hashes: tuple[BlockHash, ...]) -> None:
+        self._events.append(CacheEvent(EventKind.EVICTED, hashes))
+
+    def keep(self, hashes: tuple[BlockHash, ...], known: int) -> None:
+        """Takes all but the first `known` blocks, which are in use, into use, too, and tells of new ones."""
+        stored = self.cache.store(hashes[known:])
+        if stored:
+            first = hashes.index(stored[0])
+            self.stored(stored, hashes[first - 1] if first else b"")
 
     def poke(self) -> None:
         """Something changed: reports soon, but not more often than real workers do."""
@@ -126,8 +138,10 @@ class SimulatedWorker(ABC):
 class SimulatedPrefill(SimulatedWorker):
     """Computes prompts but their last token, and pushes what the decode worker lacks over one link, in turn."""
 
-    def __init__(self, number: int, setting: Setting, clock: Clock, tell: Callable[[WorkerUpdate], None]) -> None:
-        super().__init__(Role.PREFILL, number, setting, clock, tell)
+    def __init__(
+        self, number: int, setting: Setting, clock: Clock, slots: Slots | None, tell: Callable[[WorkerUpdate], None]
+    ) -> None:
+        super().__init__(Role.PREFILL, number, setting, clock, slots, tell)
         self._free_at = 0.0
         self._moved = False
 
@@ -167,7 +181,7 @@ class SimulatedPrefill(SimulatedWorker):
                 self._clock.at(self._free_at + self._setting.machine.hand_over_ms / 1e3, done)
 
         def done() -> None:
-            self.release(hashes)
+            self.cache.release(hashes)
             landed(flight)
 
         self.promise(hashes)
@@ -189,10 +203,11 @@ class SimulatedDecode(SimulatedWorker):
         number: int,
         setting: Setting,
         clock: Clock,
+        slots: Slots | None,
         tell: Callable[[WorkerUpdate], None],
         observe: Callable[[float, int], None],
     ) -> None:
-        super().__init__(Role.DECODE, number, setting, clock, tell)
+        super().__init__(Role.DECODE, number, setting, clock, slots, tell)
         self._observe = observe
         self._open = 0
         self._fetching = 0
@@ -256,14 +271,13 @@ class SimulatedDecode(SimulatedWorker):
                 return
             self._wanting.popleft()
             self._reserved += flight.kv_tokens
+            flight.private = -(-flight.kv_tokens // self._setting.block_tokens) - len(flight.hashes)
+            self.cache.reserve(flight.private)
             then()
 
     def _landed(self, flight: Flight) -> None:
         self._fetching -= 1
-        stored = self.cache.store(flight.hashes[flight.held :])
-        if stored:
-            first = flight.hashes.index(stored[0])
-            self.stored(stored, flight.hashes[first - 1] if first else b"")
+        self.keep(flight.hashes, flight.held)
         # The last prompt token is run here; it gives the first token.
         self._generate(flight, flight.output_tokens, fresh=True)
         self.poke()
@@ -274,7 +288,7 @@ class SimulatedDecode(SimulatedWorker):
 
         def progress(known: int) -> None:
             if known == flight.prompt_tokens:
-                self.release(flight.hashes[: flight.held])  # the engine holds all of them now
+                self.cache.release(flight.hashes[: flight.held])  # the engine holds all of them now
                 flight.first()
                 self._generate(flight, flight.output_tokens - 1, fresh=False)
 
@@ -283,7 +297,10 @@ class SimulatedDecode(SimulatedWorker):
     def _generate(self, flight: Flight, tokens: int, fresh: bool) -> None:
         def end() -> None:
             self._reserved -= flight.kv_tokens
-            self.release(flight.hashes)
+            self.cache.reserve(-flight.private)
+            sequence = flight.hashes + flight.arrival.output_hashes
+            self.keep(sequence, len(flight.hashes))
+            self.cache.release(sequence)
             flight.end()
             self._grant()
             self.poke()

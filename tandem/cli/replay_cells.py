@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.table import Table
 from router.policies import POLICIES, Policy
 from router.simulation.replay import Replay
 from router.simulation.result import Result, summarize
-from router.simulation.setting import Objective, Setting, arrivals, ideal_share
+from router.simulation.setting import Arrival, Machine, Objective, Setting, arrivals, ideal_share
 from tandem.errors import ConfigError
 from tandem.traces import TraceEntry
 
@@ -50,14 +50,22 @@ class Cell:
     cache_share: float
     """Of the trace's working set, all prefill workers together."""
     skip: int
+    scale: float = 1.0
+    """Factor of the trace's lengths."""
 
     @property
     def title(self) -> str:
         """What distinguishes it."""
-        return (
-            f"{self.setting.prefill} prefill and {self.setting.decode} decode workers, load {self.load:.0%}, "
-            f"caches {self.cache_share:.0%} of the working set ({self.setting.cache_blocks} blocks a worker)"
-        )
+        setting = self.setting
+        load = f"load {self.load:.0%}" if self.load else "the trace's own times"
+        caches = f"caches {self.cache_share:.0%} of the working set ({setting.cache_blocks} blocks a worker)"
+        if setting.pool:
+            caches = f"{setting.machine.kv_tokens} tokens of KV a worker"
+        return f"{setting.prefill} prefill and {setting.decode} decode workers, {load}, {caches}"
+
+    def arrivals(self, entries: Sequence[TraceEntry]) -> list[Arrival]:
+        """The load. Raises ValueError."""
+        return arrivals(entries, self.skip, self.load, self.setting, self.scale)
 
 
 def make_policy(name: str) -> Policy:
@@ -77,11 +85,18 @@ def make_policy(name: str) -> Policy:
     return made
 
 
+def check_wishes(policies: Sequence[str], plot: Path | None) -> None:
+    """Raises ConfigError at once for what would fail after the first simulation."""
+    for name in policies:
+        make_policy(name)
+    if plot:
+        load_pyplot()
+
+
 def run_cell(entries: Sequence[TraceEntry], cell: Cell, policy: str, objective: Objective) -> Result:
     """One policy in one cell. Raises ConfigError."""
     try:
-        load = arrivals(entries, cell.skip, cell.load, cell.setting)
-        replay = Replay(cell.setting, make_policy(policy), load)
+        replay = Replay(cell.setting, make_policy(policy), cell.arrivals(entries))
         replay.run()
         return summarize(replay, policy, objective)
     except ValueError as error:
@@ -92,18 +107,26 @@ Found = tuple[Cell, float, list[Result]]
 
 
 def run_cells(
-    entries: Sequence[TraceEntry], cells: Sequence[Cell], policies: Sequence[str], objective: Objective, jobs: int
+    entries: Sequence[TraceEntry],
+    cells: Sequence[Cell],
+    policies: Sequence[str],
+    objective: Objective,
+    jobs: int,
+    known: Mapping[tuple[Cell, str], Result],
 ) -> Iterator[Found]:
-    """Cell by cell; each is shown as soon as it is there."""
+    """Cell by cell; each is shown as soon as it is there. known: what need not be run."""
+    names = list(dict.fromkeys(policies))
     with ProcessPoolExecutor(jobs) as pool:
-        asked = [
-            [pool.submit(run_cell, entries, cell, policy, objective) for policy in dict.fromkeys(policies)]
+        asked = {
+            (cell, policy): pool.submit(run_cell, entries, cell, policy, objective)
             for cell in cells
-        ]
-        for cell, futures in zip(cells, asked, strict=True):
-            results = [future.result() for future in futures]
-            load = arrivals(entries, cell.skip, cell.load, cell.setting)
-            ideal = ideal_share(load, cell.setting.block_tokens)
+            for policy in names
+            if (cell, policy) not in known
+        }
+        for cell in cells:
+            keys = [(cell, policy) for policy in names]
+            results = [known[key] if key in known else asked[key].result() for key in keys]
+            ideal = ideal_share(cell.arrivals(entries), cell.setting.block_tokens)
             _show(cell, ideal, results)
             yield cell, ideal, results
 
@@ -133,6 +156,39 @@ def write_json(path: Path, found: Sequence[Found]) -> None:
         for cell, ideal, results in found
     ]
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(paths: Sequence[Path]) -> dict[tuple[Cell, str], Result]:
+    """What `write_json` wrote, by cell and policy; later files win. Raises ConfigError."""
+    found = {}
+    for path in paths:
+        try:
+            for data in json.loads(path.read_text(encoding="utf-8")):
+                setting = {**data["setting"], "machine": Machine(**data["setting"]["machine"])}
+                cell = Cell(Setting(**setting), data["load"], data["cache_share"], data["skip"], data.get("scale", 1.0))
+                found.update({(cell, each["policy"]): Result(**each) for each in data["results"]})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"--merge: {path}: {type(error).__name__}: {error}") from None
+    return found
+
+
+def read_machine(given: Sequence[str]) -> Machine:
+    """From `name=number` and JSON files of such, in turn. Raises ConfigError."""
+    fields = {name: type(default) for name, default in dataclasses.asdict(Machine()).items()}
+    values: dict[str, Any] = {}
+    for each in given:
+        name, equals, number = each.partition("=")
+        try:
+            new = {name: json.loads(number)} if equals else json.loads(Path(each).read_text(encoding="utf-8"))
+            for field, value in new.items():
+                if field not in fields:
+                    raise ValueError(f"{field} is none of {', '.join(fields)}")
+                if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                    raise ValueError(f"{field} is {value!r}; a number of at least 0 is needed")
+                values[field] = fields[field](value)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"--machine: {each}: {error}") from None
+    return Machine(**values)
 
 
 def load_pyplot() -> Any:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from router.cache.prefix_index import PrefixIndex
 from router.policies import RequestInfo
-from router.policies.cost import HAND_OVER_MS, OTHERS, PAUSE, RECENT, CostPolicy
+from router.policies.cost import BUSY, HAND_OVER_MS, IDLE, OTHERS, PAUSE, RECENT, CostPolicy
 from router.simulation.replay import Replay
 from router.simulation.setting import Arrival, Machine, Setting
 from router.workers.members import Member, Members
@@ -116,6 +116,32 @@ def test_recent_work_decides_between_idle_workers() -> None:
     assert plan(views, {"a": 1900}).prefill == "a"
 
 
+def test_an_idle_cluster_fills_all_its_caches_and_a_busy_one_follows_prefixes() -> None:
+    """Computing again delays others only where somebody waits."""
+    full = BUSY * RECENT_S * 1e3 / TIMING.per_token_ms  # tokens of a worker that is just busy
+
+    def chosen(both: float) -> str | None:
+        views = [worker("has a part", recent_tokens=both + 4500), worker("b", recent_tokens=both)]
+        return plan(views, {"has a part": 64}, tokens=301).prefill
+
+    assert chosen(0.0) == "b"
+    assert chosen(full) == chosen(3 * full) == "has a part"
+
+
+def test_a_decode_worker_that_computed_more_than_prefill_workers_did_computes_less() -> None:
+    prefill = [worker("p", recent_tokens=20_000.0)]
+
+    def local(recent: float) -> float:
+        decode = [worker("d", Role.DECODE, recent_tokens=recent)]
+        found = CostPolicy().plan(RequestInfo("r", 500, 64), FleetSnapshot(tuple(prefill), tuple(decode)), {}, LATER)
+        return next(each for each in found.candidates if each.prefill is None).costs["recent"]
+
+    assert local(0.0) == local(20_000.0) == 0.0
+    share = 50_000 * TIMING.per_token_ms / (RECENT_S * 1e3)
+    assert share > BUSY
+    assert local(30_000.0) == pytest.approx(RECENT * 10_000 * TIMING.per_token_ms)
+
+
 def test_a_newcomer_starts_slowly_and_then_counts_like_the_others() -> None:
     old = [worker(f"p{n}", queued_tokens=700) for n in range(3)]
     assert plan([*old, worker("new", since=LATER)], {}).prefill != "new"
@@ -164,7 +190,12 @@ def test_hits_do_not_collapse_under_overload() -> None:
 
 
 def _pair_cost(
-    request: RequestInfo, d: WorkerView, p: WorkerView | None, matches: dict[str, int], least: float
+    request: RequestInfo,
+    d: WorkerView,
+    p: WorkerView | None,
+    matches: dict[str, int],
+    least: float,
+    level: float,
 ) -> float:
     """The formula of router/policies/cost.py for one pair, without columns. All workers measure TIMING."""
 
@@ -180,10 +211,11 @@ def _pair_cost(
     cost += d.sequences * TIMING.per_token_ms * output
     if p is None:
         local = prefill_ms(here)
+        cost += level * TIMING.per_token_ms * max(d.recent_tokens - least, 0.0)
         return cost + prefill_ms(d.queued_tokens) + (1 + OTHERS + PAUSE * max(d.sequences, 1)) * local
     there = prefill_ms(computable - min(matches.get(p.incarnation, 0), computable))
     cost += prefill_ms(p.queued_tokens) + (1 + OTHERS) * there
-    cost += RECENT * TIMING.per_token_ms * (p.recent_tokens - least)
+    cost += level * TIMING.per_token_ms * (p.recent_tokens - least)
     return cost + (HAND_OVER_MS + here * d.info.layout.token_bytes / 1e6 if here else 0.0)
 
 
@@ -191,9 +223,9 @@ def _pair_cost(
 @given(st.data())
 def test_the_plan_is_the_cheapest_of_all_pairs(data: st.DataObject) -> None:
     """The fast way, in columns and with few pairs looked at, against the formula for every pair."""
-    counts, tokens = st.integers(0, 30), st.integers(0, 4000)
+    counts, tokens, recent = st.integers(0, 30), st.integers(0, 4000), st.integers(0, 40_000)
     prefill = [
-        worker(f"p{n}", queued_tokens=data.draw(tokens), recent_tokens=float(data.draw(tokens)))
+        worker(f"p{n}", queued_tokens=data.draw(tokens), recent_tokens=float(data.draw(recent)))
         for n in range(data.draw(st.integers(0, 9)))
     ]
     decode = [
@@ -203,14 +235,19 @@ def test_the_plan_is_the_cheapest_of_all_pairs(data: st.DataObject) -> None:
             running=data.draw(counts),
             queued_tokens=data.draw(tokens),
             free_pages=data.draw(tokens),
+            recent_tokens=float(data.draw(recent)),
         )
         for n in range(data.draw(st.integers(1, 9)))
     ]
     matches = {view.incarnation: data.draw(tokens) for view in (*prefill, *decode)}
     request = RequestInfo("r", data.draw(st.integers(1, 4000)), data.draw(st.integers(1, 300)))
-    least = min((view.recent_tokens for view in prefill), default=0.0)
+    first = prefill or decode
+    least = min(view.recent_tokens for view in first)
+    done_ms = sum(view.recent_tokens for view in (*prefill, *decode)) * TIMING.per_token_ms
+    share = done_ms / len(first) / (RECENT_S * 1e3)
+    level = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
     costs = {
-        (d.incarnation, p.incarnation if p else None): _pair_cost(request, d, p, matches, least)
+        (d.incarnation, p.incarnation if p else None): _pair_cost(request, d, p, matches, least, level)
         for d in decode
         for p in (None, *prefill)
     }

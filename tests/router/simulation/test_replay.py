@@ -154,7 +154,7 @@ def test_time_is_compressed_to_the_load_asked_for() -> None:
     rate = sum(arrival.prompt_tokens for arrival in counted) / (counted[-1].at - counted[0].at)
     assert rate == pytest.approx(0.5 * 4 * 1024 / 0.1124)
     assert ideal_share(made, 512) == pytest.approx(0.5)
-    for skip, load, text in ((100, 0.5, "at least one must be left"), (0, 0.0, "both must be above 0")):
+    for skip, load, text in ((100, 0.5, "at least one must be left"), (0, -1.0, "at least 0 is needed")):
         with pytest.raises(ValueError, match=text):
             arrivals(entries, skip, load, setting)
     with pytest.raises(ValueError, match="decode is 0; it must be at least 1"):
@@ -174,3 +174,63 @@ def test_a_summary_counts_what_it_says() -> None:
     assert strict.goodput_share == 0.0
     busy = [replay.busy[1][name] - replay.busy[0][name] for name in replay.busy[0]]
     assert found["busiest"] == pytest.approx(max(busy) / (sum(busy) / 2))
+
+
+def test_workers_of_one_machine_take_turns() -> None:
+    """With one slot, two prompts on two workers take twice as long as beside each other."""
+    load = [one(0.0, [1, 2]), one(0.0, [3, 4])]
+    apart = replace(SMALL, prefill=2, decode=2)
+    alone = [flight.ttft_s for flight in run(load, apart, "round_robin").flights]
+    turns = [flight.ttft_s for flight in run(load, replace(apart, slots=1), "round_robin").flights]
+    assert alone[0] == pytest.approx(alone[1])
+    prefill_s = (10 + 137 * 0.1) / 1e3
+    assert max(turns) > max(alone) + 0.9 * prefill_s
+    two = [flight.ttft_s for flight in run(load, replace(apart, slots=2), "round_robin").flights]
+    assert two == pytest.approx(alone)
+
+
+def test_overhead_is_time_before_the_router_hears_of_a_request() -> None:
+    load = [one(0.0, [1, 2])]
+    slow = replace(SMALL, machine=replace(EXACT, overhead_ms=7.0))
+    before, after = (run(load, setting).flights[0].ttft_s for setting in (SMALL, slow))
+    assert after - before == pytest.approx(0.007)
+
+
+def pooled(tokens: int) -> Setting:
+    return replace(SMALL, prefill=0, decode=1, pool=True, machine=replace(EXACT, kv_tokens=tokens), block_tokens=16)
+
+
+def test_a_pool_gives_sequences_room_that_the_cache_had() -> None:
+    entries = [TraceEntry(1000.0 * n, 2560, 256, tuple(range(5 * n, 5 * n + 5))) for n in range(4)]
+    entries += [TraceEntry(1000.0 * (4 + n), 2560, 256, tuple(range(5 * n, 5 * n + 5))) for n in range(4)]
+    found = {}
+    for tokens in (4 * 352, 4 * 352 - 64):
+        setting = pooled(tokens)
+        replay = run(arrivals(entries, 0, 0.0, setting, 0.125), setting)
+        found[tokens] = [flight.computed for flight in replay.flights[4:]]
+    # 320 prompt tokens and 32 of the answer each: all four just fit, and then none outlives the three after it.
+    assert found[4 * 352] == [0] * 4
+    assert min(found[4 * 352 - 64]) > 0
+
+
+def test_generated_tokens_stay_where_the_trace_names_them() -> None:
+    first = TraceEntry(0.0, 1100, 1000, (1, 2, 3), (4, 5))
+    unnamed = replace(first, output_hash_ids=())
+    second = TraceEntry(90_000.0, 2200, 10, (1, 2, 3, 4, 5))
+    setting = replace(SMALL, prefill=0, decode=1, block_tokens=64, cache_blocks=100)
+    computed = {}
+    for name, turn in (("named", first), ("unnamed", unnamed)):
+        load = arrivals([turn, second], 0, 0.0, setting)
+        computed[name] = run(load, setting).flights[1].computed
+    assert computed["named"] == 2200 - (1100 + 1000 - 1) // 64 * 64
+    assert computed["unnamed"] == 2200 - 1100 // 64 * 64
+
+
+def test_blocks_smaller_than_the_traces_match_within_them() -> None:
+    """The front of a trace's block that a prompt ends in is cached for the next one, as in workers that match tokens."""
+    entries = [TraceEntry(0.0, 700, 8, (1, 2)), TraceEntry(5000.0, 1500, 8, (1, 2, 3))]
+    for block_tokens, cached in ((512, 512), (64, 640), (4, 700)):
+        setting = replace(SMALL, prefill=0, decode=1, block_tokens=block_tokens, cache_blocks=1000)
+        assert run(arrivals(entries, 0, 0.0, setting), setting).flights[1].computed == 1500 - cached
+    with pytest.raises(ValueError, match=r"block_tokens is 48; the trace's blocks of 512 tokens must be a multiple"):
+        arrivals(entries, 0, 0.0, replace(SMALL, block_tokens=48))

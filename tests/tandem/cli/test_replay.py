@@ -46,7 +46,7 @@ def test_wrong_settings_are_one_line(trace: Path, capsys: pytest.CaptureFixture[
         (["--policy", "best"], "--policy: best: no such policy; give one of cost, longest_prefix"),
         (["--policy", "json:loads"], "--policy: json:loads:"),
         (["--skip", "40"], "40 requests are skipped of 40; at least one must be left"),
-        (["--load", "0"], "both must be above 0"),
+        (["--load", "-1"], "at least 0 is needed"),
     ):
         assert run(["replay", str(trace), *arguments]) == EXIT_SETTINGS
         error = capsys.readouterr().err
