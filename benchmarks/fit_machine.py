@@ -119,7 +119,7 @@ def fit_request(
     slope, fixed = np.polyfit(lengths, middles, 1) if len(lengths) > 1 else (0.0, middles[0])
     if slope <= 0:
         return around, max(0.0, float(np.mean(middles))), FAST_LINK
-    return around, max(0.0, float(fixed)), kv_bytes / float(slope)
+    return around, max(0.0, float(fixed)), min(kv_bytes / float(slope), FAST_LINK)
 
 
 class Pages:

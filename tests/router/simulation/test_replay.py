@@ -204,13 +204,13 @@ def test_a_pool_gives_sequences_room_that_the_cache_had() -> None:
     entries = [TraceEntry(1000.0 * n, 2560, 256, tuple(range(5 * n, 5 * n + 5))) for n in range(4)]
     entries += [TraceEntry(1000.0 * (4 + n), 2560, 256, tuple(range(5 * n, 5 * n + 5))) for n in range(4)]
     found = {}
-    for tokens in (4 * 352, 4 * 352 - 64):
+    for tokens in (4 * 352, 3 * 352):
         setting = pooled(tokens)
         replay = run(arrivals(entries, 0, 0.0, setting, 0.125), setting)
         found[tokens] = [flight.computed for flight in replay.flights[4:]]
-    # 320 prompt tokens and 32 of the answer each: all four just fit, and then none outlives the three after it.
+    # 320 prompt tokens and 32 of the answer each: all four just fit; where three do, none outlives the next three.
     assert found[4 * 352] == [0] * 4
-    assert min(found[4 * 352 - 64]) > 0
+    assert min(found[3 * 352]) > 0
 
 
 def test_generated_tokens_stay_where_the_trace_names_them() -> None:
@@ -227,7 +227,7 @@ def test_generated_tokens_stay_where_the_trace_names_them() -> None:
 
 
 def test_blocks_smaller_than_the_traces_match_within_them() -> None:
-    """The front of a trace's block that a prompt ends in is cached for the next one, as in workers that match tokens."""
+    """What a prompt has of the block it ends in is cached for the next one, as in workers that match tokens."""
     entries = [TraceEntry(0.0, 700, 8, (1, 2)), TraceEntry(5000.0, 1500, 8, (1, 2, 3))]
     for block_tokens, cached in ((512, 512), (64, 640), (4, 700)):
         setting = replace(SMALL, prefill=0, decode=1, block_tokens=block_tokens, cache_blocks=1000)

@@ -1,0 +1,59 @@
+"""What is fitted to measurements that follow the model exactly is the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.client import Sample
+from benchmarks.fit_machine import FAST_LINK, Counts, counts, fit_request, fit_steps, workers
+from tandem.cluster import StepTiming
+
+TIMING = StepTiming(base_ms=2.0, per_token_ms=0.1)
+
+
+def sample(tokens: int, ttft_ms: float) -> Sample:
+    return Sample(started=1.0, wished_tokens=1, ended=9.0, chunks=[1.0 + ttft_ms / 1e3], prompt_tokens=tokens)
+
+
+def test_step_times_are_found_again() -> None:
+    intervals = [Counts(n, (n * 2.0 + t * 0.1) / 1e3, t) for n, t in ((1, 512), (40, 40), (10, 1500), (0, 0))]
+    found = fit_steps(intervals)
+    assert (found.base_ms, found.per_token_ms) == pytest.approx((2.0, 0.1))
+    with pytest.raises(ValueError, match="too few steps of different sizes"):
+        fit_steps([Counts(2, 0.1, 4), Counts(4, 0.2, 8)])
+
+
+@pytest.mark.parametrize("move_ms", [0.0, 0.01])
+def test_what_surrounds_a_request_and_a_hand_over_is_found_again(move_ms: float) -> None:
+    around, hand_over = 5.0, 3.0
+    pairs = []
+    for tokens in (101, 401, 1001):
+        warm = around + 1.0 + 2.1
+        cold = around + 2.0 + 2.1 + hand_over + -(-(tokens - 1) // 512) * 2.0 + (tokens - 1) * (0.1 + move_ms)
+        pairs += [(sample(tokens, cold), sample(tokens, warm))] * 2
+    found = fit_request(TIMING, pairs, kv_bytes=2048)
+    assert found[:2] == pytest.approx((around, hand_over), abs=0.02)
+    assert found[2] == pytest.approx(2048 / move_ms if move_ms else FAST_LINK, rel=0.01)
+
+
+def test_counters_are_read_from_a_workers_page() -> None:
+    page = "\n".join(
+        [
+            "# TYPE tandem_worker_step_seconds histogram",
+            'tandem_worker_step_seconds_bucket{le="+Inf"} 7.0',
+            "tandem_worker_step_seconds_count 7.0",
+            "tandem_worker_step_seconds_sum 0.25",
+            "# TYPE tandem_worker_step_tokens counter",
+            "tandem_worker_step_tokens_total 900.0",
+            "",
+        ]
+    )
+    assert counts(page) == Counts(7.0, 0.25, 900.0)
+    assert counts(page).since(Counts(2.0, 0.05, 400.0)) == Counts(5.0, pytest.approx(0.2), 500.0)
+
+
+def test_workers_are_found_in_what_up_prints() -> None:
+    log = "  router     127.0.0.1:1  pid 5\n  prefill-0  127.0.0.1:2  pid 6  256 pages  metrics 37209\n"
+    assert workers(log) == [(256, "http://127.0.0.1:37209/metrics")]
+    with pytest.raises(ValueError, match="names no workers"):
+        workers("starting\n")
