@@ -49,7 +49,8 @@ def test_counters_are_read_from_a_workers_page() -> None:
         ]
     )
     assert counts(page) == Counts(7.0, 0.25, 900.0)
-    assert counts(page).since(Counts(2.0, 0.05, 400.0)) == Counts(5.0, pytest.approx(0.2), 500.0)
+    added = counts(page).since(Counts(2.0, 0.05, 400.0))
+    assert (added.steps, added.seconds, added.tokens) == pytest.approx((5.0, 0.2, 500.0))
 
 
 def test_workers_are_found_in_what_up_prints() -> None:
