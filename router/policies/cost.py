@@ -70,10 +70,10 @@ class CostPolicy(Policy):
         decode = _Group(eligible_decode(fleet), request, matches)
         prefill = _Group(eligible(fleet.prefill), request, matches)
         model = _Coefficients(prefill, decode)
-        recent = _Recent(prefill, decode, model, now)
-        helpers = _helpers(request, prefill, model, recent, now)
+        recent = _recent(prefill, decode, model, now)
+        helpers = _helpers(request, prefill, model, recent[0], now)
         shared = _decode_terms(request, decode, model)
-        local = _local_terms(request, decode, model, recent, now)
+        local = _local_terms(request, decode, model, recent[1], now)
         missing_bytes = _missing_bytes(request, decode)
         moves = [np.where(missing_bytes > 0, HAND_OVER_MS + missing_bytes / helper.rate, 0.0) for helper in helpers]
         best = _total(local)
@@ -231,55 +231,42 @@ def _differs(own: Numbers, typical: Numbers | float) -> NDArray[np.bool_]:
     return (own < typical / OUTLIER) | (own > typical * OUTLIER)
 
 
-class _Recent:
-    """The work that workers got recently, and what it adds to the cost of one that got more than others."""
-
-    def __init__(self, prefill: _Group, decode: _Group, model: _Coefficients, now: float) -> None:
-        self._work = {id(group): _recent_ms(group, model, now) for group in (prefill, decode)}
-        # A decode worker has too much of it when it computed more than a prefill worker did.
-        first = self._work[id(prefill if prefill.views else decode)]
-        self._least = float(first.min())
-        done = sum(float(work.sum()) for work in self._work.values())
-        share = done / len(first) / (RECENT_S * 1e3)
-        self._weight = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
-
-    def cost(self, group: _Group) -> Numbers:
-        """Of each worker, for what it got above the least."""
-        found: Numbers = self._weight * np.maximum(self._work[id(group)] - self._least, 0.0)
-        return found
+def _recent(prefill: _Group, decode: _Group, model: _Coefficients, now: float) -> list[Numbers]:
+    """What the work that it got recently, above the least, adds to the cost of each worker, by role."""
+    work = []
+    for group in (prefill, decode):
+        age = np.maximum(now - group.column(Column.RECENT_AT), 0.0)
+        work.append(group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.token_ms(group))
+    # A decode worker has too much of it when it computed more than a prefill worker did.
+    first = work[0 if prefill.views else 1]
+    share = float(work[0].sum() + work[1].sum()) / len(first) / (RECENT_S * 1e3)
+    weight = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
+    return [weight * np.maximum(each - first.min(), 0.0) for each in work]
 
 
-def _recent_ms(group: _Group, model: _Coefficients, now: float) -> Numbers:
-    age = np.maximum(now - group.column(Column.RECENT_AT), 0.0)
-    work: Numbers = group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.token_ms(group)
-    return work
-
-
-def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, lately: _Recent, now: float) -> list[_Helper]:
+def _helpers(request: RequestInfo, group: _Group, model: _Coefficients, recent: Numbers, now: float) -> list[_Helper]:
     """The best prefill workers. The pair's terms add up, so the same ones are best for every decode worker."""
     if not group.views:
         return []
-    start = _start(group, now)
-    computed = model.prefill_ms(group, request.computable - group.cached)
-    queue = start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS))
-    prefill, others = start * computed, OTHERS * computed
-    recent = lately.cost(group)
-    cost = queue + prefill + others + recent
-    rates = model.rates(group)
+    terms, rates = _computing(request, group, model, recent, now), model.rates(group)
+    cost = _total(terms)
     return [
-        _Helper(
-            place,
-            float(cost[place]),
-            float(rates[place]),
-            {
-                "queue": float(queue[place]),
-                "prefill": float(prefill[place]),
-                "others": float(others[place]),
-                "recent": float(recent[place]),
-            },
-        )
-        for place in _smallest(cost, KEPT, request, group)
+        _Helper(at, float(cost[at]), float(rates[at]), {name: float(each[at]) for name, each in terms.items()})
+        for at in _smallest(cost, KEPT, request, group)
     ]
+
+
+def _computing(
+    request: RequestInfo, group: _Group, model: _Coefficients, recent: Numbers, now: float
+) -> dict[str, Numbers]:
+    """What it costs that a worker computes the prompt, whatever its role."""
+    computed, start = model.prefill_ms(group, request.computable - group.cached), _start(group, now)
+    return {
+        "queue": start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
+        "prefill": start * computed,
+        "others": OTHERS * computed,
+        "recent": recent,
+    }
 
 
 def _output(request: RequestInfo) -> int:
@@ -302,20 +289,14 @@ def _decode_terms(request: RequestInfo, group: _Group, model: _Coefficients) -> 
 
 
 def _local_terms(
-    request: RequestInfo, group: _Group, model: _Coefficients, lately: _Recent, now: float
+    request: RequestInfo, group: _Group, model: _Coefficients, recent: Numbers, now: float
 ) -> dict[str, Numbers]:
     """What it costs that the decode worker computes the prompt itself."""
-    here, start = model.prefill_ms(group, request.computable - group.cached), _start(group, now)
     # Every sequence there waits for what is computed beside it. Prefilling counts for one sequence at least: a decode
     # worker idle now takes the next request in a moment; a prefill worker has nothing else to do.
-    held_up = PAUSE * np.maximum(group.column(Column.SEQUENCES), 1.0) * here
-    return {
-        "queue": start * model.prefill_ms(group, group.column(Column.QUEUED_TOKENS)),
-        "prefill": start * here,
-        "others": OTHERS * here,
-        "recent": lately.cost(group),
-        "slowdown": held_up,
-    }
+    held_up = PAUSE * np.maximum(group.column(Column.SEQUENCES), 1.0)
+    here = model.prefill_ms(group, request.computable - group.cached)
+    return {**_computing(request, group, model, recent, now), "slowdown": held_up * here}
 
 
 def _missing_bytes(request: RequestInfo, decode: _Group) -> Numbers:
