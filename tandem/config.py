@@ -100,6 +100,8 @@ SPECULATIVE_HELP = (
     "who guesses several tokens ahead, which changes no answer; ngram: what followed the same tokens before; auto: "
     "`draft_model`, where that is set"
 )
+DRAFT_TOKENS_HELP = "tokens of a draft at most"
+DRAFT_BRANCHES_HELP = "likeliest tokens that a draft model or head drafts for one place; more than 1 make drafts trees"
 DraftTokens = Annotated[int, Field(ge=1, le=63)]
 DraftBranches = Annotated[int, Field(ge=1, le=16)]
 
@@ -226,6 +228,13 @@ class RouterConfig(_Process):
         return self
 
 
+def _check_drafter(speculative: Speculative, draft_model: str | None, branches: int) -> None:
+    if draft_model is not None and speculative != "auto":
+        raise ValueError(f"speculative is {speculative}; with a draft_model it must be auto")
+    if branches > 1 and draft_model is None:
+        raise ValueError(f"draft_branches is {branches}; without a draft_model it must be 1")
+
+
 class WorkerConfig(_Process):
     """Settings that both kinds of worker share."""
 
@@ -270,10 +279,8 @@ class WorkerConfig(_Process):
         "GPUs; triton and flashinfer are for GPUs and unmeasured",
     )
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
-    draft_tokens: DraftTokens = Field(8, description="tokens of a draft at most")
-    draft_branches: DraftBranches = Field(
-        1, description="likeliest tokens that a draft model or head drafts for one place; more than 1 make drafts trees"
-    )
+    draft_tokens: DraftTokens = Field(8, description=DRAFT_TOKENS_HELP)
+    draft_branches: DraftBranches = Field(1, description=DRAFT_BRANCHES_HELP)
     draft_adaptive: bool = Field(
         True, description="draft only as many tokens as was measured to pay, down to none; else always `draft_tokens`"
     )
@@ -323,10 +330,7 @@ class WorkerConfig(_Process):
 
     @model_validator(mode="after")
     def _one_drafter(self) -> WorkerConfig:
-        if self.draft_model is not None and self.speculative != "auto":
-            raise ValueError(f"speculative is {self.speculative}; with a draft_model it must be auto")
-        if self.draft_branches > 1 and self.draft_model is None:
-            raise ValueError(f"draft_branches is {self.draft_branches}; without a draft_model it must be 1")
+        _check_drafter(self.speculative, self.draft_model, self.draft_branches)
         return self
 
     @model_validator(mode="after")
@@ -407,6 +411,13 @@ class UpConfig(_Settings):
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)
+    draft_tokens: DraftTokens = Field(8, description=DRAFT_TOKENS_HELP)
+    draft_branches: DraftBranches = Field(1, description=DRAFT_BRANCHES_HELP)
+
+    @model_validator(mode="after")
+    def _one_drafter(self) -> UpConfig:
+        _check_drafter(self.speculative, self.draft_model, self.draft_branches)
+        return self
 
     @model_validator(mode="after")
     def _guarded(self) -> UpConfig:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from tandem.cluster import Role, WorkerInfo
+from tandem.config import UpConfig
 from tandem.ports import authority
 
 
@@ -27,6 +28,8 @@ class Standing:
     """How many workers may compute at once; None is all."""
     keys: bool = False
     """Whether clients need API keys."""
+    drafts: str = ""
+    """Who guesses tokens ahead, and how many."""
 
 
 def banner(cluster: Standing) -> str:
@@ -45,6 +48,7 @@ def banner(cluster: Standing) -> str:
         "KV transport": moved,
         "compute": f"{first.threads} thread{'s' if first.threads > 1 else ''} for each worker"
         + (f", at most {cluster.slots} of them at once" if cluster.slots is not None else ""),
+        **({"drafts": cluster.drafts} if cluster.drafts else {}),
         "listening on": f"{url} ({access})",
         "metrics": f"{url}/metrics",
     }
@@ -52,6 +56,15 @@ def banner(cluster: Standing) -> str:
     lines += [f"  {label:<13} {value}" for label, value in facts.items()]
     lines += ["", *_processes(cluster), "", "Ask it something:", "", *_curl(url, first.model.name), ""]
     return "\n".join([*lines, "Ctrl-C stops everything."])
+
+
+def drafts_of(config: UpConfig) -> str:
+    """Who guesses tokens ahead, and how many; empty where nobody does."""
+    who = "prompt lookup" if config.speculative == "ngram" else config.draft_model
+    if who is None:
+        return ""
+    tokens = f"up to {config.draft_tokens} tokens"
+    return f"{who}, trees of {tokens}" if config.draft_branches > 1 else f"{who}, {tokens} ahead"
 
 
 def _processes(cluster: Standing) -> list[str]:

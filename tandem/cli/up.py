@@ -14,7 +14,7 @@ import httpx
 from pydantic import SecretStr
 from rich.console import Console
 
-from tandem.cli.banner import Standing, banner
+from tandem.cli.banner import Standing, banner, drafts_of
 from tandem.cli.children import LAUNCHER, Child, stop_all
 from tandem.cluster import WorkerInfo
 from tandem.compute_slots import ComputeSlots
@@ -211,7 +211,8 @@ class _Cluster:
         self._stands = True
         config = self._config
         keys = config.api_keys is not None
-        standing = Standing(config.host, config.port, self._router.pid, self._model, workers, self._slots, keys)
+        places = (config.host, config.port, self._router.pid, self._model, workers, self._slots)
+        standing = Standing(*places, keys, drafts_of(config))
         self._say(banner(standing))
 
     async def _ready(self) -> bool | None:

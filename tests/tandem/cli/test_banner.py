@@ -6,8 +6,9 @@ import json
 import shlex
 from dataclasses import replace
 
-from tandem.cli.banner import Standing, banner
+from tandem.cli.banner import Standing, banner, drafts_of
 from tandem.cluster import Role, WorkerInfo
+from tandem.config import UpConfig
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.types import ModelInfo
 
@@ -43,6 +44,19 @@ def test_every_process_has_a_line_in_80_columns() -> None:
     assert "\n  router     127.0.0.1:8000   pid 4194303\n" in text
     assert "\n  prefill-0  127.0.0.1:20002  pid 77       1048576 pages  metrics 34567\n" in text
     assert "\n  decode-10  127.0.0.1:20001  pid 4194304  1048576 pages  metrics 34567\n" in text
+
+
+def test_who_drafts_is_said() -> None:
+    for settings, text in (
+        ({}, ""),
+        ({"speculative": "ngram", "draft_tokens": 5}, "prompt lookup, up to 5 tokens ahead"),
+        ({"draft_model": "demo"}, "demo, up to 8 tokens ahead"),
+        ({"draft_model": "demo", "draft_branches": 2}, "demo, trees of up to 8 tokens"),
+    ):
+        said = drafts_of(UpConfig(model="demo", **settings))
+        assert said == text
+        shown = banner(Standing("::1", 8000, 1, "/models/m", [("decode-0", DECODE)], drafts=said))
+        assert (f"\n  drafts        {text}\n" in shown) == bool(text)
 
 
 def test_the_aggregated_form_moves_nothing() -> None:
