@@ -9,6 +9,7 @@ to pay is tried again now and then, ever more rarely.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,8 @@ GUESS_WEIGHT = 2.0
 """Tested tokens that an estimate's starting value counts as."""
 MARGIN = 1.02
 """Drafts must promise so many times the speed of a plain step."""
-COST_WEIGHT, STALE_WEIGHT = 0.2, 0.5
-"""Of a new measurement, once there are some; of one after more than `STALE_STEPS`."""
-STALE_STEPS = 16
+LATEST = 5
+"""Measurements of a size that count; of five the second least, of three the least: disturbed steps take longer."""
 GUESSED_SLOPE = 0.03
 """Of a step's time, what one more token adds, as far as it was not measured."""
 LASTING_STEPS = 512
@@ -54,9 +54,16 @@ class Rate:
 
 @dataclass(slots=True)
 class _Measured:
+    latest: deque[float]
+    """Seconds of the last steps."""
     seconds: float
     count: int
     step: int
+
+    def add(self, seconds: float, step: int) -> None:
+        self.latest.append(seconds)
+        self.seconds = sorted(self.latest)[(len(self.latest) - 1) // 3]
+        self.count, self.step = self.count + 1, step
 
 
 @dataclass(slots=True)
@@ -74,17 +81,8 @@ class Costs:
         known = self._known.get(size)
         if known is None:
             insort(self.sizes, size)
-            self._known[size] = _Measured(seconds, 1, self._steps)
-        else:
-            since = self._steps - known.step
-            known.count, known.step = known.count + 1, self._steps
-            if known.count <= ENOUGH:
-                known.seconds = min(known.seconds, seconds)  # the first step of a kind may have compiled something
-            else:
-                usual = COST_WEIGHT if since <= STALE_STEPS else STALE_WEIGHT
-                # A step that took far longer met something else: another process, or a first use of memory.
-                weight = max(usual, 1.0 / known.count)
-                known.seconds += weight * (min(seconds, 2 * known.seconds) - known.seconds)
+            known = self._known[size] = _Measured(deque(maxlen=LATEST), seconds, 0, self._steps)
+        known.add(seconds, self._steps)
         if self._steps % LASTING_STEPS == 0:
             self._forget()
 
