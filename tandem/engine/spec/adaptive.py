@@ -17,8 +17,8 @@ FIRST_GUESS = 0.6
 """Acceptance of a drafter that nothing is known of."""
 GUESS_WEIGHT = 2.0
 """Tested tokens that an estimate's starting value counts as."""
-MARGIN = 1.02
-"""Drafts must promise so many times the speed of a plain step."""
+MARGIN = 1.1
+"""Drafts must promise so many times the speed of a plain step: estimates err, and new sizes of steps cost at first."""
 LATEST = 5
 """Measurements of a size that count; of five the second least, of three the least: disturbed steps take longer."""
 GUESSED_SLOPE = 0.03
