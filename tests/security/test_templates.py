@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tandem.errors import BadRequest
 from tandem.testing.tokenizer import byte_level_tokenizer
 from tandem.text import tokenizer as tokenizer_module
-from tandem.text.time_limit import within
+from tandem.text.time_limit import TooLong, within
 from tandem.text.tokenizer import Tokenizer
 from tests.security.rig import Front
 
@@ -88,6 +90,89 @@ async def test_only_the_work_itself_is_interrupted() -> None:
             harmed.append(error)
         assert await asyncio.to_thread(sum, range(200)) == 19900
     assert seen and all(isinstance(error, TimeoutError) for error in harmed)
+
+
+class Endless:
+    """Work that only its time ends, or the test itself."""
+
+    def __init__(self) -> None:
+        self.begun, self.stopped, self.interrupted = (threading.Event() for _ in range(3))
+        self.begins: Callable[[], object] = bool
+
+    def __call__(self) -> None:
+        try:
+            self.begun.set()
+            self.begins()
+            while not self.stopped.is_set():
+                pass
+        except TooLong:
+            self.interrupted.set()
+            raise
+
+
+async def test_the_time_goes_on_when_the_client_goes_away() -> None:
+    work = Endless()
+    waiter = asyncio.create_task(within(0.2, work))
+    loop = asyncio.get_running_loop()
+    work.begins = lambda: loop.call_soon_threadsafe(waiter.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    try:
+        assert await asyncio.to_thread(work.interrupted.wait, 20)
+    finally:
+        work.stopped.set()
+
+
+async def test_the_time_begins_with_the_work() -> None:
+    """The limit would be over before a thread is free."""
+    work, free = Endless(), threading.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    busy = loop.run_in_executor(None, free.wait)
+    waiter = asyncio.create_task(within(0.05, work))
+    loop.call_soon(loop.call_later, 0.1, free.set)
+    try:
+        done, _ = await asyncio.wait([waiter], timeout=20)
+        assert done and work.interrupted.is_set()
+        with pytest.raises(TimeoutError, match=r"longer than 0\.05 seconds"):
+            await waiter
+    finally:
+        work.stopped.set()
+        free.set()
+        await busy
+
+
+class SlowToBegin(ThreadPoolExecutor):
+    """Its thread has taken the work, and has not begun it."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.taken, self.go_on = threading.Event(), threading.Event()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        """Executor"""
+
+        def held() -> Any:
+            self.taken.set()
+            self.go_on.wait()
+            return fn(*args, **named)
+
+        return super().submit(held)
+
+
+async def test_work_that_nobody_waits_for_does_not_begin() -> None:
+    work, executor = Endless(), SlowToBegin()
+    work.stopped.set()
+    asyncio.get_running_loop().set_default_executor(executor)
+    waiter = asyncio.create_task(within(20.0, work))
+    while not executor.taken.is_set():
+        await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    executor.go_on.set()
+    await asyncio.get_running_loop().run_in_executor(None, bool)  # the only thread has come past it
+    assert not work.begun.is_set()
 
 
 RESERVED = ("messages", "tokenize", "tools", "add_generation_prompt", "_x", "a.b", "return_dict", "bos_token")
