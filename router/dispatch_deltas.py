@@ -42,10 +42,12 @@ class Deltas:
                     problem = record.push_tokens(message.attempt, message.choice, message.first_index, message.tokens)
                 else:
                     delta = codec.delta_from_wire(message)
-                    if delta.leaving and not record.answered:
-                        continue  # its answer comes, or the call fails: then another worker takes the request
                     leaves = delta.leaving or (delta.finish is FinishReason.ERROR and self._leaving(incarnation))
-                    if leaves and record.answered:
+                    if leaves and not record.answered:
+                        # Its answer comes, or the call fails: then another worker takes the request.
+                        record.left |= delta.attempt == record.request.attempt
+                        continue
+                    if leaves:
                         record.push(replace(delta, finish=None, error="", leaving=False))
                         self._moves.go_on(record, delta.error, crashed=False)
                         continue

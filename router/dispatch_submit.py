@@ -78,6 +78,9 @@ class Submitter:
         record.decode_booking, record.prefill_booking = book(self._fleet, info, plan.candidates[0], record.chain.hashes)
         try:
             reply = await self._call_submit(worker, self._submission(record, plan))
+            if not record.finished and (record.left or self._fleet.worker(plan.decode) is not worker):
+                # Nobody watches a worker that was given up in the very moment of its answer.
+                raise (Unavailable if record.left else WorkerLost)(f"decode worker {plan.decode} is gone")
         except BaseException:
             self._requests.release(record)
             raise
@@ -88,10 +91,9 @@ class Submitter:
         record.story.taken(reply.cached_tokens, reply.prefill, self._clock())
         if plan.prefill is not None and reply.prefill != plan.prefill:
             self._fleet.release(record.prefill_booking)
-        request_id = record.request.request_id
         if not self._requests.has(record):
             # It was ended here while the worker was taking it.
-            self._cancels.send(worker.incarnation, request_id, record.request.attempt)
+            self._cancels.send(worker.incarnation, record.request.request_id, record.request.attempt)
         elif record.finished:
             self._requests.close(record)
         return reply
@@ -100,8 +102,7 @@ class Submitter:
         stub = decode_pb2_grpc.DecodeStub(worker.channel)
         request = message.request
         try:
-            compiles = request.sampling.HasField("grammar")
-            reply = await stub.Submit(message, timeout=SUBMIT_S + COMPILE_S if compiles else SUBMIT_S)
+            reply = await stub.Submit(message, timeout=SUBMIT_S + COMPILE_S * request.sampling.HasField("grammar"))
         except grpc.aio.AioRpcError as failure:
             if was_refused(failure):
                 raise error_of_rpc(failure) from None

@@ -61,6 +61,8 @@ class OpenRequest:
         """Workers that were lost while they ran it, or were taking it."""
         self.moves = 0
         """Times that it was to go on elsewhere."""
+        self.left = False
+        """Whether that worker gave it up before it had answered."""
         self.gapped = False
         """Whether tokens came that had lost those before them."""
         self.resumed = True
@@ -91,7 +93,7 @@ class OpenRequest:
 
     def next_attempt(self) -> None:
         """Another worker is to take it: from the start, or, once something may have been read, from where it stands."""
-        self.decode, self.answered = None, False
+        self.decode, self.answered, self.left = None, False, False
         self.gapped, self.resumed = False, True
         if self.taken:
             made = tuple(tuple(choice.tokens) for choice in self._choices)

@@ -32,12 +32,9 @@ class Quarantine:
         if not self._until:
             return
         key = fingerprint(request)
-        until = self._until.get(key)
-        if until is None:
-            return
-        left = until - self._clock()
+        left = self._until.get(key, 0.0) - self._clock()
         if left <= 0:
-            del self._until[key]
+            self._until.pop(key, None)
             return
         raise Quarantined(f"workers were lost over a request like this one; it is not taken for {left:.0f} s")
 
