@@ -77,6 +77,8 @@ class Outcome:
 
     cell: Cell
     skipped: str = ""
+    reached: bool = False
+    """Whether the fault came in the cell's phase; else the streams had ended before."""
     answered: int = 0
     errors: list[str] = field(default_factory=list)
     """What clients were told."""
@@ -137,8 +139,8 @@ class Bench:
             return "", f"lost: a clean end after {tokens} of {OUTPUT_TOKENS} tokens"
         return text, ""
 
-    async def _reached(self, cell: Cell, before: tuple[float, float], streams: Sequence[asyncio.Task[Any]]) -> None:
-        """Returns when the streams are in the cell's phase, or have ended before. before: the counters then."""
+    async def _reached(self, cell: Cell, before: tuple[float, float], streams: Sequence[asyncio.Task[Any]]) -> bool:
+        """Waits until the streams are in the cell's phase; False when they ended before. before: the counters then."""
         while cell.phase != "idle" and not all(task.done() for task in streams):
             firsts, moved = await self._counters()
             if cell.phase == "mid-decode":
@@ -146,8 +148,9 @@ class Bench:
             else:
                 reached = await self._open_tickets() and (cell.phase == "mid-prefill" or moved > before[1])
             if reached:
-                return
+                return True
             await asyncio.sleep(POLL_S)
+        return cell.phase == "idle"
 
     async def _counters(self) -> tuple[float, float]:
         """First tokens that clients were sent, and KV bytes moved."""
@@ -171,7 +174,7 @@ class Bench:
         self._seeds += STREAMS
         before = await self._counters()
         streams = [] if cell.phase == "idle" else [asyncio.create_task(self._stream(seed)) for seed in seeds]
-        await self._reached(cell, before, streams)
+        outcome.reached = await self._reached(cell, before, streams)
 
         def struck() -> None:
             # An idle cluster is struck first and asked then.
@@ -310,6 +313,7 @@ def row(outcome: Outcome) -> str:
     if outcome.skipped:
         return head + f"| not run: {outcome.skipped} | | | |"
     told = "; ".join(sorted({error[:80].replace("|", "/") for error in outcome.errors})) or "none"
+    head += "" if outcome.reached else "(not met: the streams had ended) "
     figures = f"{outcome.lost} | {outcome.service_s:.1f} | {outcome.leaked_bytes} |"
     return head + f"| {len(outcome.errors)} of {STREAMS} ({told}) | {figures}"
 

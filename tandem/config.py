@@ -465,8 +465,12 @@ class TrainDraftConfig(_Settings):
 
 
 def child_environment(overrides: dict[str, str]) -> dict[str, str]:
-    """The environment for a process that `tandem up` starts: this one's with `overrides`."""
-    return {**os.environ, **overrides}
+    """The environment for a process that `tandem up` starts: this one's with `overrides`.
+
+    Without certificates: processes of one machine know each other by a token, and would not understand one another.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_TLS_")}
+    return {**inherited, **overrides}
 
 
 def set_before_import(values: dict[str, str]) -> None:

@@ -216,7 +216,7 @@ class _Cluster:
         self._say(banner(standing))
 
     async def _ready(self) -> bool | None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(trust_env=False) as client:  # no proxy stands between it and its own router
             try:
                 return True if (await client.get(self._url + "/ready", timeout=2.0)).status_code == 200 else None
             except httpx.HTTPError:
@@ -228,8 +228,9 @@ class _Cluster:
         length = max(1, min(WARM_TOKENS, model.max_context // 2, model.vocab_size - 1))
         prompts = [[(at + row) % length for at in range(length)] for row in range(2 * len(infos))]
         bodies = [{"model": model.name, "prompt": prompt, "max_tokens": 2} for prompt in prompts]
-        headers = {"authorization": f"Bearer {self._trust.token}"}
-        async with httpx.AsyncClient(base_url=self._url, timeout=START_LIMIT_S, headers=headers) as client:
+        shown = {"authorization": f"Bearer {self._trust.token}"} if self._config.api_keys is not None else {}
+        limit = START_LIMIT_S
+        async with httpx.AsyncClient(base_url=self._url, timeout=limit, headers=shown, trust_env=False) as client:
             try:
                 answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
             except httpx.HTTPError as error:

@@ -192,7 +192,8 @@ class Engine:
                 self.speculation.committed(row, output)
             if row.start < seq.prompt_len:
                 progress.append(Progress(seq, seq.computed))
-                self.memory.share(seq)
+                # Of the output a drafter with KV of its own has guesses at most, until the sequence is closed.
+                self.memory.share(seq, seq.prompt_len)
             if seq.finish is not None:
                 self._end(seq, seq.finish)
             elif seq.prefill_only and seq.pending == 0:

@@ -285,9 +285,12 @@ class KvMemory:
             for group in self.windowed
         )
 
-    def share(self, seq: Seq) -> None:
-        """Inserts the computed whole pages into the cache, so that others find them while the sequence goes on."""
-        whole = seq.computed // self.page_size
+    def share(self, seq: Seq, limit: int | None = None) -> None:
+        """Inserts the computed whole pages into the cache, so that others find them while the sequence goes on.
+
+        limit: tokens of these at most.
+        """
+        whole = (seq.computed if limit is None else min(seq.computed, limit)) // self.page_size
         if not self._caching or whole <= seq.shared_pages:
             return
         start = seq.shared_pages

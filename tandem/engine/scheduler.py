@@ -23,7 +23,7 @@ from tandem.engine.policy import (
     queue_key,
     spare_pages,
 )
-from tandem.engine.radix import pack
+from tandem.engine.radix import TOKEN_BYTES, pack
 from tandem.engine.sequence import Batch, Draft, Row, Seq, SeqState
 from tandem.engine.twins import Twins
 
@@ -376,7 +376,8 @@ class Scheduler:
         seq.state = SeqState.RUNNING
         insort(self.running, seq, key=lambda each: each.order)
         if self._twins is not None and seq.pending > 1:
-            self._twins.started(seq, item.packed)
+            # What it computes of its output, again or anew, reaches the cache at its end alone.
+            self._twins.started(seq, item.packed[: seq.prompt_len * TOKEN_BYTES])
         plan.add(seq, seq.pending)
 
     def _force(self, stuck: Queued, plan: Plan) -> None:

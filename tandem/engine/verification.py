@@ -66,7 +66,6 @@ class PageChecks:
             self.checked += 1
             if self._pool.digest(group, page) != self._digests[group, page]:
                 self.corrupt += 1
-                del self._digests[group, page]
                 return group, place
         return None
 

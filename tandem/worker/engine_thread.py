@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tandem.engine.engine import Engine
 from tandem.engine.output import StepOutput
+from tandem.engine.verification import CorruptKv
 from tandem.errors import Internal
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,10 @@ class EngineThread:
         def run() -> None:
             try:
                 result = command(*args)
-            except Exception as error:  # noqa: BLE001 - it is the caller's
+            except Exception as error:  # it is the caller's
                 self._answer(future.set_exception, future, error)
+                if isinstance(error, CorruptKv):  # and everybody's
+                    raise
             else:
                 self._answer(future.set_result, future, result)
 

@@ -12,7 +12,7 @@ from tandem.cluster import EventKind
 from tandem.engine.engine import Engine
 from tandem.engine.kv_pool import KvPool
 from tandem.engine.policy import EngineConfig
-from tandem.engine.sequence import Seq
+from tandem.engine.sequence import Seq, SeqState
 from tandem.engine.verification import MOST_AT_ONCE, CorruptKv, PageChecks
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.testing.engine import FakePool, FakeRunner, make_seq, naive_continuation
@@ -135,6 +135,20 @@ def test_a_page_in_use_ends_the_engine() -> None:
     rig.engine.add(make_seq("next", PROMPT))
     with pytest.raises(CorruptKv, match="from token 4 on has changed while"):
         rig.finish()
+
+
+def test_a_page_in_use_is_refused_as_often_as_it_is_asked_for() -> None:
+    """Hand-overs open pages by commands, and ask again when one has failed."""
+    rig = Rig(share=1.0)
+    rig.run("first", PROMPT)
+    rig.engine.add(make_seq("running", PROMPT))
+    rig.engine.step()
+    torn(rig, rig.cached_pages(PROMPT)[1])
+    for again in range(3):
+        waiting = make_seq(f"next {again}", PROMPT)
+        waiting.state = SeqState.WAITING_KV
+        with pytest.raises(CorruptKv, match="from token 4 on has changed while"):
+            rig.engine.reserve(waiting)
 
 
 def test_a_page_that_is_evicted_and_filled_anew_is_no_fault() -> None:

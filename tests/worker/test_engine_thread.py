@@ -11,6 +11,7 @@ import pytest
 
 from tandem.engine.output import StepOutput
 from tandem.engine.sequence import SeqState
+from tandem.engine.verification import CorruptKv
 from tandem.errors import Internal, Unavailable
 from tandem.testing.engine import make_seq, naive_continuation
 
@@ -42,6 +43,19 @@ async def test_a_command_s_exception_is_its_caller_s(rig_maker: Rigs) -> None:
             await rig.thread.call(refuse)
         assert await rig.thread.call(int, "7") == 7
         assert rig.failures == []
+
+
+async def test_kv_that_changed_under_a_command_ends_the_engine(rig_maker: Rigs) -> None:
+    async with rig_maker() as rig:
+
+        def find() -> None:
+            raise CorruptKv("KV has changed")
+
+        with pytest.raises(CorruptKv):
+            await rig.thread.call(find)
+        with pytest.raises(Internal):
+            await rig.thread.call(int, "7")
+        assert [str(failure) for failure in rig.failures] == ["KV has changed"]
 
 
 async def test_it_steps_while_there_is_work_and_reports_on_the_loop(rig_maker: Rigs) -> None:

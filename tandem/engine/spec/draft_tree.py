@@ -40,7 +40,7 @@ class GrowingTree:
             for token, score in found[: self._branches]:
                 self.tokens.append(token)
                 self.parents.append(parent)
-                self._scores.append(before + score)
+                self._scores.append(-math.inf if math.isnan(score) else before + score)
                 self._depths.append(depth)
         fresh = [node for node in self._best() if node >= first]
         room = min(self._branches, self._limit - len(self.taken))

@@ -59,8 +59,9 @@ class _Track:
             self.features.clear()
         if fresh is None:
             return
-        if len(fresh) > CATCH_UP:
-            fresh, start = fresh[-CATCH_UP:].clone(), start + len(fresh) - CATCH_UP  # a view keeps its whole
+        start, fresh = start + max(len(fresh) - CATCH_UP, 0), fresh[-CATCH_UP:]
+        if fresh.untyped_storage().nbytes() > CATCH_UP * fresh.nbytes or len(fresh) == CATCH_UP:
+            fresh = fresh.clone()  # a view keeps its whole
         self.features.append((start, fresh))
         wanted = max(self.valid - 1, self._end() - CATCH_UP)
         while len(self.features) > 1 and self.features[1][0] <= wanted:

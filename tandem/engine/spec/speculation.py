@@ -143,7 +143,9 @@ class Speculation:
     def _may_pay(self, offers: Sequence[Offer]) -> bool:
         """Whether drafts would pay if nearly all their tokens were accepted."""
         hopeful = [replace(offer, chance=HOPEFUL) for offer in offers]
-        return any(choose_lengths(hopeful, self._load, self._plain, self._drafted))
+        # One slow step is no reason never to draft again.
+        known = self._drafted.knows(self._load.tokens + PROBE_TOKENS)
+        return any(choose_lengths(hopeful, self._load, self._plain, self._drafted if known else self._plain))
 
     def _chance(self, record: _Record, kind: int) -> float:
         guess = self._rates[kind].value(FIRST_GUESS) if kind in self._rates else FIRST_GUESS

@@ -61,6 +61,15 @@ def path_of(tree: GrowingTree, node: int) -> Iterator[int]:
         node = tree.parents[node]
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([math.nan, -math.inf, -0.5, -1.0, -2.0]), min_size=60, max_size=60))
+def test_scores_that_are_no_numbers_end_nothing(scores: list[float]) -> None:
+    tree, drawn = GrowingTree(8, 3), iter(scores * 4)
+    while tree.level:
+        tree.extend([[(token, next(drawn)) for token in range(3)] for _ in tree.level])
+    assert len(tree.draft()) <= 8
+
+
 def test_likely_paths_go_deep_and_doubtful_places_go_wide() -> None:
     sure, doubtful = GrowingTree(6, 3), GrowingTree(6, 3)
     while sure.level:

@@ -140,6 +140,29 @@ def test_drafts_take_what_the_budget_leaves_and_no_pages_of_others() -> None:
     assert tight.status().retractions == 0
 
 
+def test_one_slow_step_is_no_reason_never_to_draft_again() -> None:
+    """It is tried again soon, and found to pay."""
+    answer = naive_continuation(PROMPT, SamplingParams(max_tokens=400))
+    drafter = Knowing(answer)
+    pool = FakePool(256, 4)
+    times = iter(range(1 << 30))
+    engine = Engine(
+        FakeRunner(pool), pool, EngineConfig(draft_tokens=4), clock=lambda: next(times) * 1e-3, drafter=drafter
+    )
+    speculation = engine.speculation
+    assert speculation is not None
+    engine.add(make_seq("a", PROMPT, max_tokens=400))
+    while not drafter.rows:
+        engine.step()
+    speculation._drafted.sizes.clear()
+    speculation._drafted._known.clear()
+    speculation._drafted.add(5, 1.0)  # a hundred times as long as a plain one
+    before = len(drafter.rows)
+    for _ in range(120):
+        engine.step()
+    assert len(drafter.rows) > before + 10
+
+
 def test_drafts_may_not_be_longer_than_they_are_allowed() -> None:
     class Greedy(Knowing):
         def propose(self, seqs: Sequence[Seq], limits: Sequence[int]) -> list[Draft]:
