@@ -144,8 +144,13 @@ class Internal(TandemError):
 
 
 _MEMORY = re.compile(r"0x[0-9a-fA-F]{5,}")
+_HEX = r"[0-9A-Fa-f]{1,4}"
+_HEXES = rf"{_HEX}(?::{_HEX})*"
 _WHERE = re.compile(
-    r"(?:ipv[46]:|unix:)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*):[0-9]{2,5}\b"  # host:port
+    # IPv6 without a port, then host:port; gRPC writes the brackets of IPv6 as %5B and %5D.
+    rf"(?<![\w:])(?:ipv6:)?(?:(?:{_HEX}:){{7}}{_HEX}|(?:{_HEXES})?::(?:{_HEXES})?)(?:\.[0-9]{{1,3}}){{0,3}}(?:%\w+)?(?!\w|:[\w:])"
+    r"|(?:ipv[46]:|unix:)?(?:(?:\[|%5[Bb])[0-9A-Fa-f:.]+(?:%(?!5[Dd])\w+)?(?:\]|%5[Dd])"
+    r"|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*):[0-9]{2,5}\b"
     r"|\b[0-9]{1,3}(?:\.[0-9]{1,3}){3}\b"
     r"|(?<![\w./])(?:/[\w.@+~-]+){2,}/?"  # a path
 )

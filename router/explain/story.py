@@ -186,7 +186,7 @@ def _copy(copy: Copy, worker: Callable[[Incarnation], Json | None]) -> Json:
         "moved_tokens": copy.moved_tokens,
         "bytes": copy.bytes,
         "ms": round(copy.ms, 3),
-        "error": copy.error or None,
+        "error": _told(copy.error),
     }
 
 

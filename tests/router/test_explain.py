@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from router.control import ControlPlane
 from router.explain.recorder import Recorder
-from router.explain.story import BASE_BYTES, Story, explanation, route
+from router.explain.story import BASE_BYTES, Copy, Story, explanation, route
 from tandem.cluster import CacheEvent, Candidate, EventKind, Plan, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import Overloaded
@@ -134,6 +134,18 @@ def test_an_explanation_has_every_cost_and_what_came_of_it() -> None:
     assert (happened["cached_tokens_at_start"], happened["cached_tokens"], happened["moved_tokens"]) == (64, 128, 135)
     assert (happened["hand_over_ms"], happened["prefill"]["id"]) == (12.5, made.prefill)
     assert "address" not in explanation(story, None)["happened"]["decode"]
+
+
+def test_why_a_copy_failed_is_told_without_addresses() -> None:
+    copy = Copy(
+        "a" * 32, "b" * 32, 64, {}, "failed", "hand-over from ipv6:%5Bfd00::1%5D:4000: refused by 10.1.2.3:50051"
+    )
+    story = Story.of(GenerateRequest("r", "m", (1, 2), SamplingParams()), 0.0, 0.0)
+    story.copies.append(copy)
+    (told,) = explanation(story, None)["copies"]
+    assert told["error"] == "hand-over from ?: refused by ?"
+    copy.error = ""
+    assert explanation(story, None)["copies"][0]["error"] is None
 
 
 def test_a_policy_that_does_not_count_milliseconds_predicts_none() -> None:

@@ -61,8 +61,26 @@ def test_no_text_of_a_server_error_names_a_place(words: list[str], kind: type[Ta
     assert not re.search(r"/tmp|/var|\d:\d|0x7f|:9000|10\.0", said), said
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "ipv6:%5B::1%5D:4000", "ipv6:%5Bfe80::1%25eth0%5D:4000", "ipv6:%5b::ffff:10.0.0.1%5d:80", "[fe80::1%eth0]:443",
+        "::1", "fe80::1ff:fe23:4567:890a", "2001:4860:4860::8888", "ipv6:fd00::", "fe80::1%eth0", "::ffff:10.0.0.1",
+        "2001:db8:0:1:1:1:1:1", "10.0.0.1:80", "ipv4:10.0.0.1:80", "node-7.cluster.local:9000",
+    ],
+)  # fmt: skip
+def test_an_address_is_left_out_however_it_is_written(place: str) -> None:
+    for text in ("{} is gone", "last error: UNKNOWN: {}: refused", "lost ({})"):
+        assert without_internals(WorkerLost(text.format(place))) == text.format("?")
+
+
 def test_texts_of_the_tree_stay_readable() -> None:
-    for text in ("no decode worker can take a request", "the queue is full: 256 wait; at most 256 may", "n is 3"):
+    for text in (
+        "the std::move failed",
+        "no decode worker can take a request",
+        "the queue is full: 256 wait; at most 256 may",
+        "n is 3",
+    ):
         assert without_internals(Unavailable(text)) == text
     told = BadRequest("there is no route /v1/nothing/here")
     assert without_internals(told) == str(told)
