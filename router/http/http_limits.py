@@ -61,8 +61,10 @@ class LimitedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol"""
+        awaited, cycle = self._deadline is not None, self.cycle
         super().data_received(data)
-        if self._deadline is not None:
+        # No head ended in this read, nor did a body: all of it is of one head.
+        if awaited and self._deadline is not None and self.cycle is cycle:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
                 self._give_up(LARGE_HEAD)
@@ -93,8 +95,12 @@ class LimitedHttp(HttpToolsProtocol):
         raise ValueError(reason)  # the parser stops, and uvicorn sends 400
 
     def send_400_response(self, msg: str) -> None:
-        """Ends the connection with the reason."""
-        super().send_400_response(self._reason or msg)
+        """Ends the connection, with the reason unless it would be taken for the answer to an earlier request."""
+        last: Any = self.cycle  # None before the first request
+        if last and not last.response_complete and (self.pipeline or last.response_started or not last.more_body):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            super().send_400_response(self._reason or msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol"""
@@ -111,25 +117,20 @@ class LimitedHttp(HttpToolsProtocol):
         self._head_complete()
         super().on_headers_complete()
         # The application starts in the next turn of the loop, and finds it there.
-        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
-        extensions[DIRECT] = ChunkedBody(self.cycle)
+        self.scope["extensions"] = {DIRECT: ChunkedBody(self.cycle)}  # type: ignore[dict-item]
 
     def _expect_head(self) -> None:
         self._head_complete()
         self._head_bytes = self._parsed = self._chunks = 0
-        late = f"the headers did not arrive within {HEAD_TIMEOUT_S:g} seconds"
-        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up, late)
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
 
     def _head_complete(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _give_up(self, reason: str) -> None:
-        self._head_complete()
-        if self.transport.is_closing():
-            return
-        if self._head_bytes:
+    def _give_up(self, reason: str = f"the headers did not arrive within {HEAD_TIMEOUT_S:g} seconds") -> None:
+        if self._head_bytes or self._parsed:
             self.send_400_response(reason)
         else:
             self.transport.close()  # an idle connection: there is nothing to answer

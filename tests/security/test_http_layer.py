@@ -72,6 +72,29 @@ async def test_headers_have_16_kib(parts: tuple[bytes, ...], port: int) -> None:
     assert await serves(port)
 
 
+BODY = json.dumps({"prompt": "hi", "max_tokens": 2}).encode().ljust(40_000)
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+async def test_a_body_is_not_counted_as_the_next_request_s_headers(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(POST + b"GET /hea")
+    async with asyncio.timeout(20):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"lth HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200 " in await reader.read()
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\0\0", b"GET /health HTTP/1.1\r\nlong: " + FILL + b"\r\n\r\n"], ids=["wrong", "long"]
+)
+async def test_a_bad_next_request_is_no_answer_to_the_one_before(rest: bytes, port: int) -> None:
+    assert b" 400 " not in await say(port, POST + rest)
+    assert await serves(port)
+
+
 async def test_headers_below_that_are_fine(port: int) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/health", headers={"long": "y" * 15_000})).status_code == 200
