@@ -28,7 +28,7 @@ from router.workers.registry import Relay
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.obs import setup_logging
-from tandem.ports import authority, check_port
+from tandem.ports import allow_descriptors, authority, check_port
 from tandem.text.tokenizer import import_transformers_without_torch
 from tandem.trust import Trust
 
@@ -97,7 +97,10 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
-        server = HttpServer(create_app(config, api), config.drain_s, config.max_connections)
+        room = allow_descriptors(config.max_connections)
+        if room < config.max_connections:
+            log.warning("max_connections is %d; this system has room for %d", config.max_connections, room)
+        server = HttpServer(create_app(config, api), config.drain_s, room)
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)

@@ -1,9 +1,10 @@
-"""TCP ports of this machine: whether one can be taken, and ones that nobody has."""
+"""TCP ports of this machine: which can be taken, which nobody has, and how many connections there may be."""
 
 from __future__ import annotations
 
 import ipaddress
 import random
+import resource
 import socket
 from pathlib import Path
 
@@ -14,6 +15,8 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST = 10_000
 EPHEMERAL_LOWEST = 32_768
 """Linux' default."""
+OWN_DESCRIPTORS = 256
+"""Files and connections of a process that are no client's."""
 
 
 def authority(host: str, port: int) -> str:
@@ -63,6 +66,20 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     if len(found) < count:
         raise ConfigError(f"{count} ports are needed; {host} has {len(found)} free ones in {candidates}")
     return found
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Lets this process have `wanted` connections, as far as the system does; how many there is room for.
+
+    What logs, listening ports and connections within the cluster take is left out.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    limit = wanted + OWN_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(wanted + OWN_DESCRIPTORS, hard)
+    if soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(min(wanted, max(soft, limit) - OWN_DESCRIPTORS), 1)
 
 
 def _ephemeral_lowest() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tandem import ports
 from tandem.errors import ConfigError
-from tandem.ports import authority, check_port, free_ports
+from tandem.ports import OWN_DESCRIPTORS, allow_descriptors, authority, check_port, free_ports
 
 
 def test_a_taken_port_is_named_with_its_flag() -> None:
@@ -61,3 +62,24 @@ def test_more_ports_than_there_are_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_an_authority_has_brackets_around_ipv6() -> None:
     assert authority("127.0.0.1", 80) == "127.0.0.1:80"
     assert authority("::1", 80) == "[::1]:80"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "raised", "room"),
+    [
+        (1024, 1 << 20, 8192, 8192 + OWN_DESCRIPTORS, 8192),
+        (1024, resource.RLIM_INFINITY, 8192, 8192 + OWN_DESCRIPTORS, 8192),
+        (1024, 4096, 8192, 4096, 4096 - OWN_DESCRIPTORS),
+        (1 << 20, 1 << 20, 8192, None, 8192),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 8192, None, 8192),
+        (1024, 1024, 8192, None, 1024 - OWN_DESCRIPTORS),
+    ],
+)
+def test_as_many_connections_as_the_system_allows(
+    soft: int, hard: int, wanted: int, raised: int | None, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: done.append(limits))
+    assert allow_descriptors(wanted) == room
+    assert done == ([] if raised is None else [(raised, hard)])
