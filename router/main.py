@@ -97,10 +97,7 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
-        room = allow_descriptors(config.max_connections)
-        if room < config.max_connections:
-            log.warning("max_connections is %d; this system has room for %d", config.max_connections, room)
-        server = HttpServer(create_app(config, api), config.drain_s, room)
+        server = HttpServer(create_app(config, api), config.drain_s, allow_descriptors(config.max_connections))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id
         log.info("router %s listens on http://%s:%d, workers register at port %d", router_id, host, port, control.port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import random
 import resource
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tandem.errors import ConfigError
 
+log = logging.getLogger(__name__)
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """Where Linux says from which range outgoing connections get their ports."""
 LOWEST = 10_000
@@ -79,7 +81,10 @@ def allow_descriptors(wanted: int) -> int:
     limit = wanted + OWN_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(wanted + OWN_DESCRIPTORS, hard)
     if soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return max(min(wanted, max(soft, limit) - OWN_DESCRIPTORS), 1)
+    room = max(min(wanted, max(soft, limit) - OWN_DESCRIPTORS), 1)
+    if room < wanted:
+        log.warning("%d connections are wanted at once; this system has room for %d", wanted, room)
+    return room
 
 
 def _ephemeral_lowest() -> int:
