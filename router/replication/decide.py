@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from router.policies.base import Matches, RequestInfo, tie_break
 from router.policies.cost import DEFAULT_MOVE_BYTES_PER_MS, DEFAULT_TIMING, HAND_OVER_MS
@@ -30,6 +31,8 @@ LEAST_SAVED_MS = 5.0
 """A shorter wait is none."""
 BUSIEST = 0.95
 """Share of its time that a worker is taken to be busy at most."""
+WEIGHED = 4
+"""Prefixes of one prompt that are looked at: those asked for most tokens of."""
 LARGEST_SHARE = 0.25
 """Of a worker's pages, what one copy may take up."""
 
@@ -73,14 +76,36 @@ class _Pace:
         steps = -(-tokens // view.info.max_batch_tokens)
         return float(steps * self.timing.base_ms + tokens * self.timing.per_token_ms)
 
-    def wait_ms(self, view: WorkerView, service_ms: float, now: float) -> float:
-        """What a request waits there: behind what is queued, or, if that is more, behind what usually is.
+    def move_ms(self, view: WorkerView, tokens: int) -> float:
+        """A copy of so many tokens to it."""
+        return HAND_OVER_MS + _size(view, tokens) / self.bytes_per_ms
+
+
+class _Waits:
+    """What requests wait at workers; each worker is looked at once, however many prefixes are weighed."""
+
+    def __init__(self, pace: _Pace, name: str, now: float) -> None:
+        self.pace = pace
+        self._name = name
+        self._now = now
+        self._known: dict[Incarnation, tuple[float, float, int]] = {}
+
+    def of(self, view: WorkerView, service_ms: float) -> tuple[float, int]:
+        """What a request waits there: behind what is queued, or, if that is more, behind what usually is; and a draw.
 
         The latter by Pollaczek and Khinchine: requests of `service_ms` each that come at random.
         """
-        work = decayed(view.recent_tokens, now - view.recent_at) * self.timing.per_token_ms
+        known = self._known.get(view.incarnation)
+        if known is None:
+            known = self._known[view.incarnation] = self._look(view)
+        queued, usual, draw = known
+        return max(queued, usual * service_ms), draw
+
+    def _look(self, view: WorkerView) -> tuple[float, float, int]:
+        work = decayed(view.recent_tokens, self._now - view.recent_at) * self.pace.timing.per_token_ms
         load = min(work / (RECENT_S * 1e3), BUSIEST)
-        return max(self.compute_ms(view, view.queued_tokens), load / (2 * (1 - load)) * service_ms)
+        queued = self.pace.compute_ms(view, view.queued_tokens)
+        return queued, load / (2 * (1 - load)), tie_break(self._name, view.incarnation)
 
 
 def wanted(
@@ -98,15 +123,26 @@ def wanted(
     computes the prompt; where all of that role have the prefix, from a prefill worker to a decode worker.
     """
     computing = fleet.prefill if chosen.prefill is not None else fleet.decode
-    pace = _Pace.of(computing)
+    held = max((matches.get(view.incarnation, 0) for view in computing if not view.draining), default=0)
+    longest = min(held, request.computable) // BLOCK_TOKENS
+    popular = [blocks for blocks, count in counts.items() if count >= LEAST_REQUESTS and blocks <= longest]
+    if not popular:
+        return None
+    waits = _Waits(_Pace.of(computing), request.request_id, now)
+    slowest = min((*computing, *fleet.decode), key=lambda view: view.info.max_batch_tokens)
     best: Replica | None = None
-    for blocks, count in counts.items():
-        if count < LEAST_REQUESTS:
+    for blocks in nlargest(WEIGHED, popular, key=lambda blocks: blocks * counts[blocks]):
+        rate, tokens = counts[blocks] / TAU_S, blocks * BLOCK_TOKENS
+        if rate * HORIZON_S * waits.pace.compute_ms(slowest, tokens) <= MARGIN * waits.pace.move_ms(slowest, tokens):
             continue
-        found = _copy(request, fleet, computing, matches, blocks, count / TAU_S, pace, broken, now)
+        found = _copy(request, fleet, computing, matches, blocks, rate, waits, broken)
         if found is not None and (best is None or _gain(found) > _gain(best)):
             best = found
     return best
+
+
+def _size(view: WorkerView, tokens: int) -> int:
+    return view.info.layout.span_bytes(Span(0, tokens), tokens)
 
 
 def _gain(replica: Replica) -> float:
@@ -120,9 +156,8 @@ def _copy(
     matches: Matches,
     blocks: int,
     rate: float,
-    pace: _Pace,
+    waits: _Waits,
     broken: Collection[Pair],
-    now: float,
 ) -> Replica | None:
     """The copy of one prefix to the worker that would wait least."""
     tokens = blocks * BLOCK_TOKENS
@@ -130,31 +165,28 @@ def _copy(
     def has(view: WorkerView) -> bool:
         return matches.get(view.incarnation, 0) >= tokens
 
-    holders = [view for view in computing if has(view) and not view.draining]
-    sources = [view for view in (*fleet.prefill, *fleet.decode) if has(view) and not view.draining]
-    if not holders or tokens > request.computable:
+    pace, holders = waits.pace, [view for view in computing if has(view) and not view.draining]
+    service = pace.compute_ms(holders[0], request.computable - tokens)
+    here = min(waits.of(view, service)[0] for view in holders)
+    if here < LEAST_SAVED_MS:
         return None
-    service = pace.compute_ms(holders[0], max(request.computable - tokens, 0))
-    waits = {view.incarnation: pace.wait_ms(view, service, now) for view in (*computing, *sources)}
-    source = min(sources, key=lambda view: waits[view.incarnation])
+    sources = [view for view in (*fleet.prefill, *fleet.decode) if has(view) and not view.draining]
+    source = min(sources, key=lambda view: waits.of(view, service)[0])
     targets = _targets(fleet, computing, tokens, has)
     targets = [view for view in targets if (source.incarnation, view.incarnation) not in broken]
     if not targets:
         return None
-    name = request.request_id
-    there = {view.incarnation: pace.wait_ms(view, service, now) for view in targets}
-    target = min(targets, key=lambda view: (there[view.incarnation], tie_break(name, view.incarnation)))
-    here, recomputed = min(waits[view.incarnation] for view in holders), pace.compute_ms(target, tokens)
-    saved = min(here - there[target.incarnation], recomputed)
-    size = target.info.layout.span_bytes(Span(0, tokens), tokens)
-    worth, move = rate * HORIZON_S * saved, HAND_OVER_MS + size / pace.bytes_per_ms
+    target = min(targets, key=lambda view: waits.of(view, service))
+    there, recomputed = waits.of(target, service)[0], pace.compute_ms(target, tokens)
+    saved = min(here - there, recomputed)
+    worth, move = rate * HORIZON_S * saved, pace.move_ms(target, tokens)
     if saved < LEAST_SAVED_MS or worth <= MARGIN * move:
         return None
     terms = {
-        "requests_per_s": rate, "wait": here, "wait_there": there[target.incarnation],
+        "requests_per_s": rate, "wait": here, "wait_there": there,
         "saved": saved, "worth": worth, "move": move,
     }  # fmt: skip
-    return Replica(source.incarnation, target.incarnation, blocks, size, terms)
+    return Replica(source.incarnation, target.incarnation, blocks, _size(target, tokens), terms)
 
 
 def _targets(

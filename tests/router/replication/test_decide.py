@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from router.policies import RequestInfo
 from router.policies.cost import HAND_OVER_MS
+from router.replication import decide as decide_module
 from router.replication.decide import HORIZON_S, LEAST_REQUESTS, MARGIN, Replica, wanted
 from router.replication.heat import TAU_S
-from router.workers.snapshot import RECENT_S, FleetSnapshot, WorkerView
+from router.workers.snapshot import RECENT_S, FleetSnapshot, WorkerView, decayed
 from tandem.cluster import Candidate, Role, Status, StepTiming
 from tandem.kv import BLOCK_TOKENS
 from tandem.testing.workers import fake_info
@@ -114,6 +116,36 @@ def test_of_a_prompt_s_prefixes_the_one_that_is_worth_most_is_copied() -> None:
     found = decide([BUSY, worker("b")], {"a": TOKENS}, counts={2: 41.0, BLOCKS: 40.0, BLOCKS + 2: 40.0})
     assert found is not None
     assert found.blocks == BLOCKS
+
+
+def test_a_shorter_prefix_that_many_more_ask_for_is_not_lost_among_longer_ones() -> None:
+    counts = {8: 100.0, **dict.fromkeys(range(9, BLOCKS + 1), 4.0)}
+    found = decide([BUSY, worker("b")], {"a": TOKENS}, counts=counts)
+    assert found is not None
+    assert found.blocks == 8
+
+
+@pytest.mark.parametrize(("count", "looks"), [(40.0, 130), (LEAST_REQUESTS - 0.1, 0)])
+def test_each_worker_is_looked_at_once_however_many_prefixes_are_popular(
+    monkeypatch: pytest.MonkeyPatch, count: float, looks: int
+) -> None:
+    """It is decided for every request, on the event loop: 65 workers of either role."""
+    looked = MagicMock(wraps=decayed)
+    weighed = MagicMock(wraps=decide_module._copy)
+    monkeypatch.setattr(decide_module, "decayed", looked)
+    monkeypatch.setattr(decide_module, "_copy", weighed)
+    prefill = [BUSY, *(worker(f"p{n}", queued_tokens=4000, pages=1 << 16) for n in range(64))]
+    decode = tuple(worker(f"d{n}", Role.DECODE) for n in range(65))
+    matches = {view.incarnation: TOKENS for view in (*prefill[:8], *decode)}
+    decide(prefill, matches, decode, counts=dict.fromkeys(range(1, BLOCKS + 1), count))
+    assert looked.call_count <= looks
+    assert weighed.call_count <= decide_module.WEIGHED
+
+
+def test_no_worker_is_looked_at_for_a_prefix_that_no_wait_would_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide_module, "decayed", lambda *of: pytest.fail("looked"))
+    slow = replace(BUSY, status=replace(BUSY.status, move_bytes_per_ms=1.0))
+    assert decide([slow, worker("b", move_bytes_per_ms=1.0)], {"a": TOKENS}) is None
 
 
 @settings(max_examples=100, deadline=None)
