@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvtransfer.base import FetchResult, SpanSink
 from kvtransfer.pairs import PairPool, Target
 from tandem.cluster import Ticket, new_id
-from tandem.errors import TandemError, Unavailable
+from tandem.errors import Overloaded, TandemError, Unavailable
 from tandem.types import GenerateRequest, TokenIds
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class PrefillClient:
                     self._ticket(request, target), tokens, request.salt, request.adapter, request.priority, sink
                 )
             except TandemError as error:
-                unreachable = isinstance(error, Unavailable)
+                # A new pair that there is no slab for stays so for a while; what a ticket is refused is a result.
+                unreachable = isinstance(error, Unavailable | Overloaded)
                 result = FetchResult(landed_until=0, error=str(error), link_failed=unreachable)
             sender_cached = max(sender_cached, result.sender_cached)
             if not result.error:

@@ -91,6 +91,7 @@ async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception
     rig = Rig(FakePair(A.incarnation, refuse=refusal), FakePair(B.incarnation, [FetchResult(9)]))
     assert await rig.fetch([A, B]) == Outcome(0, 2, complete=True, sender=B.incarnation)
     assert rig.failures == ["hand_over"]
+    assert rig.broken == [A.incarnation], "routers are to plan another pair"
 
 
 async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:
