@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
@@ -22,7 +25,12 @@ from tandem.trust import same_secret
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-READ_S = 10.0
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 32
+"""At once, each with a thread. One more is closed."""
+CONNECTION_S = 10.0
+"""From a connection's start to its end: who says nothing, or little, or reads nothing, does not keep a thread."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64)
@@ -130,15 +138,44 @@ class WorkerMetrics:
 class _Page(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        self._lock = threading.Lock()
+        self._ends: dict[Any, float] = {}  # by open connection, in monotonic seconds
+        super().__init__(*args, **named)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            full = len(self._ends) >= CONNECTIONS
+            if not full:
+                self._ends[request] = time.monotonic() + CONNECTION_S
+        if full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Twice a second: ends what is late, which wakes its thread."""
+        now = time.monotonic()
+        with self._lock:  # none of them is closed, and its descriptor another's, meanwhile
+            for request, end in self._ends.items():
+                if end <= now:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._ends.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a reader of the metrics, %s: %r", client_address, sys.exception())
+
 
 class _PageV6(_Page):
     address_family = socket.AF_INET6
 
 
 class _Quiet(WSGIRequestHandler):
-    timeout = READ_S
-    """Of each read: who says nothing does not keep a thread."""
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Says nothing."""
 

@@ -1,11 +1,21 @@
-"""What a worker's page says of drafts."""
+"""What a worker's page says of drafts, and whom it serves."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
 from prometheus_client import CollectorRegistry
 
 from tandem.engine.output import DraftOutcome
-from tandem.worker.metrics import DraftMetrics
+from tandem.worker import metrics as metrics_module
+from tandem.worker.metrics import DraftMetrics, WorkerMetrics
 
 
 def test_drafts_are_counted_by_drafter() -> None:
@@ -21,3 +31,74 @@ def test_drafts_are_counted_by_drafter() -> None:
     assert [value(f"tandem_spec_{name}", "head") for name in names] == [2, 9, 3, 5]
     assert [value(f"tandem_spec_{name}", "ngram") for name in names] == [1, 8, 8, 9]
     assert value("tandem_spec_accepted_length_bucket", "head", le="1.0") == 1
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    metrics = WorkerMetrics(list)
+    yield metrics.serve("127.0.0.1", 0)
+    metrics.close()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def healthy(port: int) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).status_code == 200
+    return False
+
+
+def test_connections_have_a_limit(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(metrics_module.CONNECTIONS):
+            held.enter_context(connect(port))
+        assert not healthy(port)
+    assert any(healthy(port) for _ in range(1000))
+
+
+@pytest.mark.parametrize("said", [b"", b"G"], ids=["silent", "slow"])
+def test_a_connection_ends_in_time(
+    said: bytes, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics_module, "CONNECTION_S", 0.1)
+    ended = False
+    with connect(port) as connection:
+        connection.settimeout(0.05)
+        for _ in range(300):
+            with contextlib.suppress(TimeoutError):
+                try:
+                    connection.sendall(said)
+                    ended = connection.recv(4096) == b""
+                except ConnectionError:
+                    ended = True
+            if ended:
+                break
+    assert ended and healthy(port)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_reader_who_breaks_off_is_one_line(
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    lines: list[str] = []
+    logged = threading.Event()
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            logged.set()
+
+    monkeypatch.setattr(metrics_module.log, "handlers", [Lines()])
+    caplog.set_level(logging.DEBUG, metrics_module.__name__)
+    connection = connect(port)
+    connection.sendall(b"GET /metrics")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()  # resets it
+    assert logged.wait(20)
+    assert len(lines) == 1 and "ConnectionResetError" in lines[0] and "\n" not in lines[0]
+    assert "Traceback" not in capfd.readouterr().err
