@@ -9,7 +9,7 @@ comes within `HORIZON_S`; it is made when that is worth `MARGIN` times what it c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
@@ -35,6 +35,9 @@ WEIGHED = 4
 """Prefixes of one prompt that are looked at: those asked for most tokens of."""
 LARGEST_SHARE = 0.25
 """Of a worker's pages, what one copy may take up."""
+
+_Holding = list[tuple[WorkerView, int]]
+"""Workers that are not draining, and the prompt's tokens that they hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,9 @@ def wanted(
     computes the prompt; where all of that role have the prefix, from a prefill worker to a decode worker.
     """
     computing = fleet.prefill if chosen.prefill is not None else fleet.decode
-    held = max((matches.get(view.incarnation, 0) for view in computing if not view.draining), default=0)
-    longest = min(held, request.computable) // BLOCK_TOKENS
+    prefill, decode = _holding(fleet.prefill, matches), _holding(fleet.decode, matches)
+    ours = prefill if computing is fleet.prefill else decode
+    longest = min(max((held for _, held in ours), default=0), request.computable) // BLOCK_TOKENS
     popular = [blocks for blocks, count in counts.items() if count >= LEAST_REQUESTS and blocks <= longest]
     if not popular:
         return None
@@ -135,10 +139,14 @@ def wanted(
         rate, tokens = counts[blocks] / TAU_S, blocks * BLOCK_TOKENS
         if rate * HORIZON_S * waits.pace.compute_ms(slowest, tokens) <= MARGIN * waits.pace.move_ms(slowest, tokens):
             continue
-        found = _copy(request, fleet, computing, matches, blocks, rate, waits, broken)
+        found = _copy(request, ours, prefill, decode, blocks, rate, waits, broken)
         if found is not None and (best is None or _gain(found) > _gain(best)):
             best = found
     return best
+
+
+def _holding(views: Iterable[WorkerView], matches: Matches) -> _Holding:
+    return [(view, matches.get(view.incarnation, 0)) for view in views if not view.draining]
 
 
 def _size(view: WorkerView, tokens: int) -> int:
@@ -151,9 +159,9 @@ def _gain(replica: Replica) -> float:
 
 def _copy(
     request: RequestInfo,
-    fleet: FleetSnapshot,
-    computing: Sequence[WorkerView],
-    matches: Matches,
+    computing: _Holding,
+    prefill: _Holding,
+    decode: _Holding,
     blocks: int,
     rate: float,
     waits: _Waits,
@@ -161,19 +169,16 @@ def _copy(
 ) -> Replica | None:
     """The copy of one prefix to the worker that would wait least."""
     tokens = blocks * BLOCK_TOKENS
-
-    def has(view: WorkerView) -> bool:
-        return matches.get(view.incarnation, 0) >= tokens
-
-    pace, holders = waits.pace, [view for view in computing if has(view) and not view.draining]
+    pace, holders = waits.pace, [view for view, held in computing if held >= tokens]
     service = pace.compute_ms(holders[0], request.computable - tokens)
     here = min(waits.of(view, service)[0] for view in holders)
     if here < LEAST_SAVED_MS:
         return None
-    sources = [view for view in (*fleet.prefill, *fleet.decode) if has(view) and not view.draining]
+    sources = [view for view, held in (*prefill, *decode) if held >= tokens]
     source = min(sources, key=lambda view: waits.of(view, service)[0])
-    targets = _targets(fleet, computing, tokens, has)
-    targets = [view for view in targets if (source.incarnation, view.incarnation) not in broken]
+    targets = _able(computing, tokens) or _able(decode, tokens)
+    if broken:
+        targets = [view for view in targets if (source.incarnation, view.incarnation) not in broken]
     if not targets:
         return None
     target = min(targets, key=lambda view: waits.of(view, service))
@@ -189,16 +194,6 @@ def _copy(
     return Replica(source.incarnation, target.incarnation, blocks, _size(target, tokens), terms)
 
 
-def _targets(
-    fleet: FleetSnapshot, computing: Sequence[WorkerView], tokens: int, has: Callable[[WorkerView], bool]
-) -> list[WorkerView]:
+def _able(views: _Holding, tokens: int) -> list[WorkerView]:
     """Workers that lack a prefix and have room for it."""
-
-    def able(views: Iterable[WorkerView]) -> list[WorkerView]:
-        return [
-            view
-            for view in views
-            if not has(view) and not view.draining and tokens <= LARGEST_SHARE * view.info.capacity_tokens
-        ]
-
-    return able(computing) or able(fleet.decode)
+    return [view for view, held in views if held < tokens <= LARGEST_SHARE * view.info.capacity_tokens]
