@@ -116,7 +116,7 @@ async def test_mid_transfer(small_model: Path, monkeypatch: pytest.MonkeyPatch) 
 async def test_while_the_pair_connects(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connecting, go = asyncio.Event(), asyncio.Event()
     async with pair(small_model) as workers:
-        client = workers.decode.services._client  # type: ignore[attr-defined]
+        client = workers.decode.services._pairs  # type: ignore[attr-defined]
         connect = client._connect
 
         async def held(target: Any) -> Any:

@@ -62,7 +62,7 @@ def make_prompts(seed: int) -> tuple[tuple[int, ...], ...]:
 
 
 def make_subject(folder: Path, spec: CheckpointSpec, prompts: tuple[tuple[int, ...], ...]) -> Subject:
-    path = make_checkpoint(folder / "target", spec)
+    path = make_checkpoint(folder / folder.name.rstrip("0123456789"), spec)  # served by the name of its folder
     drafter = make_draft_model(folder / "drafter", spec, layers=1)
     info = load_vocabulary(str(path), spec.vocab, [])
     pattern = Pattern(PHRASES, info.decoded_vocab)

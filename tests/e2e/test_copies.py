@@ -77,11 +77,11 @@ async def test_the_second_worker_serves_what_only_the_first_has_computed(
         computed = other.metrics.registry.get_sample_value
         assert computed("tandem_worker_step_tokens_total") == 0
 
-        def wait_ms(self: Any, view: Any, service_ms: float, now: float) -> float:
-            return 1000.0 if view.incarnation == holder else 0.0
+        def wait(self: Any, view: Any, service_ms: float) -> tuple[float, int]:
+            return (1000.0, 0) if view.incarnation == holder else (0.0, 0)
 
         # Whose queue is long is not what is tested here.
-        monkeypatch.setattr(decide._Pace, "wait_ms", wait_ms)
+        monkeypatch.setattr(decide._Waits, "of", wait)
         replicator, name = control.dispatcher._replicator, ""
         for number in range(20, 30):
             _, _, name = await ask(control, number)
