@@ -138,9 +138,12 @@ class DecodeWorker:
         def done(ended: asyncio.Task[None]) -> None:
             if self._tasks.get(request_id) is ended:
                 del self._tasks[request_id]
-            if not ended.cancelled() and isinstance(ended.exception(), Internal):
+            if ended.cancelled():  # here, since who cancelled it may be gone, too
+                self._end(record, FinishReason.CANCELLED)
+                return
+            if isinstance(ended.exception(), Internal):
                 return  # the engine has ended, and this process will: the router lets the request go on elsewhere
-            if not ended.cancelled() and (error := ended.exception()) is not None:
+            if (error := ended.exception()) is not None:
                 log.error("request %s cannot start", request_id, exc_info=error)
                 self._end(record, FinishReason.ERROR, "the request could not be started")
 
@@ -259,9 +262,9 @@ class DecodeWorker:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        ended = self._end(record, FinishReason.CANCELLED)
+        self._end(record, FinishReason.CANCELLED)
         await self._thread.call(lambda: None)
-        return ended
+        return True
 
     # Routers --------------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,23 @@ async def test_waiting_for_pages(small_model: Path, monkeypatch: pytest.MonkeyPa
             assert answer.finish is FinishReason.LENGTH
 
 
+async def test_the_caller_leaves_while_it_cancels(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router whose connection breaks then asks for nothing more; the request must end all the same."""
+    async with pair(small_model, decode_settings={"span_tokens": 32}) as workers:
+        gate = Gate(workers, monkeypatch)
+        name = await workers.submit(PROMPT, SHORT)
+        await gate.reached.wait()
+        worker = workers.decode.services.worker  # type: ignore[attr-defined]
+        cancelling = asyncio.create_task(worker.cancel(name, 0))
+        await asyncio.sleep(0)
+        cancelling.cancel()
+        gate.open.set()
+        (answer,) = await workers.answer(name)
+        assert answer.finish is FinishReason.CANCELLED
+        with pytest.raises(asyncio.CancelledError):
+            await cancelling
+
+
 async def test_mid_transfer(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair(small_model, decode_settings={"span_tokens": 32}) as workers:
         gate = Gate(workers, monkeypatch)

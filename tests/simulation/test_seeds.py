@@ -34,6 +34,7 @@ def test_a_seed_replays_exactly(seed: int) -> None:
 @pytest.mark.parametrize(
     "seed",
     [
+        9914,  # a cancellation whose caller left half-way cancelled the preparation, and never ended the request
         16318,  # an older request that came back for pages waited behind a younger one that waited for it
     ],
 )
