@@ -76,10 +76,10 @@ def unsafe(path: str, text: str) -> list[str]:
 
 def environment(path: str, text: str) -> list[str]:
     """Reads or writes of the environment outside the settings."""
-    if path == "tandem/config.py":
+    if path == "tandem/config/environment.py":
         return []
     found = {(line, name) for line, name in _uses(parse(text)) if name in ENVIRONMENT}
-    return [f"{path}:{line}: {name}; only tandem/config.py may" for line, name in sorted(found)]
+    return [f"{path}:{line}: {name}; only tandem/config/environment.py may" for line, name in sorted(found)]
 
 
 def accelerator(path: str, text: str) -> list[str]:
@@ -216,7 +216,7 @@ ALLOWED: tuple[tuple[Rule, str, str], ...] = (
         "router/a.py",
         "model.eval()\nimport yaml\nyaml.safe_load('x')\nimport numpy\nnumpy.load('x', allow_pickle=False)",
     ),
-    (environment, "tandem/config.py", "import os\nos.environ['A']"),
+    (environment, "tandem/config/environment.py", "import os\nos.environ['A']"),
     (environment, "router/a.py", "import os\nos.getpid()"),
     (accelerator, "tandem/device.py", "import torch\ntorch.cuda.synchronize()"),
     (accelerator, "tandem/engine/a.py", "import torch\ntorch.float32"),
@@ -252,5 +252,5 @@ def test_every_rule_has_a_planted_violation() -> None:
 
 
 def test_the_settings_do_read_the_environment(sources: dict[str, str]) -> None:
-    uses = {name for _, name in _uses(parse(sources["tandem/config.py"]))}
+    uses = {name for _, name in _uses(parse(sources["tandem/config/environment.py"]))}
     assert uses & ENVIRONMENT

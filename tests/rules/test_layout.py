@@ -38,7 +38,10 @@ def without_init(files: set[str]) -> list[str]:
 def unread(settings: dict[str, list[str]], product: dict[str, str]) -> list[str]:
     """Settings that no code outside the schema mentions as an attribute."""
     read = {
-        name for path, text in product.items() if path != "tandem/config.py" for name in re.findall(r"\.(\w+)", text)
+        name
+        for path, text in product.items()
+        if not path.startswith("tandem/config/")
+        for name in re.findall(r"\.(\w+)", text)
     }
     return [f"{owner}.{name}" for owner, names in settings.items() for name in names if name not in read]
 
@@ -87,8 +90,13 @@ def test_the_wheel_holds_every_module(root: Path, product: dict[str, str]) -> No
 
 
 def test_every_setting_is_read(product: dict[str, str]) -> None:
-    settings = settings_of(product["tandem/config.py"])
-    settings["_Settings"].remove("config")  # read before there is an object to read it from
+    settings = {
+        owner: names
+        for path, text in product.items()
+        if path.startswith("tandem/config/")
+        for owner, names in settings_of(text).items()
+    }
+    settings["Settings"].remove("config")  # read before there is an object to read it from
     assert unread(settings, product) == []
 
 
@@ -112,4 +120,4 @@ def test_a_folder_without_init_is_caught() -> None:
 def test_an_unread_setting_is_caught() -> None:
     settings = settings_of("class A:\n    used: int = 1\n    unused: int = 2\n    def f(self): ...")
     assert settings == {"A": ["used", "unused"]}
-    assert unread(settings, {"a.py": "config.used", "tandem/config.py": "self.unused"}) == ["A.unused"]
+    assert unread(settings, {"a.py": "config.used", "tandem/config/up.py": "self.unused"}) == ["A.unused"]

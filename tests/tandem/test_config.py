@@ -170,7 +170,7 @@ def test_a_child_gets_this_environment_with_changes(monkeypatch: pytest.MonkeyPa
 def test_variables_of_libraries_do_not_override_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_A", "user")
     monkeypatch.delenv("TANDEM_B", raising=False)
-    monkeypatch.setattr("tandem.config.os.environ", child_environment({}))
+    monkeypatch.setattr("tandem.config.environment.os.environ", child_environment({}))
     set_before_import({"TANDEM_A": "default", "TANDEM_B": "default"})
     assert (child_environment({})["TANDEM_A"], child_environment({})["TANDEM_B"]) == ("user", "default")
 

@@ -1,0 +1,47 @@
+"""The one module that reads and writes the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tandem.ports import is_loopback
+
+
+def config_file() -> str:
+    """The YAML file that `TANDEM_CONFIG` names, or an empty text."""
+    return os.environ.get("TANDEM_CONFIG", "")
+
+
+def child_environment(overrides: dict[str, str]) -> dict[str, str]:
+    """The environment for a process that `tandem up` starts: this one's with `overrides`.
+
+    Without certificates: processes of one machine know each other by a token, and would not understand one another.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_TLS_")}
+    return {**inherited, **overrides}
+
+
+def set_before_import(values: dict[str, str]) -> None:
+    """Sets variables that a library reads when it is imported, where the user did not set them."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def keep_native_ports_local(host: str) -> None:
+    """Where a worker listens on loopback, its transport does, too: UCX, under NIXL, takes every interface by itself.
+
+    Call it before NIXL is imported. What the user set (`UCX_NET_DEVICES`) stays.
+    """
+    if is_loopback(host):
+        set_before_import({"UCX_NET_DEVICES": "lo"})
+
+
+def client_key() -> str:
+    """The API key that commands show a router, `TANDEM_API_KEY`: command lines are for all to see."""
+    return os.environ.get("TANDEM_API_KEY", "")
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept for this user (`XDG_CACHE_HOME`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"

@@ -1,0 +1,77 @@
+"""Settings of every process, and where they come from: flag, environment (`TANDEM_*`), YAML file, default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from tandem.config.environment import config_file
+from tandem.config.fields import OPEN_GRPC, PemFile, Secret
+from tandem.errors import ConfigError
+from tandem.ports import is_loopback
+
+
+class Settings(BaseSettings):
+    """What every command has."""
+
+    model_config = SettingsConfigDict(env_prefix="TANDEM_", frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="one line of text or one JSON object per record")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flag, environment, YAML file: the first that has a setting counts."""
+        path = getattr(init_settings, "init_kwargs", {}).get("config") or config_file()
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        return (*sources, yaml_source(settings_cls, Path(path))) if path else sources
+
+
+def yaml_source(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSettingsSource:
+    """The library takes a missing file for an empty one; here it is an error like any other wrong setting."""
+    if not path.is_file():
+        raise ConfigError(f"--config is {path}; there is no such file", "config")
+    try:
+        return YamlConfigSettingsSource(settings_cls, yaml_file=path)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config is {path}; it must be a YAML mapping of settings: {reason}", "config") from None
+
+
+class ProcessConfig(Settings):
+    """Settings of every process that speaks gRPC: by what it knows the others."""
+
+    token: Secret | None = Field(None, description="secret that all processes of a cluster share")
+    metrics_token: Secret | None = Field(None, description="secret that readers of metrics show")
+    tls_cert: PemFile | None = Field(None, description="PEM file with this process's certificate, for gRPC")
+    tls_key: PemFile | None = Field(None, description="PEM file with its key")
+    tls_ca: PemFile | None = Field(None, description="PEM file with who must have signed the others' certificates")
+    tls_name: str = Field("", description="name in the others' certificates; default: the address they are called at")
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> ProcessConfig:
+        if len({self.tls_cert is None, self.tls_key is None, self.tls_ca is None}) > 1:
+            raise ValueError("--tls-cert, --tls-key and --tls-ca are needed together")
+        return self
+
+    def check_grpc(self, setting: str, host: str) -> None:
+        """Refuses ports that others reach and nothing guards. setting: the flag, for the message."""
+        if not is_loopback(host) and self.token is None and self.tls_cert is None:
+            raise ValueError(f"{setting} is {host}; {OPEN_GRPC}")
+
+
+def dump(settings: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values, for logs and banners."""
+    return settings.model_dump(mode="json")
