@@ -1,6 +1,7 @@
 """The commands, and how they end.
 
-Exit codes: 0 ended as asked, 1 failed at work, 2 wrong settings, 3 a checkpoint that cannot be served.
+Exit codes: 0 ended as asked, 1 failed at work (`doctor`: found an error), 2 wrong settings, 3 a checkpoint that cannot
+be served.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
+from tandem.cli.find_help import epilog, find
 from tandem.cli.options import command
 from tandem.cli.replay import replay
 from tandem.config import (
     DecodeConfig,
     PrefillConfig,
     RouterConfig,
+    Settings,
     TrainDraftConfig,
     UpConfig,
     WorkerConfig,
@@ -32,7 +35,13 @@ EXIT_FAILED, EXIT_SETTINGS, EXIT_CHECKPOINT = 1, 2, 3
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for an unknown flag or command; the class itself has moved between its versions."""
 
+EPILOG = (
+    "`--help=KEYWORD` searches all settings, `--help=all` shows them with their variables. Exit codes: 0 ended as "
+    "asked; 1 failed at work, or `doctor` found an error; 2 wrong settings; 3 a checkpoint that cannot be served."
+)
+
 W = TypeVar("W", bound=WorkerConfig)
+S = TypeVar("S", bound=Settings)
 
 
 # Packages are imported late: `tandem router` must not import torch, and `tandem --help` must be quick.
@@ -97,21 +106,26 @@ def _with_folder(config: W) -> W:
     return config.model_copy(update={**folders, "served_model_name": name})
 
 
+def settings(app: typer.Typer, name: str, text: str, schema: type[S], run: Callable[[S], None]) -> None:
+    """Adds a command with the flags of a schema."""
+    app.command(name, help=text, epilog=epilog(schema))(command(schema, run))
+
+
 def make_app() -> typer.Typer:
     """The command tree."""
     app = typer.Typer(
         name="tandem",
         help="A disaggregated LLM serving cluster with a cache-aware router.",
+        epilog=EPILOG,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.command("up", help="Start a whole cluster on this machine.")(command(UpConfig, _up))
-    app.command("router", help="Start one router.")(command(RouterConfig, _router))
-    app.command("prefill", help="Start one prefill worker.")(command(PrefillConfig, _prefill))
-    app.command("decode", help="Start one decode worker.")(command(DecodeConfig, _decode))
-    train = command(TrainDraftConfig, _train_draft)
-    app.command("train-draft", help="Train a draft head for a model, for speculative decoding.")(train)
+    settings(app, "up", "Start a whole cluster on this machine.", UpConfig, _up)
+    settings(app, "router", "Start one router.", RouterConfig, _router)
+    settings(app, "prefill", "Start one prefill worker.", PrefillConfig, _prefill)
+    settings(app, "decode", "Start one decode worker.", DecodeConfig, _decode)
+    about = "Train a draft head for a model, for speculative decoding."
+    settings(app, "train-draft", about, TrainDraftConfig, _train_draft)
     app.command("replay", help="Simulate policies on a recorded load.")(replay)
     app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
@@ -132,7 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit code. Failures that are known are one line on stderr."""
     try:
-        status = make_app()(arguments, standalone_mode=False)
+        app = make_app()
+        if (found := find(typer.main.get_command(app), arguments)) is not None:
+            print(found)
+            return 0
+        status = app(arguments, standalone_mode=False, prog_name="tandem")
     except USAGE_ERROR as error:
         _say(error.format_message() if isinstance(error, typer.BadParameter) else str(error))
         return EXIT_SETTINGS

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from tandem.cli.groups import group_of, rank
+from tandem.config.units import quantity_of
 from tandem.errors import ConfigError
 
 S = TypeVar("S", bound=BaseSettings)
@@ -31,10 +33,12 @@ def command(schema: type[S], run: Callable[[S], None]) -> Callable[..., None]:
     def invoke(**given: Any) -> None:
         run(build(schema, {name: value for name, value in given.items() if value is not None and value != []}))
 
-    fields = schema.model_fields.items()
-    parameters = [_parameter(name, field) for name, field in fields if not is_secret(field)]
+    shown = [(name, field) for name, field in schema.model_fields.items() if not is_secret(field)]
+    shown.sort(key=lambda each: (not each[1].is_required(), rank(each[0])))
+    parameters = [_parameter(name, field) for name, field in shown]
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__doc__ = schema.__doc__
+    invoke.schema = schema  # type: ignore[attr-defined]
     return invoke
 
 
@@ -66,17 +70,28 @@ def is_secret(field: FieldInfo) -> bool:
     return "Secret" in str(field.annotation)
 
 
+def described(field: FieldInfo) -> str:
+    """What a setting is, and its default."""
+    has_default = not field.is_required() and field.default not in (None, (), "")
+    return (field.description or "") + (f" (default: {_shown(field.default)})" if has_default else "")
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    default = "" if field.is_required() or field.default in (None, ()) else f" (default: {_shown(field.default)})"
-    text = (field.description or "") + default
-    annotation = field.annotation
+    quantity = quantity_of(field.annotation, field.metadata)
+    kind: Any
     if field.is_required():
-        kind: Any = typer.Argument(help=text, show_default=False)
+        kind = typer.Argument(help=described(field), show_default=False)
     else:
-        kind = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_plain(annotation), kind]
-    )
+        kind = typer.Option(
+            "--" + name.replace("_", "-"),
+            help=described(field),
+            show_default=False,
+            metavar=None if quantity is None else quantity.metavar,
+            rich_help_panel=group_of(name),
+        )
+    # What may have a unit is the schema's to read.
+    annotation = str | None if quantity is not None else _plain(field.annotation)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, kind])
 
 
 def _shown(value: object) -> str:

@@ -20,6 +20,7 @@ from tandem.config.fields import (
     existing_file,
 )
 from tandem.config.process import ProcessConfig
+from tandem.config.units import COUNT, IN_SECONDS, MEBIBYTES, MEBIBYTES_A_SECOND
 from tandem.ports import is_loopback
 
 
@@ -47,7 +48,9 @@ class RouterConfig(ProcessConfig):
     replicas: Annotated[int, Field(ge=0)] = Field(
         2, description="popular prefixes that are copied to another worker at once; 0 copies none; policy cost only"
     )
-    replicas_mib_s: Annotated[float, Field(gt=0)] = Field(256.0, description="MiB a second that copies may move")
+    replicas_mib_s: Annotated[float, Field(gt=0), MEBIBYTES_A_SECOND] = Field(
+        256.0, description="MiB a second that copies may move"
+    )
     tool_parser: ToolParser = Field("auto", description=TOOL_PARSER_HELP)
     reasoning_parser: ReasoningParser = Field("auto", description=REASONING_PARSER_HELP)
     chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE_HELP)
@@ -58,36 +61,42 @@ class RouterConfig(ProcessConfig):
     cors_origins: Addresses = Field(
         (), description="origins whose pages may call this, such as https://chat.example; * allows all"
     )
-    max_body_mib: Annotated[float, Field(gt=0)] = Field(16.0, description="largest request body, MiB")
-    max_connections: Annotated[int, Field(ge=1)] = Field(
+    max_body_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(16.0, description="largest request body, MiB")
+    max_connections: Annotated[int, Field(ge=1), COUNT] = Field(
         8192, description="HTTP connections open at once in a process; more get 503"
     )
     api_keys: Annotated[Path, AfterValidator(existing_file)] | None = Field(
         None, description="YAML file of tenants with API keys and limits, read again when it changes; default: no keys"
     )
-    max_inflight: Annotated[int, Field(ge=1)] = Field(1024, description="requests admitted at once; more wait")
-    max_queued: Annotated[int, Field(ge=0)] = Field(256, description="requests that wait for that; more get 429")
-    queue_s: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds that one waits at most; then it gets 503")
-    worker_backlog: Annotated[int, Field(ge=1)] = Field(
+    max_inflight: Annotated[int, Field(ge=1), COUNT] = Field(1024, description="requests admitted at once; more wait")
+    max_queued: Annotated[int, Field(ge=0), COUNT] = Field(256, description="requests that wait for that; more get 429")
+    queue_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
+        30.0, description="seconds that one waits at most; then it gets 503"
+    )
+    worker_backlog: Annotated[int, Field(ge=1), COUNT] = Field(
         128, description="sequences waiting at every decode worker from which on requests wait at the router"
     )
-    index_max_blocks: Annotated[int, Field(ge=1)] = Field(4_000_000, description="blocks the prefix index keeps")
-    index_max_age_s: Annotated[float, Field(gt=0)] = Field(
+    index_max_blocks: Annotated[int, Field(ge=1), COUNT] = Field(4_000_000, description="blocks the prefix index keeps")
+    index_max_age_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         14_400.0, description="seconds an unused index entry is kept"
     )
-    explain_requests: Annotated[int, Field(ge=0)] = Field(
+    explain_requests: Annotated[int, Field(ge=0), COUNT] = Field(
         4096, description="recent requests of which plan and outcome are remembered; 0 is none"
     )
-    explain_mib: Annotated[float, Field(gt=0)] = Field(32.0, description="memory for them, MiB")
-    explain_age_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="seconds for which they are remembered")
-    ladder_blocks: Annotated[int, Field(ge=0)] = Field(
+    explain_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(32.0, description="memory for them, MiB")
+    explain_age_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
+        3600.0, description="seconds for which they are remembered"
+    )
+    ladder_blocks: Annotated[int, Field(ge=0), COUNT] = Field(
         131_072, description="blocks that the hit ladder remembers, about 350 bytes each; 0 computes none"
     )
-    lease_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds after which a silent worker is forgotten")
-    stream_queue: Annotated[int, Field(ge=1)] = Field(
+    lease_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
+        10.0, description="seconds after which a silent worker is forgotten"
+    )
+    stream_queue: Annotated[int, Field(ge=1), COUNT] = Field(
         4096, description="tokens buffered for one slow reader before it is cut"
     )
-    drain_s: Annotated[float, Field(ge=0)] = Field(
+    drain_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         30.0, description="seconds that answers under way get to end after SIGTERM; a second signal ends them at once"
     )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(

@@ -31,6 +31,7 @@ from tandem.config.fields import (
     existing_file,
 )
 from tandem.config.process import Settings
+from tandem.config.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 from tandem.ports import is_loopback
 
 
@@ -47,7 +48,9 @@ class UpConfig(Settings):
     )
     dtype: Dtype = Field("auto", description="weights and KV; auto takes the checkpoint's")
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = Field(16, description="tokens in a KV page")
-    kv_mib: Annotated[float, Field(gt=0)] = Field(256.0, description="memory for KV pages of each worker, MiB")
+    kv_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(
+        256.0, description="memory for KV pages of each worker, MiB"
+    )
     transport: Transport = Field("auto", description="KV backend; auto takes nixl where it is installed, else tcp")
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
@@ -63,15 +66,17 @@ class UpConfig(Settings):
         None, description="YAML file of tenants with API keys and limits, read again when it changes; default: no keys"
     )
     token: Secret | None = Field(None, description="secret that the processes share; default: a new one")
-    max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
-    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
-    inter_token_ms: Annotated[float, Field(ge=0)] = Field(
+    max_context: Annotated[int, Field(ge=0), COUNT] = Field(
+        0, description="tokens in one sequence; 0 takes the model's"
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1), COUNT] = Field(512, description="tokens computed in one step")
+    inter_token_ms: Annotated[float, Field(ge=0), IN_MILLISECONDS] = Field(
         0.0, description="bound on a step's time while sequences generate, kept by smaller prompt chunks; 0 is none"
     )
     draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
-    max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
+    max_running: Annotated[int, Field(ge=1), COUNT] = Field(64, description="sequences in one step")
     kernels: Literal["auto", "native", "torch"] = Field("auto", description="what computes; see `tandem decode --help`")
-    drain_s: Annotated[float, Field(ge=0)] = Field(
+    drain_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )
     speculative: Speculative = Field("auto", description=SPECULATIVE_HELP)

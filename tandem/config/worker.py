@@ -22,6 +22,7 @@ from tandem.config.fields import (
     check_drafter,
 )
 from tandem.config.process import ProcessConfig
+from tandem.config.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 from tandem.ports import is_loopback
 
 
@@ -40,19 +41,21 @@ class WorkerConfig(ProcessConfig):
     dtype: Dtype = Field("auto", description="weights and KV; auto takes the checkpoint's")
     device: str = Field("cpu", description="torch device")
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = Field(16, description="tokens in a KV page")
-    kv_mib: Annotated[float, Field(gt=0)] | None = Field(
+    kv_mib: Annotated[float, Field(gt=0), MEBIBYTES] | None = Field(
         None, description="memory for KV pages, MiB; default: 256 on CPUs, on GPUs what the weights and a step leave"
     )
-    pages: Annotated[int, Field(ge=0)] = Field(0, description="KV pages; 0 derives them from kv_mib")
+    pages: Annotated[int, Field(ge=0), COUNT] = Field(0, description="KV pages; 0 derives them from kv_mib")
     draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
-    max_context: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0 takes the model's")
-    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens computed in one step")
-    inter_token_ms: Annotated[float, Field(ge=0)] = Field(
+    max_context: Annotated[int, Field(ge=0), COUNT] = Field(
+        0, description="tokens in one sequence; 0 takes the model's"
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1), COUNT] = Field(512, description="tokens computed in one step")
+    inter_token_ms: Annotated[float, Field(ge=0), IN_MILLISECONDS] = Field(
         0.0, description="bound on a step's time while sequences generate, kept by smaller prompt chunks; 0 is none"
     )
-    max_running: Annotated[int, Field(ge=1)] = Field(64, description="sequences in one step")
-    max_waiting: Annotated[int, Field(ge=1)] = Field(1024, description="requests queued before more get 429")
-    ageing_s: Annotated[float, Field(gt=0)] = Field(
+    max_running: Annotated[int, Field(ge=1), COUNT] = Field(64, description="sequences in one step")
+    max_waiting: Annotated[int, Field(ge=1), COUNT] = Field(1024, description="requests queued before more get 429")
+    ageing_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         2.0, description="wait after which a request goes first, whatever its prefix"
     )
     prefix_cache: bool = Field(True, description="keep KV of finished sequences for reuse")
@@ -86,29 +89,33 @@ class WorkerConfig(ProcessConfig):
         None, description="System V semaphore that bounds how many workers of this machine compute at once"
     )
     transport: Transport = Field("auto", description="KV backend; auto takes nixl where it is installed, else tcp")
-    lease_s: Annotated[float, Field(gt=0)] = Field(
+    lease_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         10.0, description="seconds after which a silent peer or router is given up"
     )
-    probe_s: Annotated[float, Field(ge=0)] = Field(
+    probe_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         60.0, description="seconds between pages that the worker sends itself over its transport; 0 sends none"
     )
-    quiesce_s: Annotated[float, Field(gt=0)] = Field(5.0, description="seconds to wait for a peer's `quiesced`")
-    drain_s: Annotated[float, Field(ge=0)] = Field(
+    quiesce_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
+        5.0, description="seconds to wait for a peer's `quiesced`"
+    )
+    drain_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         30.0, description="seconds that requests under way get to end after SIGTERM; a second signal ends them at once"
     )
 
-    slab_mib: Annotated[float, Field(gt=0)] = Field(
+    slab_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(
         32.0, description="landing slab for each worker that KV comes from, MiB"
     )
-    slabs_max_mib: Annotated[float, Field(gt=0)] = Field(
+    slabs_max_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(
         512.0, description="landing slabs in all; over it a decode worker drains and exits"
     )
-    span_tokens: Annotated[int, Field(ge=1)] = Field(512, description="tokens pushed at once")
-    queue_deadline_s: Annotated[float, Field(gt=0)] = Field(
+    span_tokens: Annotated[int, Field(ge=1), COUNT] = Field(512, description="tokens pushed at once")
+    queue_deadline_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         30.0, description="seconds the sender may compute nothing of a ticket"
     )
-    handshake_deadline_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds for connecting to a sender")
-    transfer_deadline_s: Annotated[float, Field(gt=0)] = Field(
+    handshake_deadline_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
+        10.0, description="seconds for connecting to a sender"
+    )
+    transfer_deadline_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         10.0, description="seconds without progress while computed KV is on its way"
     )
 
@@ -134,7 +141,7 @@ class WorkerConfig(ProcessConfig):
 class PrefillConfig(WorkerConfig):
     """`tandem prefill`"""
 
-    staging_mib: Annotated[float, Field(gt=0)] = Field(
+    staging_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(
         32.0, description="registered memory that spans are sent from, MiB"
     )
 
@@ -142,19 +149,21 @@ class PrefillConfig(WorkerConfig):
 class DecodeConfig(WorkerConfig):
     """`tandem decode`"""
 
-    staging_mib: Annotated[float, Field(gt=0)] = Field(
+    staging_mib: Annotated[float, Field(gt=0), MEBIBYTES] = Field(
         8.0, description="registered memory that spans are sent from, MiB"
     )
-    local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
+    local_prefill_tokens: Annotated[int, Field(ge=0), COUNT] = Field(
         32, description="misses up to this are always computed locally"
     )
-    grammar_compile_s: Annotated[float, Field(gt=0)] = Field(
+    grammar_compile_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         10.0, description="seconds that compiling a grammar may take"
     )
-    grammar_memory_mib: Annotated[int, Field(ge=64)] = Field(
+    grammar_memory_mib: Annotated[int, Field(ge=64), MEBIBYTES] = Field(
         1024, description="memory that compiling a grammar may take, MiB"
     )
-    grammar_cache_mib: Annotated[int, Field(ge=0)] = Field(256, description="memory for compiled grammars, MiB")
+    grammar_cache_mib: Annotated[int, Field(ge=0), MEBIBYTES] = Field(
+        256, description="memory for compiled grammars, MiB"
+    )
     json_any_whitespace: bool = Field(
         False, description="let models lay out the JSON that a request asks for; else it is written on one line"
     )
