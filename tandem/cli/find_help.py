@@ -11,8 +11,8 @@ from pydantic_settings import BaseSettings
 
 from tandem.cli.groups import group_of
 from tandem.cli.options import described, is_secret
-from tandem.config.units import quantity_of
 from tandem.errors import ConfigError
+from tandem.units import quantity_of
 
 FLAG = "--help="
 EVERYTHING = "all"

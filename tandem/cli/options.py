@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from tandem.cli.groups import group_of, rank
-from tandem.config.units import quantity_of
 from tandem.errors import ConfigError
+from tandem.units import quantity_of
 
 S = TypeVar("S", bound=BaseSettings)
 

@@ -20,8 +20,8 @@ from tandem.config.fields import (
     existing_file,
 )
 from tandem.config.process import ProcessConfig
-from tandem.config.units import COUNT, IN_SECONDS, MEBIBYTES, MEBIBYTES_A_SECOND
 from tandem.ports import is_loopback
+from tandem.units import COUNT, IN_SECONDS, MEBIBYTES, MEBIBYTES_A_SECOND
 
 
 class RouterConfig(ProcessConfig):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tandem.config.fields import Dtype
 from tandem.config.process import Settings
-from tandem.config.units import COUNT, MEBIBYTES
+from tandem.units import COUNT, MEBIBYTES
 
 
 class TrainDraftConfig(Settings):

@@ -31,8 +31,8 @@ from tandem.config.fields import (
     existing_file,
 )
 from tandem.config.process import Settings
-from tandem.config.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 from tandem.ports import is_loopback
+from tandem.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 
 
 class UpConfig(Settings):

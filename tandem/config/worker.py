@@ -22,8 +22,8 @@ from tandem.config.fields import (
     check_drafter,
 )
 from tandem.config.process import ProcessConfig
-from tandem.config.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 from tandem.ports import is_loopback
+from tandem.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 
 
 class WorkerConfig(ProcessConfig):

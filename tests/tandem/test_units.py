@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator
 
 from tandem.cli.options import build
 from tandem.config import DecodeConfig, RouterConfig, UpConfig
-from tandem.config.units import (
+from tandem.errors import ConfigError
+from tandem.units import (
     COUNT,
     IN_MILLISECONDS,
     IN_SECONDS,
@@ -24,7 +25,6 @@ from tandem.config.units import (
     Quantity,
     quantity_of,
 )
-from tandem.errors import ConfigError
 
 ALL = (COUNT, MEBIBYTES, MEBIBYTES_A_SECOND, IN_SECONDS, IN_MILLISECONDS)
 
