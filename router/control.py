@@ -12,12 +12,12 @@ import grpc.aio
 from router.admission.callers import Callers
 from router.admission.quota import Quotas
 from router.cache.prefix_index import PrefixIndex
+from router.discovery.build import discoveries
 from router.dispatch import Dispatcher
 from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder
 from router.file_watch import FileWatch
 from router.policies import POLICIES
-from router.workers.discovery import Discovery, FixedWorkers, WorkersFile
 from router.workers.fleet import Fleet
 from router.workers.registry import Relay, serve_registry
 from tandem.cluster import new_id
@@ -44,9 +44,7 @@ class ControlPlane:
         secrets = [each.get_secret_value() if each else "" for each in (config.token, config.metrics_token)]
         self.callers = Callers(self.quotas, *secrets)
         self._watches = [FileWatch(config.api_keys, self.callers.load)] if config.api_keys is not None else []
-        self._discovery: list[Discovery] = [FixedWorkers(config.workers, self.fleet)]
-        if config.workers_file is not None:
-            self._discovery.append(WorkersFile(config.workers_file, self.fleet))
+        self._discovery = discoveries(config, self.fleet)
         self._tasks: list[asyncio.Task[None]] = []
         policy = POLICIES[config.policy]()
         self.dispatcher = Dispatcher(
@@ -67,7 +65,7 @@ class ControlPlane:
             self.fleet, config.control_host, config.control_port, self._relay
         )
         for source in self._discovery:
-            source.start()
+            await source.start()
         runs = [watch.run() for watch in self._watches] + [source.run() for source in self._discovery]
         self._tasks = [asyncio.create_task(run, name="watch") for run in runs]
 

@@ -12,7 +12,7 @@ import grpc.aio
 from router.cache.prefix_index import PrefixIndex
 from router.workers.fleet_link import Link, Worker
 from router.workers.members import Members
-from tandem.cluster import Incarnation, MoveStat, Status, WorkerInfo, WorkerUpdate
+from tandem.cluster import Incarnation, MoveStat, Role, Status, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
 from tandem.trust import Trust
 
@@ -56,19 +56,28 @@ class Fleet(Members[Worker]):
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._past_moves: dict[tuple[str, str, str], MoveStat] = {}
+        self._known_as: dict[str, Role] = {}
+        self._shunned: set[str] = set()
 
-    def follow(self, address: str) -> None:
-        """Looks for a worker at an address until `unfollow`."""
+    def follow(self, address: str, role: Role | None = None) -> None:
+        """Looks for a worker at an address until `unfollow`. role: the only one that is used there."""
+        self._shunned.discard(address)
+        self._known_as.pop(address, None)
+        if role is not None:
+            self._known_as[address] = role
         link = self._links.get(address)
         if link is None:
             self._connect(address, listed=True)
             return
         link.set_listed(True)
         for worker in self._at(address):
-            worker.leaving = False
+            worker.leaving = self._mistaken(worker.info)
+            if worker.leaving:
+                log.warning("worker at %s cannot be used: %s", address, self._mistake(worker.info))
 
     def unfollow(self, address: str) -> None:
         """Looks for no worker there any more. One that is there gets no new requests, and is followed to its end."""
+        self._shunned.add(address)
         link = self._links.get(address)
         if link is not None:
             link.set_listed(False)
@@ -126,11 +135,22 @@ class Fleet(Members[Worker]):
 
     def _link_ended(self, address: str, task: asyncio.Task[None]) -> None:
         del self._tasks[address]
-        del self._links[address]
+        link = self._links.pop(address)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the link to worker %s failed", address, exc_info=error)
+        elif not task.cancelled() and link.listed:  # again, in the moment in which it ended
+            self._connect(address, listed=True)
+
+    def _mistaken(self, info: WorkerInfo) -> bool:
+        return self._known_as.get(info.address, info.role) is not info.role
+
+    def _mistake(self, info: WorkerInfo) -> str:
+        listed = self._known_as[info.address].value
+        return f"it is listed as a {listed} worker and says that it is a {info.role.value} worker"
 
     def _check(self, info: WorkerInfo) -> None:
+        if self._mistaken(info):
+            raise Fenced(self._mistake(info), param="role")
         known = self.reference
         if known is None:
             return
@@ -165,6 +185,7 @@ class Fleet(Members[Worker]):
         if info.incarnation in self._workers:
             raise Fenced(f"{info.incarnation} is already connected under another address")
         worker = Worker(info, channel, self.booking_closed, self._clock())
+        worker.leaving = info.address in self._shunned
         self.add(worker)
         self.reference = self.reference or info
         return worker

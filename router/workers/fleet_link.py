@@ -82,7 +82,7 @@ class Link:
     ) -> None:
         self.address = address
         self.renewed = clock()
-        self._listed = listed
+        self.listed = listed
         self._owner = owner
         self._router_id = router_id
         self._lease_s = lease_s
@@ -98,7 +98,7 @@ class Link:
 
     def set_listed(self, listed: bool) -> None:
         """Whether the address is looked at for ever from now on; if not, and without a lease, until its worker ends."""
-        self._listed = listed
+        self.listed = listed
         self.renewed = self._clock() if listed else float("-inf")
         self._wake.set()
 
@@ -109,7 +109,7 @@ class Link:
     async def run(self) -> None:
         """Connects, follows, and connects again until cancelled or no longer wanted."""
         delay = FIRST_RETRY_S
-        while self._listed or self._clock() - self.renewed <= self._lease_s:
+        while self.listed or self._clock() - self.renewed <= self._lease_s:
             try:
                 await self._session()
             except WorkerLost as error:

@@ -23,6 +23,8 @@ from tandem.config.process import ProcessConfig
 from tandem.ports import is_loopback
 from tandem.units import COUNT, IN_SECONDS, MEBIBYTES, MEBIBYTES_A_SECOND
 
+DNS_LABEL = r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$"
+
 
 class RouterConfig(ProcessConfig):
     """`tandem router`"""
@@ -41,6 +43,12 @@ class RouterConfig(ProcessConfig):
     workers: Addresses = Field((), description="host:port of workers, for clusters without registration")
     workers_file: Annotated[Path, AfterValidator(existing_file)] | None = Field(
         None, description="YAML or JSON list of such addresses, read again when it changes"
+    )
+    kubernetes_selector: str = Field(
+        "", description="labels of the workers' pods, as kubectl -l takes them; default: Kubernetes is not asked"
+    )
+    kubernetes_namespace: Annotated[str, Field(pattern=DNS_LABEL)] = Field(
+        "", description="namespace of those pods; default: the router's own"
     )
     policy: Literal["cost", "longest_prefix", "least_loaded", "round_robin"] = Field(
         "cost", description="how plans are made"
@@ -108,4 +116,6 @@ class RouterConfig(ProcessConfig):
         if not is_loopback(self.host) and self.api_keys is None:
             raise ValueError(f"--host is {self.host}; {OPEN_HTTP}")
         self.check_grpc("--control-host", self.control_host)
+        if self.kubernetes_namespace and not self.kubernetes_selector:
+            raise ValueError("kubernetes_namespace is set; without kubernetes_selector it means nothing")
         return self

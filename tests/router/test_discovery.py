@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from router.control import ControlPlane
-from router.workers.discovery import FixedWorkers, WorkersFile
+from router.discovery.sources import FixedWorkers, WorkersFile
 from tandem.cluster import Role
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError
@@ -23,7 +23,7 @@ class Names:
         self.now: set[str] = set()
         self.told: list[str] = []
 
-    def follow(self, address: str) -> None:
+    def follow(self, address: str, role: Role | None = None) -> None:
         assert address not in self.now
         self.now.add(address)
         self.told.append("+" + address)
@@ -33,9 +33,9 @@ class Names:
         self.told.append("-" + address)
 
 
-def test_a_list_is_told_once() -> None:
+async def test_a_list_is_told_once() -> None:
     roster = Names()
-    FixedWorkers(["b:2", "a:1", "b:2", "[::1]:3"], roster).start()
+    await FixedWorkers(["b:2", "a:1", "b:2", "[::1]:3"], roster).start()
     assert roster.told == ["+b:2", "+a:1", "+[::1]:3"]
 
 
@@ -45,11 +45,11 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         FixedWorkers([address], Names())
 
 
-def test_a_file_is_followed(tmp_path: Path) -> None:
+async def test_a_file_is_followed(tmp_path: Path) -> None:
     path, roster = tmp_path / "workers.yaml", Names()
     path.write_text("workers: [a:1, b:2]")
     file = WorkersFile(path, roster)
-    file.start()
+    await file.start()
     for content, expected in (
         ("[a:1, b:2, c:3]", {"a:1", "b:2", "c:3"}),
         ("- c:3\n- d:4\n", {"c:3", "d:4"}),
@@ -69,11 +69,11 @@ def test_a_file_is_followed(tmp_path: Path) -> None:
     assert roster.told == ["+a:1", "+b:2", "+c:3", "+d:4", "-a:1", "-b:2", "-c:3", "-d:4", "+e:5"]
 
 
-def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path: Path) -> None:
+async def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "workers.yaml"
     path.write_text("workers: {a: 1}")
     with pytest.raises(ConfigError, match="must be a list of host:port"):
-        WorkersFile(path, Names()).start()
+        await WorkersFile(path, Names()).start()
 
 
 async def eventually(condition: Callable[[], object]) -> None:

@@ -18,8 +18,8 @@ from kvtransfer.backends.inproc import InprocBackend
 from kvtransfer.backends.tcp import TcpLink
 from kvtransfer.base import TransportError
 from router.admission.tenants import Keyring, Tenant, read_keys
+from router.discovery.sources import read_addresses
 from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from router.workers.discovery import read_addresses
 from tandem.errors import BadRequest, ConfigError, TandemError, Unauthorized
 from tandem.traces import read_trace
 from tandem.wire import codec

@@ -1,9 +1,9 @@
 """Where workers' addresses come from.
 
-Three ways, which may be used together: a fixed list, a file that is read again when it changes, and workers that
-register themselves and renew a lease (`router.workers.registry`). Another one, such as a Kubernetes service's endpoints
-or a Ray actor's list, is an object with `start` and `run` that tells a `Roster` of addresses that come and go; what
-answers there is asked who it is, so a source never has to say what a worker is or whether it lives.
+Four ways, which may be used together: a fixed list, a file that is read again when it changes, the pods of a
+Kubernetes namespace (`router.discovery.kubernetes`), and workers that register themselves and renew a lease
+(`router.workers.registry`). Another one is an object with `start` and `run` that tells a `Roster` of addresses that
+come and go; what answers there is asked who it is, so a source never has to say what a worker is or whether it lives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Protocol
 import yaml
 
 from router.file_watch import FileWatch
+from tandem.cluster import Role
 from tandem.errors import ConfigError
 
 ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})$")
@@ -25,18 +26,21 @@ MAX_ADDRESSES = 10_000
 class Roster(Protocol):
     """Who is told: the fleet."""
 
-    def follow(self, address: str) -> None:
-        """A worker may be at host:port: it is looked for until `unfollow`, whether or not it answers."""
+    def follow(self, address: str, role: Role | None = None) -> None:
+        """A worker may be at host:port: it is looked for until `unfollow`, whether or not it answers.
+
+        role: what it is known as; one that says something else of itself is not used.
+        """
 
     def unfollow(self, address: str) -> None:
-        """No worker is to be looked for there any more; one that is there gets no new requests."""
+        """No worker is to be looked for there any more; one that is there, or comes, gets no new requests."""
 
 
 class Discovery(Protocol):
     """A source of addresses. Both are called once, `start` first."""
 
-    def start(self) -> None:
-        """Tells the roster what is known. Raises ConfigError when the source is wrong."""
+    async def start(self) -> None:
+        """Tells the roster what is known. Raises ConfigError when the source is wrong, Unavailable when it is away."""
 
     async def run(self) -> None:
         """Follows the source until cancelled, or returns when nothing can change."""
@@ -49,7 +53,7 @@ class FixedWorkers:
         self._addresses = checked(addresses, "--workers")
         self._roster = roster
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """See `Discovery`."""
         for address in self._addresses:
             self._roster.follow(address)
@@ -66,7 +70,7 @@ class WorkersFile:
         self._known: tuple[str, ...] = ()
         self._watch = FileWatch(path, self._apply)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """See `Discovery`."""
         self._watch.read()
 

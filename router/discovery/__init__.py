@@ -1,0 +1,1 @@
+"""Where workers' addresses come from: lists, files, Kubernetes."""
