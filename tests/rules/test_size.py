@@ -12,7 +12,7 @@ FUNCTION_LINES = 50
 BUDGETS = {
     "router/": 6000,
     "router/admission/": 600,
-    "router/discovery/": 500,
+    "router/discovery/": 600,
     "router/explain/": 600,
     "router/replication/": 400,
     "router/simulation/": 1200,
