@@ -1,0 +1,129 @@
+{{/* Names and labels. */}}
+
+{{- define "tandem.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 30 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "tandem.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 30 | trimSuffix "-" -}}
+{{- else if contains (include "tandem.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 30 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "tandem.name" .) | trunc 30 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.selector" -}}
+app.kubernetes.io/name: {{ include "tandem.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "tandem.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{ include "tandem.selector" . }}
+{{- end -}}
+
+{{- define "tandem.router.selector" -}}
+{{ include "tandem.selector" . }}
+app.kubernetes.io/component: router
+{{- end -}}
+
+{{/* Selects a pool. Takes root and pool. */}}
+{{- define "tandem.pool.selector" -}}
+{{ include "tandem.selector" .root }}
+app.kubernetes.io/component: {{ .pool.role }}
+tandem-pool: {{ .pool.name }}
+{{- end -}}
+
+{{/* Selects the workers of all pools. */}}
+{{- define "tandem.workers.selector" -}}
+matchLabels:
+  {{- include "tandem.selector" . | nindent 2 }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [prefill, decode]}
+{{- end -}}
+
+{{- define "tandem.pool.fullname" -}}
+{{ include "tandem.fullname" .root }}-{{ .pool.name }}
+{{- end -}}
+
+{{/* Image of a map with repository, tag and digest. Takes root and image. */}}
+{{- define "tandem.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ default .root.Chart.AppVersion .image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* Lays the map `over` on the map `under`, in place: maps by key, everything else as a whole; null takes a key away. */}}
+{{- define "tandem.overlay" -}}
+{{- $under := .under -}}
+{{- range $key, $value := .over -}}
+{{- if kindIs "invalid" $value -}}
+{{- $_ := unset $under $key -}}
+{{- else if and (kindIs "map" $value) (kindIs "map" (get $under $key)) -}}
+{{- include "tandem.overlay" (dict "under" (get $under $key) "over" $value) -}}
+{{- else -}}
+{{- $_ := set $under $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A pool with what it takes from `workers`, as YAML. Takes root and pool. */}}
+{{- define "tandem.pool" -}}
+{{- $whole := deepCopy .root.Values.workers -}}
+{{- include "tandem.overlay" (dict "under" $whole "over" (deepCopy .pool)) -}}
+{{- $image := deepCopy (ternary .root.Values.images.cuda .root.Values.images.cpu (gt (int $whole.gpus) 0)) -}}
+{{- include "tandem.overlay" (dict "under" $image "over" $whole.image) -}}
+{{- $_ := set $whole "image" $image -}}
+{{- toYaml $whole -}}
+{{- end -}}
+
+{{- define "tandem.secretName" -}}
+{{- default (printf "%s-secrets" (include "tandem.fullname" .)) .Values.secrets.existingSecret -}}
+{{- end -}}
+
+{{- define "tandem.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (printf "%s-router" (include "tandem.fullname" .)) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Seconds that a process has for what is under way: the setting, or the settings' own default, which is then written out. */}}
+{{- define "tandem.drain" -}}
+{{- if hasKey . "drain_s" -}}{{- .drain_s -}}{{- else -}}30{{- end -}}
+{{- end -}}
+
+{{/* Time from a pod's deletion to its SIGKILL: preStop, drain, and 15 s for goodbyes. Takes pre and settings. */}}
+{{- define "tandem.grace" -}}
+{{- add (int .pre) (ceil (include "tandem.drain" .settings | float64)) 15 -}}
+{{- end -}}
+
+{{/* What the setting `model` of every process is. */}}
+{{- define "tandem.model" -}}
+{{- with .Values.model -}}
+{{- if .pvc.claimName -}}
+{{- printf "/models/%s" (trimAll "/" .pvc.path) | trimSuffix "/" -}}
+{{- else if .image.reference -}}
+{{- printf "/models/%s" (trimAll "/" .image.path) | trimSuffix "/" -}}
+{{- else if .hub.id -}}
+{{- .hub.id -}}
+{{- else -}}
+demo
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Control ports of all routers, for workers that register. */}}
+{{- define "tandem.controls" -}}
+{{- $full := include "tandem.fullname" . -}}
+{{- range $index := until (int .Values.router.replicas) }}
+- {{ $full }}-router-{{ $index }}.{{ $full }}-control.{{ $.Release.Namespace }}.svc:{{ $.Values.ports.control }}
+{{- end -}}
+{{- end -}}
