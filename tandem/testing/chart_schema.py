@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import DecodeConfig, PrefillConfig, ProcessConfig, RouterConfig, WorkerConfig
-from tandem.testing.chart_values import Pool, PodValues, TandemValues, Values, WorkerPod
+from tandem.testing.chart_values import PodValues, Pool, TandemValues, Values
 
 CHART = Path("helm/tandem")
 DOCS = Path("docs/kubernetes.md")
@@ -87,7 +87,9 @@ def _of(name: str) -> Schema:
 
 def _object(schema: Schema) -> Schema:
     """A model's schema. Nothing but a pool's name and role is required: Helm fills in the rest from values.yaml."""
-    required = [name for name in schema.get("required", ()) if name in ("name", "role") and "role" in schema["required"]]
+    required = [
+        name for name in schema.get("required", ()) if name in ("name", "role") and "role" in schema["required"]
+    ]
     kept = {key: value for key, value in schema.items() if key not in ("title", "required", "properties")}
     kept["properties"] = {name: plain(field) for name, field in schema["properties"].items()}
     return kept | ({"required": required} if required else {})
@@ -108,7 +110,9 @@ def options_table() -> str:
         inner = nested.model_json_schema()["properties"]
         for part, inside in nested.model_fields.items():
             key = inside.alias or part
-            lines.append(f"| `{alias}.{key}` | {_type(plain(inner[key]))} | {inside.description}{_default(inner[key])} |")
+            lines.append(
+                f"| `{alias}.{key}` | {_type(plain(inner[key]))} | {inside.description}{_default(inner[key])} |"
+            )
     return EOF.join(lines) + EOF
 
 
@@ -155,7 +159,9 @@ def between_marks(page: str, text: str) -> str:
 def stale(root: Path) -> list[str]:
     """What differs from what would be generated, and copies of what is no longer there."""
     made = generated(root)
-    differing = [path for path, text in made.items() if not (root / path).is_file() or (root / path).read_text() != text]
+    differing = [
+        path for path, text in made.items() if not (root / path).is_file() or (root / path).read_text() != text
+    ]
     copies = (file for folder in COPIES for file in (root / CHART / "files" / folder).glob("*.*"))
     left = [path for path in (file.relative_to(root) for file in copies) if path not in made]
     return sorted(str(path) for path in (*differing, *left))
