@@ -5,7 +5,8 @@
 #   make check    formatting, lint, types, import rules, structure rules
 #   make bench    two forms side by side, and the hand-over beside plain writes
 #   make faults   what clients see when processes are killed and links cut: docs/faults.md; as root, half an hour
-#   make docs     regenerate the tables of docs/models.md
+#   make docs     regenerate the tables of docs/models.md, and what of the chart is generated
+#   make helm-test  the chart alone: lint, render, every object against three Kubernetes versions, policies (CRD_DIR)
 #   make proto    regenerate tandem/wire/v1 from proto/
 #   make clean    remove .venv and everything built
 #
@@ -34,9 +35,9 @@ DEV_READY := $(if $(own),$(VENV)/.ready-dev)
 # Small tests on many threads are slower, and their sums differ in the last bit.
 test bench faults check: export OMP_NUM_THREADS := 1
 test bench faults check: export TOKENIZERS_PARALLELISM := false
-test check: export HF_HUB_OFFLINE := 1
+test check helm-test: export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench faults docs proto clean
+.PHONY: help demo test check bench faults docs proto clean helm-test helm-files
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -98,8 +99,15 @@ bench: $(DEV_READY)
 faults: $(DEV_READY)
 	@$(BIN)/python -m benchmarks.faults --out docs/faults.md
 
-docs: $(DEV_READY)
+docs: $(DEV_READY) helm-files
 	@$(BIN)/python -m tandem.testing.model_table docs/models.md
+
+helm-test: $(DEV_READY)
+	@$(BIN)/python -m pytest -q tests/helm $(PYTEST_ARGS)
+
+# The schema of the chart's values, the table of options in docs/kubernetes.md, and the chart's dashboards and rules.
+helm-files: $(DEV_READY)
+	@$(BIN)/python -m tandem.testing.chart_schema
 
 proto: $(DEV_READY)
 	@PATH="$(BIN):$$PATH" python -m grpc_tools.protoc -Iproto --python_out=$(OUT) --grpc_python_out=$(OUT) \

@@ -44,8 +44,8 @@ def existing_file(path: Path) -> Path:
 
 ChatTemplate = Annotated[Path, AfterValidator(existing_file)]
 CHAT_TEMPLATE_HELP = "file with the jinja template of chats; default: the checkpoint's own"
-ToolParser = Annotated[str, one_of(TOOL_PARSERS)]
-ReasoningParser = Annotated[str, one_of(REASONING_PARSERS)]
+ToolParser = Annotated[str, one_of(TOOL_PARSERS), Field(json_schema_extra={"enum": list(TOOL_PARSERS)})]
+ReasoningParser = Annotated[str, one_of(REASONING_PARSERS), Field(json_schema_extra={"enum": list(REASONING_PARSERS)})]
 DRAFT_MODEL_HELP = (
     "folder or hub id of a draft model, or of a draft head, that guesses tokens ahead; demo is the demo model's; "
     "the same on all workers"

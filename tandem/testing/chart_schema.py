@@ -20,12 +20,15 @@ BEGIN, END = "<!-- generated: make helm-files -->", "<!-- end of the generated p
 COPIES = {"dashboards": "deploy/grafana/dashboards/*.json", "rules": "deploy/prometheus/rules/*.yaml"}
 """Folder under the chart's `files/` -> what is copied there: a chart cannot read outside its own folder."""
 
-OWNED = {
-    **dict.fromkeys(("config", "token", "metrics_token", "host", "port", "model", "served_model_name"), ""),
-    **dict.fromkeys(("tls_cert", "tls_key", "tls_ca", "tls_name", "cluster_key"), ""),
-    **dict.fromkeys(("control_host", "control_port", "workers", "workers_file", "api_keys"), ""),
-    **dict.fromkeys(("metrics_port", "router", "compute_slots"), ""),
-}
+OWNED = frozenset(
+    {
+        *("config", "token", "metrics_token", "tls_cert", "tls_key", "tls_ca", "tls_name"),
+        *("model", "served_model_name", "cluster_key", "host", "port"),
+        *("control_host", "control_port", "api_keys", "workers", "workers_file"),
+        *("kubernetes_namespace", "kubernetes_selector"),
+        *("metrics_port", "router", "compute_slots"),
+    }
+)
 """Settings that the chart's own values decide, or that mean nothing in a pod."""
 EOF = "\n"
 

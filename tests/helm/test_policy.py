@@ -146,7 +146,7 @@ def test_selectors_select_what_they_are_for(release: Release) -> None:
     for budget in release.of("PodDisruptionBudget"):
         assert selected(budget["spec"]["selector"]) == {budget["metadata"]["name"]}
     for service in release.of("Service"):
-        (name,) = [name for name in (service["metadata"]["name"],)]
+        name = service["metadata"]["name"]
         wanted = {name} if name in workers else routers
         assert selected({"matchLabels": service["spec"]["selector"]}) == wanted
     for policy in release.of("NetworkPolicy"):

@@ -1,8 +1,8 @@
-"""What the chart tells the processes: every flag, variable and line of YAML is a setting, and the process would start."""
+"""What the chart tells the processes: all of it is a setting, and the process would start with it."""
 
 from __future__ import annotations
 
-import os.path
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def test_every_process_would_start(name: str, tmp_path: Path) -> None:
 def test_every_variable_is_a_setting_or_a_known_librarys(name: str) -> None:
     release = render(RELEASES[name]) if name in RELEASES else example(name)
     for template in release.templates():
-        schema = {"router": RouterConfig, "prefill": PrefillConfig, "decode": DecodeConfig}[component(template)]
+        schema = PROCESSES[component(template)]
         settings = {f"TANDEM_{field.upper()}" for field in schema.model_fields}
         names = [entry["name"] for container in containers(template) for entry in container["env"]]
         assert [each for each in names if each not in settings | LIBRARIES] == []
@@ -128,7 +128,7 @@ def test_workers_and_routers_know_one_another(tmp_path: Path) -> None:
     by_kind: dict[type, Any] = {type(config): config for config in configs}
     router, worker = by_kind[RouterConfig], by_kind[DecodeConfig]
     assert (router.model, router.cluster_key, router.token) == (worker.model, worker.cluster_key, worker.token)
-    assert os.path.isabs(router.model)
+    assert Path(router.model).is_absolute()
     services = {each["metadata"]["name"] for each in release.of("Service")}
     pods = {
         f"{each['metadata']['name']}-{i}" for each in release.of("StatefulSet") for i in range(each["spec"]["replicas"])
@@ -148,6 +148,14 @@ def test_extra_arguments_count(tmp_path: Path) -> None:
         config = started(release, release.routers(), tmp_path, patch)
     assert isinstance(config, RouterConfig) and (config.policy, config.retries) == ("round_robin", 7)
     assert "TANDEM_THREADS" not in {entry["name"] for entry in next(containers(release.workers()[0]))["env"]}
+
+
+@pytest.mark.parametrize("said", [0, 7.5, 240, "90", "2m30s", "1500ms", "0.1h"])
+def test_the_grace_period_follows_the_drain(said: float | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = render({"router": {"settings": {"drain_s": said}}})
+    config = started(release, release.routers(), tmp_path, monkeypatch)
+    assert isinstance(config, RouterConfig)
+    assert release.routers()["spec"]["terminationGracePeriodSeconds"] == 10 + math.ceil(config.drain_s) + 15
 
 
 def test_what_is_no_setting_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

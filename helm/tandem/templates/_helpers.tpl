@@ -95,14 +95,29 @@ matchExpressions:
 {{- end -}}
 {{- end -}}
 
-{{/* Seconds that a process has for what is under way: the setting, or the settings' own default, which is then written out. */}}
+{{/* The setting drain_s as it was given, or its default, which is written out then. */}}
 {{- define "tandem.drain" -}}
 {{- if hasKey . "drain_s" -}}{{- .drain_s -}}{{- else -}}30{{- end -}}
 {{- end -}}
 
+{{/* A duration in seconds: 90, 90s, 1m30s. */}}
+{{- define "tandem.seconds" -}}
+{{- $sum := 0.0 -}}
+{{- if regexMatch "[a-z]$" . -}}
+{{- $units := dict "us" 0.000001 "ms" 0.001 "s" 1.0 "m" 60.0 "h" 3600.0 "d" 86400.0 -}}
+{{- range regexFindAll "[0-9.]+(e[+-]?[0-9]+)?(us|ms|s|m|h|d)" . -1 -}}
+{{- $unit := regexFind "(us|ms|s|m|h|d)$" . -}}
+{{- $sum = addf $sum (mulf (float64 (trimSuffix $unit .)) (get $units $unit)) -}}
+{{- end -}}
+{{- else -}}
+{{- $sum = float64 . -}}
+{{- end -}}
+{{- $sum -}}
+{{- end -}}
+
 {{/* Time from a pod's deletion to its SIGKILL: preStop, drain, and 15 s for goodbyes. Takes pre and settings. */}}
 {{- define "tandem.grace" -}}
-{{- add (int .pre) (ceil (include "tandem.drain" .settings | float64)) 15 -}}
+{{- add (int .pre) (ceil (float64 (include "tandem.seconds" (include "tandem.drain" .settings)))) 15 -}}
 {{- end -}}
 
 {{/* What the setting `model` of every process is. */}}

@@ -217,7 +217,7 @@ spec:
 {{- with .rdma.ucxNetDevices }}
 - {name: UCX_NET_DEVICES, value: {{ . | quote }}}
 {{- end }}
-- {name: UCX_IB_GPU_DIRECT_RDMA, value: {{ ternary "try" "no" (gt (int .gpus) 0) | quote }}}
+- {name: UCX_IB_GPU_DIRECT_RDMA, value: {{ ternary "try" "n" (gt (int .gpus) 0) | quote }}}
 {{- with .rdma.ncclIbHca }}
 - {name: NCCL_IB_HCA, value: {{ . | quote }}}
 {{- end }}

@@ -25,7 +25,7 @@ port: {{ .Values.ports.http }}
 control_host: {{ .Values.router.bind | quote }}
 control_port: {{ .Values.ports.control }}
 api_keys: /etc/tandem/keys/keys.yaml
-drain_s: {{ include "tandem.drain" $settings }}
+drain_s: {{ include "tandem.drain" $settings | quote }}
 {{- end -}}
 
 {{/* Takes root and pool, a whole one. The address is the pod's own: TANDEM_HOST in its environment. */}}
@@ -42,5 +42,5 @@ port: {{ .root.Values.ports.worker }}
 metrics_port: {{ .root.Values.ports.metrics }}
 router:
 {{- include "tandem.controls" .root | nindent 2 }}
-drain_s: {{ include "tandem.drain" $settings }}
+drain_s: {{ include "tandem.drain" $settings | quote }}
 {{- end -}}
