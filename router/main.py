@@ -26,9 +26,8 @@ from router.supervisor import Place, supervise
 from router.workers.fleet_metrics import FleetMetrics
 from router.workers.registry import Relay
 from tandem.config import RouterConfig
-from tandem.errors import ConfigError
 from tandem.obs import setup_logging
-from tandem.ports import allow_descriptors, authority, check_port
+from tandem.ports import allow_descriptors, check_port, refused
 from tandem.text.tokenizer import import_transformers_without_torch
 from tandem.trust import Trust
 
@@ -63,8 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--port: {authority(host, port)} cannot be listened on: {reason}", param="port") from None
+        raise refused(error, host, port, "--port") from None
     listener.listen(BACKLOG)
     return listener
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import random
@@ -36,6 +37,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+FIXES = {
+    errno.EADDRINUSE: "stop what listens there, or give another port",
+    errno.EADDRNOTAVAIL: "give an address of this machine",
+    errno.EACCES: "give a port above 1023",
+}
+
+
+def refused(error: OSError, host: str, port: int, setting: str) -> ConfigError:
+    """Why a port cannot be listened on, naming the flag `setting`, and what to do about it."""
+    reason, fix = (error.strerror or str(error)).lower(), FIXES.get(error.errno or 0, "")
+    text = f"{setting}: {authority(host, port)} cannot be listened on: {reason}"
+    return ConfigError(f"{text}; {fix}" if fix else text, setting.removeprefix("--").replace("-", "_"))
+
+
 def check_port(host: str, port: int, setting: str) -> None:
     """Raises ConfigError, naming the flag `setting`, unless `port` of `host` can be listened on now; 0 is any port."""
     try:
@@ -44,9 +59,7 @@ def check_port(host: str, port: int, setting: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        param = setting.removeprefix("--").replace("-", "_")
-        raise ConfigError(f"{setting}: {authority(host, port)} cannot be listened on: {reason}", param) from None
+        raise refused(error, host, port, setting) from None
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

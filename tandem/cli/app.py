@@ -80,11 +80,12 @@ def _train_draft(config: TrainDraftConfig) -> None:
 
 
 def _doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON array in place of a table")] = False,
+    model: Annotated[str, typer.Option("--model", help="folder or hub id of a model to check as well")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object in place of a tree")] = False,
 ) -> None:
     from tandem.cli.doctor import doctor
 
-    doctor(as_json)
+    raise typer.Exit(doctor(model, as_json))
 
 
 def _explain(
@@ -127,7 +128,7 @@ def make_app() -> typer.Typer:
     about = "Train a draft head for a model, for speculative decoding."
     settings(app, "train-draft", about, TrainDraftConfig, _train_draft)
     app.command("replay", help="Simulate policies on a recorded load.")(replay)
-    app.command("doctor", help="Show what this machine has and what Tandem makes of it.")(_doctor)
+    app.command("doctor", help="Check this machine: what is missing, and how to mend it.")(_doctor)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
     return app
 

@@ -19,7 +19,8 @@ def test_a_taken_port_is_named_with_its_flag() -> None:
         with pytest.raises(ConfigError) as caught:
             check_port("127.0.0.1", port, "--metrics-port")
     said = f"--metrics-port: 127.0.0.1:{port} cannot be listened on: address already in use"
-    assert (str(caught.value), caught.value.param) == (said, "metrics_port")
+    fix = "stop what listens there, or give another port"
+    assert (str(caught.value), caught.value.param) == (f"{said}; {fix}", "metrics_port")
     check_port("127.0.0.1", port, "--metrics-port")
 
 

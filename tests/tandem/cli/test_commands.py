@@ -23,6 +23,7 @@ from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 
 ROOT = Path(tandem.__file__).parents[1]
 WRONG_SETTING, WRONG_CHECKPOINT = 2, 3
+TAKEN = r"\d+ cannot be listened on: address already in use; stop what listens there, or give another port"
 
 DRIVER = """
 import contextlib, io, json, sys
@@ -57,20 +58,25 @@ CASES = {
     "unknown reasoning parser": Case("up {model} --reasoning-parser r2", "--reasoning-parser: must be one of auto, .*"),
     "up, no such folder": Case("up ./none --port 0", "model is ./none; there is no such folder"),
     "no model": Case("decode", "MODEL: Field required"),
-    "HTTP port": Case("router --port {port}", r"--port: 127.0.0.1:\d+ cannot be listened on: address already in use"),
+    "HTTP port": Case(
+        "router --port {port}",
+        rf"--port: 127.0.0.1:{TAKEN}",
+    ),
     "control port": Case(
         "router --port 0 --control-port {port}",
-        r"--control-port: 127.0.0.1:\d+ cannot be listened on: address already in use",
+        rf"--control-port: 127.0.0.1:{TAKEN}",
     ),
     "up's port": Case(
-        "up {model} --port {port}", r"--port: 127.0.0.1:\d+ cannot be listened on: address already in use"
+        "up {model} --port {port}",
+        rf"--port: 127.0.0.1:{TAKEN}",
     ),
     "worker's port": Case(
-        "prefill {model} --port {port}", r"--port: 127.0.0.1:\d+ cannot be listened on: address already in use"
+        "prefill {model} --port {port}",
+        rf"--port: 127.0.0.1:{TAKEN}",
     ),
     "metrics port": Case(
         "decode {model} --metrics-port {port}",
-        r"--metrics-port: 127.0.0.1:\d+ cannot be listened on: address already in use",
+        rf"--metrics-port: 127.0.0.1:{TAKEN}",
     ),
     "foreign host": Case(
         "decode {model} --host 192.0.2.1 --tls-cert {model}/config.json --tls-key {model}/config.json "
