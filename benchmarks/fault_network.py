@@ -17,7 +17,7 @@ SUBNET = "10.77.0"
 NOWHERE = "02:00:00:00:00:ff"
 SLOW = ("tbf", "rate", "8mbit", "burst", "64k", "latency", "2s")
 """1 MB/s."""
-ENVIRONMENT = (("UCX_TLS", "tcp"), ("UCX_NET_DEVICES", "eth0"), ("TANDEM_METRICS_TOKEN", "faults"))
+ENVIRONMENT = (("UCX_TLS", "tcp"), ("UCX_NET_DEVICES", "eth0"), ("TANDEM_METRICS_TOKEN", "token-of-the-fault-matrix"))
 """Between namespaces of one machine UCX would use shared memory, and no link would matter."""
 
 
