@@ -92,9 +92,8 @@ class Report:
         """All of it, as Markdown."""
         kinds = Counter(f"{fault.name} {fault.kind}" for fault in self.faults)
         outcomes = Counter(end.outcome for end in self.ends)
-        told = Counter(
-            f"router {self.struck(e)}: {e.cause}" for e in self.ends if e.outcome == "error" and self.struck(e)
-        )
+        errors = [end for end in self.ends if end.outcome == "error" and self.reason(end)]
+        told = Counter(f"{self.reason(end)}: {end.cause}" for end in errors)
         wrong = Counter(f"{end.kind}: {end.outcome}: {end.cause}" for end in self.unexplained())
         lines = [
             f"{len(self.ends)} requests ({self.skipped} not begun): {dict(outcomes)}; "
