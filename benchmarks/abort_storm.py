@@ -1,10 +1,18 @@
 """An abort storm: nine of ten clients go away at random moments. What do the others have of it, and what stays held?
 
-Rounds in turn: the requests that stay alone, and the same ones among those that are given up - while they wait, while
-their prompt is computed, moved, or while they generate. Reported: output tokens a second of those that stay, with and
-without the storm, and how long after a round's last end any worker held anything.
+Three kinds of round in turn, each with as many requests beginning at the same moments: `storm`, in which 89 % are
+given up while they wait, while their prompt is computed or moved, or while they generate; `stay`, the same offered load
+of which nobody goes away; and `alone`, only those that stay. Each request's own time counts, from its own begin to its
+last token: how long a round lasts says little, since requests begin over most of it. Throughput is output tokens over
+the sum of those times.
 
-    python -m benchmarks.abort_storm [--rounds 20]
+After each round a `pinned` one: as many requests, begun over a moment, are all given up at once, in whatever phase each
+is. From then on the routers' counters and every worker's audit (pages, cache handles, sequences, tickets, slab ranges,
+copies) are read until nothing is held: that is how long anything at all was pinned.
+
+    python -m benchmarks.abort_storm [--rounds 20] [--rate 10]
+
+2,000 requests take 20 rounds, about fifteen minutes. The figures mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -19,8 +27,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import httpx
 
+from tandem.obs import REQUESTS_QUEUED, REQUESTS_RUNNING
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, cluster
 
@@ -28,88 +38,147 @@ REQUESTS = 100
 STAYING = 11
 """Of each round's requests; 89 % are given up."""
 PROMPT_TOKENS = 200
-OUTPUT_TOKENS = 60
-SPREAD_S = 2.0
-"""A round's requests begin within this."""
-PATIENCE_S = 1.5
-"""Who goes away does so within this."""
-POLL_S = 0.02
+OUTPUT_TOKENS = 120
+KINDS = ("storm", "stay", "alone")
+POLL_S = 0.01
 HELD_S = 30.0
+PINNED_SPREAD_S = 1.0
+"""What is given up at once began within this."""
 
 
 @dataclass
 class Storm:
-    """What was measured."""
+    """What was measured. Seconds are those of the requests that stay, each from its own begin."""
 
-    calm: list[float] = field(default_factory=list)
-    """Output tokens a second of those that stay, without a storm; of each round."""
-    stormy: list[float] = field(default_factory=list)
-    held_s: list[float] = field(default_factory=list)
-    """Seconds from the last end of each stormy round until nothing is held."""
+    own_s: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    first_s: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Until the first token."""
+    given_up: int = 0
+    pinned_s: list[float] = field(default_factory=list)
+    """From the moment at which all went away until nothing was held; of each round."""
 
-    @property
-    def ratio(self) -> float:
-        """Throughput with the storm over that without, medians."""
-        return statistics.median(self.stormy) / statistics.median(self.calm)
+    def throughput(self, kind: str) -> float:
+        """Output tokens a second of those that stay, while each was served."""
+        return OUTPUT_TOKENS * len(self.own_s[kind]) / sum(self.own_s[kind])
+
+    def text(self) -> str:
+        """All of it."""
+        storm = self.throughput("storm")
+        lines = [
+            f"{kind}: {self.throughput(kind):.0f} tokens/s a request, first token after "
+            f"{statistics.median(self.first_s[kind]) * 1000:.0f} ms, whole answer after "
+            f"{statistics.median(self.own_s[kind]) * 1000:.0f} ms (medians of {len(self.own_s[kind])})"
+            for kind in KINDS
+        ]
+        return "\n".join(
+            (
+                *lines,
+                f"storm over stay {storm / self.throughput('stay'):.2f}, over alone "
+                f"{storm / self.throughput('alone'):.2f}; {self.given_up} given up",
+                f"pinned after all went away at once: median {statistics.median(self.pinned_s):.2f} s, "
+                f"longest {max(self.pinned_s):.2f} s of {len(self.pinned_s)} times",
+            )
+        )
 
 
-async def ask(client: httpx.AsyncClient, seed: int, begins_s: float, leaves_s: float | None) -> int:
-    """One request; its output tokens, 0 for one that was given up. Raises RuntimeError when it is not answered."""
+@dataclass(frozen=True)
+class Asked:
+    """One request, in seconds from its begin; answered: whether it came to its end."""
+
+    answered: bool
+    first_s: float
+    own_s: float
+
+
+async def ask(client: httpx.AsyncClient, seed: int, begins_s: float, leaves_s: float | None) -> Asked:
+    """One request. Raises RuntimeError when it is not answered, and was not given up."""
     await asyncio.sleep(begins_s)
     prompt = [(seed * 31 + position * 17 + seed * position) % 250 for position in range(PROMPT_TOKENS)]
     body = {"model": "llama", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "stream": True}
+    begun, first, last = time.monotonic(), 0.0, ""
     try:
         async with asyncio.timeout(leaves_s), client.stream("POST", "/v1/completions", json=body) as answer:
-            text = [line async for line in answer.aiter_lines() if line.startswith("data:")]
+            async for line in answer.aiter_lines():
+                first = first or time.monotonic()
+                last = line or last
     except TimeoutError:
-        return 0
-    if answer.status_code != 200 or text[-1] != "data: [DONE]":
-        raise RuntimeError(f"not answered: {answer.status_code} {text[-1:]}")
-    return OUTPUT_TOKENS
+        return Asked(False, 0.0, 0.0)
+    if answer.status_code != 200 or last != "data: [DONE]":
+        raise RuntimeError(f"not answered: {answer.status_code} {last}")
+    return Asked(True, first - begun, time.monotonic() - begun)
 
 
-async def play_round(client: httpx.AsyncClient, number: int, storm: bool) -> float:
-    """Output tokens a second of those that stay."""
+async def play_round(
+    client: httpx.AsyncClient, number: int, kind: str, rate: float, patience_s: float
+) -> tuple[list[Asked], int]:
+    """Those that stay, and how many were given up. rate: requests a second; patience_s: who leaves does so within."""
     source = random.Random(number)
-    asks, staying = [], []
+    leaving, staying = [], []
     for index in range(REQUESTS):
-        begins, leaves = source.uniform(0.0, SPREAD_S), source.uniform(0.0, PATIENCE_S)
-        seed = (number * REQUESTS + index) * 2 + storm
+        begins, leaves = source.uniform(0.0, REQUESTS / rate), source.uniform(0.0, patience_s)
+        seed = (number * REQUESTS + index) * len(KINDS) + KINDS.index(kind)
         if index < STAYING:
             staying.append(ask(client, seed, begins, None))
-        elif storm:
-            asks.append(asyncio.create_task(ask(client, seed, begins, leaves)))
-    begun = time.monotonic()
-    tokens = sum(await asyncio.gather(*staying))
-    seconds = time.monotonic() - begun
-    await asyncio.gather(*asks)
-    return tokens / seconds
+        elif kind != "alone":
+            leaving.append(asyncio.create_task(ask(client, seed, begins, leaves if kind == "storm" else None)))
+    answers = await asyncio.gather(*staying)
+    return answers, sum(not asked.answered for asked in await asyncio.gather(*leaving))
+
+
+async def pinned(client: httpx.AsyncClient, running: Cluster, number: int) -> float:
+    """Begins requests over a moment, gives all up at once; seconds until nothing is held anywhere.
+
+    Raises RuntimeError when nothing was held to begin with.
+    """
+    source = random.Random(f"pinned {number}")
+    seeds = range(-number * REQUESTS - REQUESTS, -number * REQUESTS)
+    asks = [asyncio.create_task(ask(client, seed, source.uniform(0.0, PINNED_SPREAD_S), None)) for seed in seeds]
+    await asyncio.sleep(PINNED_SPREAD_S)
+    if not await asyncio.to_thread(_held, running):
+        raise RuntimeError("nothing was held when all went away")
+    for each in asks:
+        each.cancel()
+    held = asyncio.create_task(until_free(running))
+    await asyncio.gather(*asks, return_exceptions=True)
+    return await held
 
 
 async def until_free(running: Cluster) -> float:
-    """Seconds until no worker holds anything."""
+    """Seconds until no worker and no router holds anything; at most `HELD_S`."""
     begun = time.monotonic()
-    while time.monotonic() - begun < HELD_S:
-        held = await asyncio.gather(*(asyncio.to_thread(running.audit, each) for each in running.workers.values()))
-        if not any(held):
-            break
+    while True:
+        held = await asyncio.to_thread(_held, running)
+        seconds = time.monotonic() - begun
+        if not held or seconds > HELD_S:
+            return seconds
         await asyncio.sleep(POLL_S)
-    return time.monotonic() - begun
 
 
-async def measure(running: Cluster, rounds: int) -> Storm:
-    """Rounds with and without a storm in turn, after one of each that does not count."""
+def _held(running: Cluster) -> bool:
+    if any(running.metric(name) for name in (REQUESTS_RUNNING, REQUESTS_QUEUED)):
+        return True
+    try:
+        return any(running.audit(worker) for worker in running.workers.values())
+    except grpc.RpcError:
+        return True
+
+
+async def measure(running: Cluster, rounds: int, rate: float) -> Storm:
+    """Rounds of each kind in turn, after one that does not count and says how long an answer takes."""
     storm = Storm()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=running.url, timeout=120, limits=limits) as client:
-        for number in range(rounds + 1):
-            calm = await play_round(client, number, storm=False)
-            stormy = await play_round(client, number, storm=True)
-            held = await until_free(running)
-            if number:
-                storm.calm.append(calm)
-                storm.stormy.append(stormy)
-                storm.held_s.append(held)
+        warm, _ = await play_round(client, 0, "stay", rate, 0.0)
+        patience_s = statistics.median(asked.own_s for asked in warm)
+        for number in range(1, rounds + 1):
+            # Each kind comes first, second and last equally often.
+            for kind in (KINDS[(number + turn) % len(KINDS)] for turn in range(len(KINDS))):
+                asked, given_up = await play_round(client, number, kind, rate, patience_s)
+                storm.own_s[kind] += [each.own_s for each in asked]
+                storm.first_s[kind] += [each.first_s for each in asked]
+                storm.given_up += given_up
+                await until_free(running)
+            storm.pinned_s.append(await pinned(client, running, number))
     return storm
 
 
@@ -117,16 +186,14 @@ def main() -> int:
     """Prints what was measured."""
     parser = argparse.ArgumentParser(description="An abort storm beside none")
     parser.add_argument("--rounds", type=int, default=20, help=f"of {REQUESTS} requests each")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rate", type=float, default=10.0, help="requests that begin in a second")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint(Path(folder) / "llama", CheckpointSpec(family="llama", seed=1))
-        with cluster(model, Path(folder), 1, 1, ["--kv-mib", "32"]) as running:
-            storm = asyncio.run(measure(running, rounds))
-    sys.stdout.write(
-        f"{rounds * REQUESTS} requests, {REQUESTS - STAYING} % given up: those that stay have "
-        f"{statistics.median(storm.stormy):.0f} tokens/s with the storm, {statistics.median(storm.calm):.0f} without, "
-        f"{storm.ratio:.2f}x; longest hold after a round {max(storm.held_s):.2f} s\n"
-    )
+        workers, router = ["--kv-mib", "32"], ["--policy", "round_robin"]
+        with cluster(model, Path(folder), 1, 1, workers, ["--local-prefill-tokens", "0"], router) as running:
+            storm = asyncio.run(measure(running, given.rounds, given.rate))
+    sys.stdout.write(f"{given.rounds} rounds, {given.rate:g} requests/s\n{storm.text()}\n")
     return 0
 
 

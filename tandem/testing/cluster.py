@@ -24,7 +24,7 @@ from tandem.config import child_environment
 from tandem.ports import free_ports
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 
-START_S = 60.0
+START_S = 120.0
 THREADS = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",

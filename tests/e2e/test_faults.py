@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from benchmarks.abort_storm import play_round, until_free
+from benchmarks.abort_storm import STAYING, pinned, play_round
 from benchmarks.faults import Cell, Outcome, play, running_cluster
 from tandem.obs import FIRST_TOKEN_SECONDS, REQUESTS_MOVED_TOTAL
 from tandem.testing.cluster import Cluster
@@ -83,6 +83,7 @@ async def stop_strings_hold_across_a_move(running: Cluster) -> None:
 
 async def an_abort_storm_pins_nothing(running: Cluster) -> None:
     async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
-        assert await play_round(client, 1, storm=True) > 0
-    assert await until_free(running) < 10
+        stayed, given_up = await play_round(client, 1, "storm", rate=50.0, patience_s=0.5)
+        assert len(stayed) == STAYING and given_up > STAYING
+        assert await pinned(client, running, 1) < 10
     await asyncio.to_thread(running.check_leaks)

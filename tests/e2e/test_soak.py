@@ -24,7 +24,7 @@ def grown(life: list[Sample], figure: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 async def test_a_minute_of_mixed_load_and_faults(tmp_path: Path) -> None:
     with running_cluster(tmp_path, "round_robin", workers=2) as views:
         soak = Soak(views, "even", seed=1)
