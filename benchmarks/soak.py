@@ -1,6 +1,6 @@
 """Mixed load for a long while with a fault every half minute: what clients are told, what is lost, and what grows.
 
-Two routers, three prefill and three decode workers, real processes and NIXL. One of each role is spared: it is stopped
+Two routers, two prefill and two decode workers, real processes and NIXL. One of each role is spared: it is stopped
 for some seconds now and then, as all are, but never ended, so that its memory can be judged; the others are killed,
 ended and restarted in turns. Half of the clients use either router. An error counts as a router's own when that
 router was struck while the request ran; every other one is unexplained, and so is whatever is still held at the end.
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import signal
 import sys
@@ -36,8 +37,10 @@ from tandem.obs import REQUESTS_QUEUED, REQUESTS_RUNNING
 from tandem.ports import free_ports
 from tandem.testing.cluster import Cluster, Process, cluster
 
+log = logging.getLogger(__name__)
+
 MODEL = Path(__file__).parents[1] / "tandem" / "demo" / "model"
-WORKERS = 3
+WORKERS = 2
 SPARED = ("router-0", "prefill-0", "decode-0")
 FAULTS = ("SIGKILL", "SIGSTOP", "SIGTERM", "restart")
 STOPPED_S = 5.0
@@ -74,6 +77,8 @@ class Report:
     """Name, minutes of its longest life, memory at its end, and a slope for each figure."""
     steep: list[str] = field(default_factory=list)
     skipped: int = 0
+    late: list[str] = field(default_factory=list)
+    """Faults after which not everybody served again within `tandem.testing.cluster.START_S`."""
 
     def unexplained(self) -> list[End]:
         """Errors and losses that no fault explains."""
@@ -100,6 +105,7 @@ class Report:
             f"{len(self.faults)} faults: {dict(kinds)}",
             f"- errors that a fault explains: {dict(told) or 'none'}",
             f"- unexplained: {dict(wrong) or 'none'}",
+            f"- not everybody back in time after: {', '.join(self.late) or 'none'}",
             f"- held at the end: {'; '.join(self.held) or 'nothing'}",
             f"- steeper than {FLAT_MIB_MIN} MiB/min: {', '.join(self.steep) or 'none'}",
             "",
@@ -138,6 +144,12 @@ class Soak:
             await self._clients.close()
         self._judge(seconds * WARM_SHARE)
 
+    def write(self, path: Path) -> None:
+        """All samples, ends and faults, as JSON."""
+        lives = {f"{name} {pid}": [asdict(sample) for sample in life] for (name, pid), life in self.watch.lives.items()}
+        ends, faults = map(asdict, self.report.ends), map(asdict, self.report.faults)
+        path.write_text(json.dumps({"ends": list(ends), "faults": list(faults), "lives": lives}))
+
     async def _load(self, until: float, rate: float) -> None:
         """Requests at random moments, `rate` a second, whatever became of those before."""
         open_now: set[asyncio.Task[End]] = set()
@@ -167,7 +179,7 @@ class Soak:
             begun = time.monotonic()
             await self._strike(process, kind)
             self.report.faults.append(Fault(process.name, kind, begun, time.monotonic()))
-            sys.stderr.write(f"{process.name} {kind}: {Counter(end.outcome for end in self.report.ends)}\n")
+            log.info("%s %s: %s", process.name, kind, Counter(end.outcome for end in self.report.ends))
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
 
     async def _strike(self, process: Process, kind: str) -> None:
@@ -183,8 +195,12 @@ class Soak:
             if kind != "restart":
                 await asyncio.sleep(REPLACED_S)
             process.start()
-        for view in self._views:
-            await asyncio.to_thread(view.wait_ready)
+        try:
+            for view in self._views:
+                await asyncio.to_thread(view.wait_ready)
+        except AssertionError as error:
+            self.report.late.append(f"{process.name} {kind}")
+            log.warning("after %s of %s: %s", kind, process.name, error)
 
     async def _quiet(self) -> list[str]:
         """What is still held some time after the last client has gone."""
@@ -243,7 +259,7 @@ def running_cluster(folder: Path, policy: str, workers: int = WORKERS) -> Iterat
 
 
 def main() -> int:
-    """Prints the report; 1 for anything lost, unexplained, held or steep."""
+    """Prints the report; 1 for anything lost, unexplained, held, steep or late."""
     parser = argparse.ArgumentParser(description="Mixed load, faults, and what grows")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--fault-s", type=float, default=30.0, help="seconds from a fault to the next")
@@ -253,18 +269,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, help="write all samples, ends and faults to this JSON file")
     given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, running_cluster(Path(folder), given.policy) as views:
         soak = Soak(views, given.mix, given.seed)
         asyncio.run(soak.run(given.minutes * 60, given.fault_s, given.rate))
-    report = soak.report
-    if given.raw is not None:
-        lives = {f"{name} {pid}": [asdict(sample) for sample in life] for (name, pid), life in soak.watch.lives.items()}
-        ends, faults = map(asdict, report.ends), map(asdict, report.faults)
-        given.raw.write_text(json.dumps({"ends": list(ends), "faults": list(faults), "lives": lives}))
-    sys.stdout.write(
-        f"{given.minutes:g} min, mix {given.mix}, policy {given.policy}, seed {given.seed}: {report.text()}\n"
-    )
-    return 1 if report.unexplained() or report.held or report.steep else 0
+        report, heading = soak.report, f"mix {given.mix}, policy {given.policy}, seed {given.seed}"
+        sys.stdout.write(f"{given.minutes:g} min, {heading}: {report.text()}\n")
+        if given.raw is not None:
+            soak.write(given.raw)
+    return 1 if report.unexplained() or report.held or report.steep or report.late else 0
 
 
 if __name__ == "__main__":

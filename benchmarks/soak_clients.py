@@ -187,12 +187,12 @@ class Clients:
             "known": lambda: self._source.choice(self._questions),
         }
         prompt = prompts.get(kind, lambda: self._words(self._source.randint(5, 120)))()
-        more = {
+        extras: dict[str, dict[str, Any]] = {
             "several": {"n": 3, "temperature": 1.0, "seed": self._source.randrange(1 << 30)},
             "slow": {"max_tokens": 400},
             "leaves": {"max_tokens": 200, "n": self._source.choice((1, 1, 1, 2))},
-        }.get(kind, {})
-        return "/v1/completions", body | {"prompt": prompt, "ignore_eos": True} | more, None
+        }
+        return "/v1/completions", body | {"prompt": prompt, "ignore_eos": True} | extras.get(kind, {}), None
 
     def _turn(self) -> list[dict[str, str]]:
         """A chat with one question more; each goes on for some turns, a few at a time."""
