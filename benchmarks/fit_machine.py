@@ -1,8 +1,10 @@
 """Measures a Tandem cluster for the simulator: `python -m benchmarks.fit_machine machine.json --system tandem-4p2d`.
 
-Step times are those that the workers report on their metrics pages while prompts and answers of all lengths run beside
-one another. What a request costs beside its steps comes from requests asked one at a time, each twice: the second finds
-its prefix where it will be decoded, so that the first one's rest is the hand-over.
+Requests are asked one at a time, with pauses: step times are those that the workers report on their metrics pages
+meanwhile. Each is asked twice: the second finds its prefix where it will be decoded, so that the first one's rest is
+the hand-over. What all processes, the client among them, spend beside steps is divided among requests and tokens by
+comparing these short answers with long ones, less what an idle cluster spends. At last clients keep all cores busy: how
+much longer the same steps take then is the crowding.
 
 `tandem replay TRACE --machine machine.json` takes the result.
 """
@@ -10,12 +12,15 @@ its prefix where it will be decoded, so that the first one's rest is the hand-ov
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import os
 import random
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +30,7 @@ from typing import Annotated
 
 import httpx
 import numpy as np
+import psutil
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -37,7 +43,8 @@ from benchmarks.systems import Peers, Server, Setting, StartError, server
 from benchmarks.workloads import Conversation, Shape, Turn, make
 from tandem.cluster import StepTiming
 
-POLL_S = 0.25
+POLL_S = 1.0
+"""Pages are work for those measured, too."""
 MESSAGE_MS = 1.0
 """What the simulator takes for one message between processes."""
 BATCH_TOKENS = 512
@@ -46,6 +53,10 @@ RUNNING = 64
 FAST_LINK = 25e6
 """Bytes a millisecond where moving takes no time that could be measured."""
 LENGTHS = (200, 400, 700, 1000, 1300)
+SHORT_ANSWER, LONG_ANSWER = 16, 256
+PAUSE_S = 0.15
+"""Between requests asked one at a time: under most loads a process has slept before one comes."""
+IDLE_S = 4.0
 WORKER = re.compile(r"(prefill|decode)-\d+ +\S+ +pid \d+ +(\d+) pages +metrics (\d+)")
 """A worker's line in what `tandem up` prints."""
 PAGE_TOKENS = 16
@@ -67,6 +78,10 @@ class Counts:
             self.seconds - other.seconds,
             self.tokens - other.tokens,
         )
+
+    def plus(self, other: Counts) -> Counts:
+        """Both together."""
+        return Counts(self.steps + other.steps, self.seconds + other.seconds, self.tokens + other.tokens)
 
 
 SERIES = {
@@ -122,6 +137,42 @@ def fit_request(
     return around, max(0.0, float(fixed)), min(kv_bytes / float(slope), FAST_LINK)
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one load took of the machine."""
+
+    seconds: float
+    cpu_s: float
+    """Of all processes of the cluster and of the client."""
+    steps: Counts
+    """Of all workers."""
+    requests: int = 0
+    tokens: int = 0
+    """Of answers."""
+
+
+def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
+    """Cores busy without any request; milliseconds of CPU beside steps on a request, and on each token of its answer.
+
+    loads: at least two, with answers of different lengths, one request at a time: a step's time is its CPU then.
+    """
+    background = idle.cpu_s / idle.seconds
+    known = np.array([[each.requests, each.tokens] for each in loads], dtype=float)
+    beside = np.array([each.cpu_s - each.steps.seconds - background * each.seconds for each in loads]) * 1e3
+    (request, token), *_ = np.linalg.lstsq(known, beside, rcond=None)
+    return background, max(float(request), 0.0), max(float(token), 0.0)
+
+
+def fit_crowding(timing: StepTiming, full: Spent, cores: int) -> float:
+    """How much longer steps take while all cores are busy, beyond what other processes take of their time.
+
+    timing: of steps alone. full: a load that left no core free.
+    """
+    alone_s = (full.steps.steps * timing.base_ms + full.steps.tokens * timing.per_token_ms) / 1e3
+    beside = max(full.cpu_s - full.steps.seconds, 0.0) / (full.seconds * cores)
+    return max(0.0, full.steps.seconds / alone_s * (1 - min(beside, 1.0)) - 1)
+
+
 class Pages:
     """The metrics pages of some workers, read now and then in a thread of its own."""
 
@@ -163,27 +214,80 @@ def workers(log: str) -> list[tuple[int, str]]:
     return found
 
 
-def measure(url: str, log: Path, kv_mib: int, seed: int) -> dict[str, float]:
+class Meter:
+    """One cluster that is measured. Its methods raise ConnectionError and httpx.HTTPError."""
+
+    def __init__(self, url: str, group: int, pages: Pages, seed: int) -> None:
+        """group: the process whose children are the cluster."""
+        self._endpoint = Endpoint(url)
+        self._cluster = psutil.Process(group)
+        self._pages = pages
+        self._seed = seed
+        self.intervals: list[Counts] = []
+        """Of the last load, worker by worker."""
+
+    def idle(self) -> Spent:
+        """What the cluster spends on nothing."""
+        before = self._cpu_s()
+        time.sleep(IDLE_S)
+        return Spent(IDLE_S, self._cpu_s() - before, Counts())
+
+    def one_by_one(self, lengths: Sequence[int], answer: int) -> tuple[Spent, list[tuple[Sample, Sample]]]:
+        """Prompts of these lengths, each asked twice, alone; and what came of both times."""
+        rng = random.Random(f"fit {self._seed} {answer}")
+        prompts = [tuple(rng.choices(range(8, 250), k=length)) for length in lengths]
+        asked = [Conversation((Turn(prompt, answer),)) for prompt in prompts for _ in range(2)]
+
+        async def each() -> list[Sample]:
+            samples: list[Sample] = []
+            for conversation in asked:
+                samples += (await run(self._endpoint, [conversation], Load(concurrency=1))).samples
+                await asyncio.sleep(PAUSE_S)
+            return samples
+
+        spent, samples = self._spent(lambda: asyncio.run(each()))
+        return spent, list(zip(samples[::2], samples[1::2], strict=True))
+
+    def together(self, requests: Sequence[Conversation], concurrency: int) -> Spent:
+        """Many at once."""
+        load = Load(concurrency=concurrency, seed=self._seed)
+        return self._spent(lambda: list(asyncio.run(run(self._endpoint, requests, load)).samples))[0]
+
+    def _spent(self, ask: Callable[[], list[Sample]]) -> tuple[Spent, list[Sample]]:
+        before, own, began = self._cpu_s(), time.thread_time(), time.perf_counter()
+        with self._pages.watched() as self.intervals:
+            samples = ask()
+        seconds, cpu = time.perf_counter() - began, self._cpu_s() - before + time.thread_time() - own
+        steps = functools.reduce(Counts.plus, self.intervals, Counts())
+        return Spent(seconds, cpu, steps, len(samples), sum(each.output_tokens for each in samples)), samples
+
+    def _cpu_s(self) -> float:
+        """Of the cluster's processes."""
+        times = [each.cpu_times() for each in (self._cluster, *self._cluster.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+
+def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
     """Fields of `router.simulation.setting.Machine`. Raises ConnectionError, ValueError, httpx.HTTPError."""
-    endpoint, rng = Endpoint(url), random.Random(f"fit {seed}")
-    closed = Load(concurrency=3, seed=seed)
-    mixed = make("random", Shape(requests=90, input_tokens=600, output_tokens=64, spread=0.9), seed)
-    asyncio.run(run(endpoint, mixed[:20], closed))  # what is slow once is over
-    known = workers(log.read_text(encoding="utf-8"))
-    pages, tokens = Pages([page for _, page in known]), known[0][0] * PAGE_TOKENS
-    with pages.watched() as intervals:
-        asyncio.run(run(endpoint, mixed[20:], closed))
-    timing = fit_steps(intervals)
-    prompts = [tuple(rng.choices(range(8, 250), k=length)) for length in LENGTHS * 4]
-    asked = [
-        asyncio.run(run(endpoint, [Conversation((Turn(prompt, 16),))] * 2, Load(concurrency=1))).samples
-        for prompt in prompts
-    ]
+    mixed = make("random", Shape(requests=110, input_tokens=600, output_tokens=64, spread=0.9), seed)
+    asyncio.run(run(Endpoint(url), mixed[:20], Load(concurrency=3, seed=seed)))  # what is slow once is over
+    known = workers(one.log.read_text(encoding="utf-8"))
+    assert one.process is not None
+    meter = Meter(url, one.process.pid, Pages([page for _, page in known]), seed)
+    idle = meter.idle()
+    short, pairs = meter.one_by_one(LENGTHS * 4, SHORT_ANSWER)
+    timing = fit_steps(meter.intervals)
+    long, _ = meter.one_by_one(LENGTHS, LONG_ANSWER)
+    full = meter.together(mixed[20:], 2 * len(known))
+    tokens = known[0][0] * PAGE_TOKENS
     kv_bytes = kv_mib * 2**20 / tokens
-    around, hand_over, rate = fit_request(timing, [(cold, warm) for cold, warm in asked], kv_bytes)
+    around, hand_over, rate = fit_request(timing, pairs, kv_bytes)
+    background, request, token = fit_host(idle, [short, long])
     return {
         "base_ms": timing.base_ms, "per_token_ms": timing.per_token_ms, "per_context_ms": 0.0,
         "overhead_ms": around, "hand_over_ms": hand_over, "link_bytes_per_ms": rate,
+        "request_cpu_ms": request, "token_cpu_ms": token, "background_cores": background,
+        "crowding": fit_crowding(timing, full, len(os.sched_getaffinity(0))),
         "kv_bytes": kv_bytes, "kv_tokens": tokens, "max_batch_tokens": BATCH_TOKENS, "max_running": RUNNING,
     }  # fmt: skip
 
@@ -201,7 +305,7 @@ def main(
     one: Server = server(system, Setting(checkpoint(model, None), kv_mib=kv_mib), Peers(), folder)
     try:
         with one.running() as url:
-            found = measure(url, one.log, kv_mib, seed)
+            found = measure(one, url, kv_mib, seed)
     except (ValueError, ConnectionError, StartError, httpx.HTTPError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None

@@ -6,13 +6,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Protocol
 
 from router.simulation.block_cache import BlockCache
 from router.simulation.clock import Clock
+from router.simulation.cores import Cores
 from router.simulation.setting import Machine
-from router.simulation.slots import Slots
 from tandem.cluster import StepTiming
 from tandem.kv import BlockHash
 from tandem.step_timing import TimingFit
@@ -93,9 +94,9 @@ class Engine:
         rng: Random,
         noise: float,
         host: Host,
-        slots: Slots | None = None,
+        cores: Cores | None = None,
     ) -> None:
-        """slots: shared with other engines; every step takes one."""
+        """cores: shared with other engines and processes."""
         self.busy_s = 0.0
         self.queued_tokens = 0
         """Prompt tokens to be computed, as far as the cache is known."""
@@ -108,7 +109,7 @@ class Engine:
         self._rng = rng
         self._noise = noise
         self._host = host
-        self._slots = slots
+        self._cores = cores
         self._queue: list[Prompt] = []
         self._prompts: deque[Prompt] = deque()
         self._joining: list[Output] = []
@@ -169,17 +170,20 @@ class Engine:
 
     def _begin(self, run: _Run) -> None:
         self._run = run
-        self._clock.at(run.began + run.steps * run.ms / 1e3, self._end, run)
+        if self._cores is None:
+            self._clock.at(run.began + run.steps * run.ms / 1e3, self._end, run)
+        else:
+            self._cores.run(run.ms / 1e3, partial(self._end, run))
 
     def _next(self) -> None:
-        if self._slots is None:
+        if self._cores is None:
             self._step()
         else:
-            self._slots.take(self._step)
+            self._cores.take(self._step)
 
-    def _give_slot(self) -> None:
-        if self._slots is not None:
-            self._slots.give()
+    def _give_place(self) -> None:
+        if self._cores is not None:
+            self._cores.give()
 
     def _step(self) -> None:
         for output in self._joining:
@@ -193,10 +197,10 @@ class Engine:
         tokens = outputs + sum(count for _, count in chunks)
         if not tokens and not chunks:
             self._stepping, self._run = False, None
-            self._give_slot()
+            self._give_place()
             return
         steps = 1
-        if not (chunks or fresh or self._queue or self._slots):
+        if not (chunks or fresh or self._queue or self._cores):
             steps = min(RUN, self._outputs[0][0] - self._steps)
         # In each step every sequence looks back on one token more.
         context = self.context + outputs * (steps - 1) / 2
@@ -262,7 +266,7 @@ class Engine:
             self.context -= output.context + output.tokens
             output.on_end()
         self._host.stepped(run.ms, run.outputs * run.steps)
-        self._give_slot()
+        self._give_place()
         self._next()
 
     def _advance(self, prompt: Prompt, count: int) -> None:

@@ -64,6 +64,16 @@ class Flight:
         return self.prompt_tokens + self.output_tokens
 
     @property
+    def cached_tokens(self) -> int:
+        """What a client is told: the better of both workers' caches.
+
+        More than was not computed: a prefill worker that lacks what the decode worker has computes it all the same.
+        """
+        if self.local:
+            return self.prompt_tokens - self.computed
+        return max(self.decode_cached, self.prefill_cached)
+
+    @property
     def ttft_s(self) -> float:
         """From its arrival to its first token."""
         return self.first_at - self.arrived_at

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from router.admission.gate import Admission
 from router.cache.prefix_index import PrefixIndex
 from router.placement import book
 from router.policies import Policy, RequestInfo
 from router.simulation.clock import Clock
+from router.simulation.cores import Cores
 from router.simulation.flight import Flight
 from router.simulation.setting import Arrival, Setting
-from router.simulation.slots import Slots
 from router.simulation.worker import ROUTER_ID, SimulatedDecode, SimulatedPrefill, SimulatedWorker
 from router.workers.members import Member, Members
 from router.workers.snapshot import Load
@@ -39,8 +40,10 @@ class Replay:
         self.members: Members[Member] = Members(ROUTER_ID, self.index, self.clock)
         self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: math.inf, self.clock)
         self._policy = policy
-        self.slots = Slots(setting.slots) if setting.slots else None
-        basis = (setting, self.clock, self.slots, self._hear)
+        machine = setting.machine
+        shared = (machine.background_cores, machine.crowding)
+        self.cores = Cores(self.clock, setting.slots, *shared) if setting.slots else None
+        basis = (setting, self.clock, self.cores, self._hear)
         self.prefill = [SimulatedPrefill(number, *basis) for number in range(setting.prefill)]
         self.decode = [SimulatedDecode(number, *basis, self._step) for number in range(setting.decode)]
         self._prefill_by_name = {worker.incarnation: worker for worker in self.prefill}
@@ -70,6 +73,7 @@ class Replay:
 
     def _step(self, milliseconds: float, tokens: int) -> None:
         self.steps.append((self.clock.now - SETTLE_S, milliseconds, tokens))
+        self._spend(tokens * self.setting.machine.token_cpu_ms, _nothing)
 
     # The router -----------------------------------------------------------------------------------------------------
 
@@ -80,10 +84,20 @@ class Replay:
 
     def _ask(self, flight: Flight) -> None:
         flight.arrived_at = self.clock.now
-        if self.setting.machine.overhead_ms:
-            self.clock.after(self.setting.machine.overhead_ms / 1e3, self._arrive, flight)
-        else:
+        machine = self.setting.machine
+        if not machine.overhead_ms:
             self._arrive(flight)
+            return
+        worked = min(machine.request_cpu_ms, machine.overhead_ms)
+        waited = partial(self.clock.after, (machine.overhead_ms - worked) / 1e3, self._arrive, flight)
+        self._spend(worked, waited)
+
+    def _spend(self, cpu_ms: float, then: Callable[[], None]) -> None:
+        """Work on the machine's cores, where they are shared; else it takes no time."""
+        if self.cores is None or not cpu_ms:
+            then()
+        else:
+            self.cores.run(cpu_ms / 1e3, then)
 
     def _arrive(self, flight: Flight) -> None:
         request_id = f"{self.setting.seed}-{flight.number}"
@@ -117,6 +131,8 @@ class Replay:
         self.members.release(flight.bookings[1])
 
     def _end(self, flight: Flight) -> None:
+        machine = self.setting.machine
+        self._spend(max(machine.request_cpu_ms - machine.overhead_ms, 0.0), _nothing)
         self.clock.after(self.setting.delay_s, self._forget, flight)
 
     def _forget(self, flight: Flight) -> None:
@@ -138,8 +154,12 @@ class Replay:
             assert worker.engine.queued_tokens == worker.engine.running == worker.engine.waiting == 0
             assert worker.engine.context == worker.engine.prompt_tokens == 0
             assert len(worker.cache) <= (self.setting.pool_blocks or self.setting.cache_blocks)
-        assert self.slots is None or self.slots.free == self.setting.slots
+        assert self.cores is None or (self.cores.free == self.setting.slots and not self.cores.busy)
         self.index.check_integrity()
+
+
+def _nothing() -> None:
+    """Nobody waits for it."""
 
 
 def _window(load: Sequence[Arrival]) -> tuple[float, float]:

@@ -37,6 +37,8 @@ class Result:
     plan_ms_p50: float
     """Real time; differs from run to run."""
     plan_ms_p99: float
+    cached_share: float = 0.0
+    """Prompt tokens that clients are told were cached; see `Flight.cached_tokens`."""
 
 
 def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
@@ -71,6 +73,7 @@ def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
         local_share=sum(flight.local for flight in served) / len(served),
         plan_ms_p50=plan_p50,
         plan_ms_p99=plan_p99,
+        cached_share=sum(f.cached_tokens for f in served) / sum(f.prompt_tokens for f in served),
     )
 
 

@@ -32,6 +32,14 @@ class Machine:
     """Tokens of sequences under way, beside the cache; with `Setting.pool`, all of its memory."""
     overhead_ms: float = 0.0
     """Of a request until it reaches the router, and of its first token on the way back: client, HTTP, dispatch."""
+    request_cpu_ms: float = 0.0
+    """What all processes together spend on a request beside steps; what follows is of shared cores alone, too."""
+    token_cpu_ms: float = 0.0
+    """On each token of an answer, from the step's end to its client."""
+    background_cores: float = 0.0
+    """Always busy, with reports and heartbeats."""
+    crowding: float = 0.0
+    """How much longer everything takes while no core is free, beside waiting: what cores share."""
 
     def step_ms(self, tokens: int, context: float) -> float:
         """Of one step."""
@@ -60,7 +68,7 @@ class Setting:
     """Whether a worker's cache takes its memory from `Machine.kv_tokens`, as sequences do, and keeps all their output.
     Else it has `cache_blocks` beside it, and keeps output that the trace names."""
     slots: int = 0
-    """Steps that all workers run at once, as on one machine with so many cores; 0: each has a machine of its own."""
+    """Cores that all workers, the router and the clients share; 0: each worker has a machine of its own."""
     interval_s: float = 0.05
     """Least time between two reports of a worker."""
     delay_s: float = 0.001

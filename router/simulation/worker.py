@@ -9,10 +9,10 @@ from random import Random
 
 from router.simulation.block_cache import BlockCache
 from router.simulation.clock import Clock
+from router.simulation.cores import Cores
 from router.simulation.engine import Engine, Output, Prompt
 from router.simulation.flight import Flight
 from router.simulation.setting import Setting
-from router.simulation.slots import Slots
 from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, Status, WorkerInfo, WorkerUpdate
 from tandem.kv import BlockHash, KvLayout, LayerGroup, Plane
 from tandem.types import ModelInfo
@@ -46,7 +46,7 @@ def worker_info(role: Role, number: int, setting: Setting) -> WorkerInfo:
 
 
 class SimulatedWorker(ABC):
-    """What both roles share. slots: for its steps. tell: takes an update to the router, `delay_s` later."""
+    """What both roles share. cores: for its steps. tell: takes an update to the router, `delay_s` later."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class SimulatedWorker(ABC):
         number: int,
         setting: Setting,
         clock: Clock,
-        slots: Slots | None,
+        cores: Cores | None,
         tell: Callable[[WorkerUpdate], None],
     ) -> None:
         self.info = worker_info(role, number, setting)
@@ -67,7 +67,7 @@ class SimulatedWorker(ABC):
             Random(self.info.incarnation),
             setting.noise,
             self,
-            slots,
+            cores,
         )
         self._setting = setting
         self._clock = clock
@@ -139,9 +139,9 @@ class SimulatedPrefill(SimulatedWorker):
     """Computes prompts but their last token, and pushes what the decode worker lacks over one link, in turn."""
 
     def __init__(
-        self, number: int, setting: Setting, clock: Clock, slots: Slots | None, tell: Callable[[WorkerUpdate], None]
+        self, number: int, setting: Setting, clock: Clock, cores: Cores | None, tell: Callable[[WorkerUpdate], None]
     ) -> None:
-        super().__init__(Role.PREFILL, number, setting, clock, slots, tell)
+        super().__init__(Role.PREFILL, number, setting, clock, cores, tell)
         self._free_at = 0.0
         self._moved = False
 
@@ -203,11 +203,11 @@ class SimulatedDecode(SimulatedWorker):
         number: int,
         setting: Setting,
         clock: Clock,
-        slots: Slots | None,
+        cores: Cores | None,
         tell: Callable[[WorkerUpdate], None],
         observe: Callable[[float, int], None],
     ) -> None:
-        super().__init__(Role.DECODE, number, setting, clock, slots, tell)
+        super().__init__(Role.DECODE, number, setting, clock, cores, tell)
         self._observe = observe
         self._open = 0
         self._fetching = 0

@@ -23,6 +23,7 @@ from tandem.traces import TraceEntry
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "hit_share": ("hit share", "{:.1%}"),
+    "cached_share": ("told", "{:.1%}"),
     "ttft_p50": ("TTFT p50, ms", "{:.0f}"),
     "ttft_p90": ("p90", "{:.0f}"),
     "ttft_p99": ("p99", "{:.0f}"),
