@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -301,6 +302,7 @@ def main(
 ) -> None:
     """Starts the cluster, measures it, writes the file."""
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this, the cluster ends too
     folder = Path(tempfile.mkdtemp(prefix="tandem-fit-"))
     one: Server = server(system, Setting(checkpoint(model, None), kv_mib=kv_mib), Peers(), folder)
     try:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.client import Sample
-from benchmarks.fit_machine import FAST_LINK, Counts, counts, fit_request, fit_steps, workers
+from benchmarks.fit_machine import (
+    FAST_LINK,
+    Counts,
+    Spent,
+    counts,
+    fit_crowding,
+    fit_host,
+    fit_request,
+    fit_steps,
+    workers,
+)
 from tandem.cluster import StepTiming
 
 TIMING = StepTiming(base_ms=2.0, per_token_ms=0.1)
@@ -34,6 +44,26 @@ def test_what_surrounds_a_request_and_a_hand_over_is_found_again(move_ms: float)
     found = fit_request(TIMING, pairs, kv_bytes=2048)
     assert found[:2] == pytest.approx((around, hand_over), abs=0.02)
     assert found[2] == pytest.approx(2048 / move_ms if move_ms else FAST_LINK, rel=0.01)
+
+
+def test_what_processes_spend_beside_steps_is_found_again() -> None:
+    def load(requests: int, tokens: int, seconds: float, steps_s: float) -> Spent:
+        cpu = 0.1 * seconds + steps_s + requests * 0.012 + tokens * 0.0003
+        return Spent(seconds, cpu, Counts(9, steps_s, 99), requests, tokens)
+
+    loads = [load(40, 640, 9.0, 1.5), load(10, 2560, 4.0, 3.0)]
+    assert fit_host(Spent(4.0, 0.4, Counts()), loads) == pytest.approx((0.1, 12.0, 0.3))
+
+
+@pytest.mark.parametrize(("crowding", "beside"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.0, 0.25)])
+def test_crowding_is_what_other_processes_do_not_explain(crowding: float, beside: float) -> None:
+    """Two cores for 10 s: a quarter is taken by others, the rest by steps, which take longer than alone."""
+    alone_s = 20.0 * (1 - beside) / (1 + crowding)
+    steps = 100
+    tokens = (alone_s * 1e3 - steps * TIMING.base_ms) / TIMING.per_token_ms
+    # A step's time goes on while others have its core.
+    full = Spent(10.0, 20.0 + 20.0 * beside, Counts(steps, 20.0, tokens))
+    assert fit_crowding(TIMING, full, 2) == pytest.approx(crowding)
 
 
 def test_counters_are_read_from_a_workers_page() -> None:

@@ -196,6 +196,32 @@ def test_overhead_is_time_before_the_router_hears_of_a_request() -> None:
     assert after - before == pytest.approx(0.007)
 
 
+def test_work_beside_the_steps_takes_the_same_cores() -> None:
+    """A request's own work is part of its overhead; that on the tokens of one answer holds up another's prompt."""
+    shared = replace(SMALL, prefill=1, decode=1, slots=1)
+    alone = [one(0.0, [1, 2])]
+    machine = replace(EXACT, overhead_ms=7.0, request_cpu_ms=7.0)
+    before, after = (run(alone, each).flights[0].ttft_s for each in (shared, replace(shared, machine=machine)))
+    assert after - before == pytest.approx(0.007)
+    load = [one(0.0, [1, 2], output=100), one(0.5, [3, 4])]
+    tokens = replace(shared, machine=replace(EXACT, token_cpu_ms=5.0))
+    before, after = (run(load, each).flights[1].ttft_s for each in (shared, tokens))
+    assert after > 1.1 * before
+    apart = replace(tokens, slots=0)
+    assert run(load, apart).flights[1].ttft_s == run(load, replace(apart, machine=EXACT)).flights[1].ttft_s
+
+
+def test_clients_are_told_the_better_of_both_caches() -> None:
+    """The second turn goes to the other prefill worker, which computes what the decode worker already had."""
+    replay = run([one(0.0, [1, 2]), one(3.0, [1, 2, 3])], replace(SMALL, prefill=2, decode=1), "round_robin")
+    second = replay.flights[1]
+    assert second.computed == second.prompt_tokens - 1
+    assert second.cached_tokens == 128
+    found = summarize(replay, "p", Objective())
+    assert found.cached_share == pytest.approx(128 / sum(flight.prompt_tokens for flight in replay.flights))
+    assert found.hit_share < found.cached_share
+
+
 def pooled(tokens: int) -> Setting:
     return replace(SMALL, prefill=0, decode=1, pool=True, machine=replace(EXACT, kv_tokens=tokens), block_tokens=16)
 
