@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,3 +34,22 @@ def make_draft_model(path: Path, spec: CheckpointSpec, layers: int = 1) -> Path:
     own = {n: t for n, t in tensors.items() if "layers." not in n or any(n.startswith(prefix) for prefix in kept)}
     save_file(own, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A checkpoint, and by name what can draft for it: a head, a smaller model, and a twin that is always right."""
+
+    target: Path
+    drafters: dict[str, Path]
+
+
+def make_drafters(path: Path, spec: CheckpointSpec) -> Drafted:
+    """Writes all of them into folders in `path`."""
+    target = make_checkpoint(path / "target", spec)
+    drafters = {
+        "head": make_head(path / "head", target),
+        "model": make_draft_model(path / "model", spec),
+        "twin": make_draft_model(path / "twin", spec, layers=spec.layers),
+    }
+    return Drafted(target, drafters)

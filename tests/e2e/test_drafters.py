@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from tandem.errors import CheckpointError
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
-from tandem.testing.drafters import make_draft_model, make_head
+from tandem.testing.drafters import Drafted, make_drafters
 from tandem.testing.pair import Answer, Pair, pair
 from tandem.types import SamplingParams
 
@@ -26,22 +26,9 @@ LONG = replace(GREEDY, max_tokens=70)
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, seed=3)
 
 
-@dataclass(frozen=True)
-class Folders:
-    target: Path
-    drafters: dict[str, Path]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    path = tmp_path_factory.mktemp("drafters")
-    target = make_checkpoint(path / "target", SPEC)
-    drafters = {
-        "head": make_head(path / "head", target),
-        "model": make_draft_model(path / "model", SPEC),
-        "twin": make_draft_model(path / "twin", SPEC, layers=2),
-    }
-    return Folders(target, drafters)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Drafted:
+    return make_drafters(tmp_path_factory.mktemp("drafters"), SPEC)
 
 
 def settings_of(prefill: int, drafter: Path | None, **decode: Any) -> dict[str, Any]:
@@ -74,7 +61,7 @@ def accepted_share(workers: Pair) -> float:
 
 
 @pytest.fixture(scope="module")
-def expected(folders: Folders) -> dict[SamplingParams, list[list[int]]]:
+def expected(folders: Drafted) -> dict[SamplingParams, list[list[int]]]:
     async def without_drafts() -> dict[SamplingParams, list[list[int]]]:
         async with pair(folders.target, **settings_of(0, None)) as workers:
             return {sampling: await ask(workers, sampling) for sampling in (GREEDY, LONG, SAMPLED)}
@@ -85,7 +72,7 @@ def expected(folders: Folders) -> dict[SamplingParams, list[list[int]]]:
 @pytest.mark.parametrize("prefill", [0, 1], ids=["aggregated", "disaggregated"])
 @pytest.mark.parametrize("drafter", ["head", "model", "twin"])
 async def test_answers_are_those_without_drafts(
-    drafter: str, prefill: int, folders: Folders, expected: dict[SamplingParams, list[list[int]]]
+    drafter: str, prefill: int, folders: Drafted, expected: dict[SamplingParams, list[list[int]]]
 ) -> None:
     """Cold, from the prefix cache, and drawn."""
     async with pair(folders.target, **settings_of(prefill, folders.drafters[drafter])) as workers:
@@ -97,7 +84,7 @@ async def test_answers_are_those_without_drafts(
 @pytest.mark.parametrize("prefill", [0, 1], ids=["aggregated", "disaggregated"])
 @pytest.mark.parametrize("drafter", ["head", "twin"])
 async def test_retracted_sequences_go_on_as_they_would_have(
-    drafter: str, prefill: int, folders: Folders, expected: dict[SamplingParams, list[list[int]]]
+    drafter: str, prefill: int, folders: Drafted, expected: dict[SamplingParams, list[list[int]]]
 ) -> None:
     settings = settings_of(prefill, folders.drafters[drafter], pages=18, ageing_s=60.0)
     async with pair(folders.target, **settings) as workers:
@@ -106,7 +93,7 @@ async def test_retracted_sequences_go_on_as_they_would_have(
         assert accepted_share(workers) == 1.0 or drafter != "twin"
 
 
-async def test_the_drafters_kv_is_handed_over(folders: Folders) -> None:
+async def test_the_drafters_kv_is_handed_over(folders: Drafted) -> None:
     """Were it not, the twin would guess without having seen the prompt."""
     async with pair(folders.target, **settings_of(1, folders.drafters["twin"])) as workers:
         answer = only(await workers.generate(PROMPTS[5], GREEDY))
@@ -124,7 +111,7 @@ def make_bytes(spec: CheckpointSpec) -> int:
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * 4
 
 
-async def test_a_drafter_at_one_end_alone_moves_nothing(folders: Folders) -> None:
+async def test_a_drafter_at_one_end_alone_moves_nothing(folders: Drafted) -> None:
     """The hand-over is refused; the decode worker computes the prompt itself."""
     drafter = str(folders.drafters["model"])
     settings = {**settings_of(1, None), "decode_settings": {"draft_model": drafter}}
@@ -136,7 +123,7 @@ async def test_a_drafter_at_one_end_alone_moves_nothing(folders: Folders) -> Non
         assert workers.decode.info.model.fingerprint != workers.prefill[0].info.model.fingerprint
 
 
-async def test_a_drafter_that_does_not_fit_stops_the_start(folders: Folders, tmp_path: Path) -> None:
+async def test_a_drafter_that_does_not_fit_stops_the_start(folders: Drafted, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", replace(SPEC, vocab=280))
     with pytest.raises(CheckpointError, match="has another vocabulary"):
         async with pair(folders.target, **settings_of(0, other)):

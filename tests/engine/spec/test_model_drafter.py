@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tandem.engine.sequence import ROOT, Draft, Seq
 from tandem.engine.spec.model_drafter import _Track
 from tandem.errors import CheckpointError
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
-from tandem.testing.drafters import make_draft_model, make_head
+from tandem.testing.drafters import Drafted, make_draft_model, make_drafters, make_head
 from tandem.testing.engine import make_seq
 from tandem.training.draft import Recipe
 from tandem.types import SamplingParams
@@ -29,25 +29,12 @@ PROMPTS = [[(17 * index * (row + 3) + row) % 290 + 6 for index in range(23 + 9 *
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=20, logprobs=2)
 
 
-@dataclass(frozen=True)
-class Folders:
-    target: Path
-    drafters: dict[str, Path]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    path = tmp_path_factory.mktemp("drafters")
-    target = make_checkpoint(path / "target", SPEC)
-    drafters = {
-        "head": make_head(path / "head", target),
-        "model": make_draft_model(path / "model", SPEC),
-        "twin": make_draft_model(path / "twin", SPEC, layers=3),
-    }
-    return Folders(target, drafters)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Drafted:
+    return make_drafters(tmp_path_factory.mktemp("drafters"), SPEC)
 
 
-def build(folders: Folders, drafter: str | None, **settings: Any) -> Engine:
+def build(folders: Drafted, drafter: str | None, **settings: Any) -> Engine:
     draft_model = None if drafter is None else str(folders.drafters[drafter])
     given = {
         "model": str(folders.target),
@@ -82,7 +69,7 @@ def accepted_share(engine: Engine) -> float:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("drafter", ["head", "model", "twin"])
-def test_drafts_change_no_token(drafter: str, page_size: int, folders: Folders) -> None:
+def test_drafts_change_no_token(drafter: str, page_size: int, folders: Drafted) -> None:
     plain = build(folders, None, page_size=page_size, pages=1024 // page_size)
     drafted = build(folders, drafter, page_size=page_size, pages=1024 // page_size, max_batch_tokens=40)
     for sampling in (replace(SAMPLED, temperature=0.0), SAMPLED):
@@ -94,7 +81,7 @@ def test_drafts_change_no_token(drafter: str, page_size: int, folders: Folders) 
 
 @pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_shared_pages_are_not_written_again(page_size: int, branches: int, folders: Folders) -> None:
+def test_shared_pages_are_not_written_again(page_size: int, branches: int, folders: Drafted) -> None:
     """A prompt that is cached but for its last token has a draft in its first step; what is accepted is a guess yet."""
     settings = {"page_size": page_size, "pages": 1024 // page_size, "verify_kv": 1.0, "draft_branches": branches}
     for drafter in ("twin", "model", "head"):
@@ -106,7 +93,7 @@ def test_shared_pages_are_not_written_again(page_size: int, branches: int, folde
         assert engine.memory.checks.corrupt == 0
 
 
-def test_few_features_do_not_keep_a_whole_step(folders: Folders) -> None:
+def test_few_features_do_not_keep_a_whole_step(folders: Drafted) -> None:
     track, step = _Track(valid=1000), torch.zeros(4096, 64)
     for at in range(100):
         track.keep(at, step[at : at + 1])
@@ -116,7 +103,7 @@ def test_few_features_do_not_keep_a_whole_step(folders: Folders) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("drafter", ["head", "model", "twin"])
-def test_trees_change_no_token(drafter: str, page_size: int, folders: Folders) -> None:
+def test_trees_change_no_token(drafter: str, page_size: int, folders: Drafted) -> None:
     plain = build(folders, None, page_size=page_size, pages=1024 // page_size)
     settings = {"draft_branches": 3, "draft_tokens": 7, "page_size": page_size, "pages": 1024 // page_size}
     drafted = build(folders, drafter, **settings)
@@ -126,7 +113,7 @@ def test_trees_change_no_token(drafter: str, page_size: int, folders: Folders) -
         assert run(drafted, seqs(sampling, "warm")) == expected
 
 
-def test_the_likeliest_path_of_a_tree_is_that_of_a_chain(folders: Folders) -> None:
+def test_the_likeliest_path_of_a_tree_is_that_of_a_chain(folders: Drafted) -> None:
     """A drafter that is the target knows the next token; its trees hold it, and others beside."""
     engine = build(folders, "twin", draft_branches=2, draft_tokens=6)
     speculation = engine.speculation
@@ -155,7 +142,7 @@ def test_the_likeliest_path_of_a_tree_is_that_of_a_chain(folders: Folders) -> No
     assert speculation.accepted > steps
 
 
-def test_a_drafter_that_is_the_target_is_always_right(folders: Folders) -> None:
+def test_a_drafter_that_is_the_target_is_always_right(folders: Drafted) -> None:
     """Alone, in chunks, behind a cached prefix and after a retraction: its KV is where it should be."""
     engine = build(folders, "twin", max_batch_tokens=24)
     greedy = replace(SAMPLED, temperature=0.0, logprobs=None)
@@ -173,7 +160,7 @@ def test_a_drafter_that_is_the_target_is_always_right(folders: Folders) -> None:
     assert accepted_share(engine) == 1.0
 
 
-def refused(folders: Folders, drafter: Path) -> str:
+def refused(folders: Drafted, drafter: Path) -> str:
     config = WorkerConfig(model=str(folders.target), draft_model=str(drafter), dtype="float32", pages=8)
     with pytest.raises(CheckpointError) as error:
         build_engine(config)
@@ -181,7 +168,7 @@ def refused(folders: Folders, drafter: Path) -> str:
     return str(error.value)
 
 
-def test_a_head_for_another_target_is_refused(folders: Folders, tmp_path: Path) -> None:
+def test_a_head_for_another_target_is_refused(folders: Drafted, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", replace(SPEC, seed=5))
     head = make_head(tmp_path / "head", other)
     config = json.loads((head / "config.json").read_text())
@@ -195,7 +182,7 @@ def test_a_head_for_another_target_is_refused(folders: Folders, tmp_path: Path) 
     assert f"a draft head for a hidden_size of 96; {folders.target} has 64" in refused(folders, head)
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused(folders: Folders, tmp_path: Path) -> None:
+def test_a_draft_model_with_another_vocabulary_is_refused(folders: Drafted, tmp_path: Path) -> None:
     smaller = make_checkpoint(tmp_path / "smaller", replace(SPEC, vocab=290, layers=1))
     text = refused(folders, smaller)
     assert f"draft model {smaller} has another vocabulary than {folders.target}: 290 tokens" in text
@@ -205,7 +192,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(folders: Folders, tmp_
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "tensor", "layers", "offsets"])
-def test_a_damaged_drafter_is_refused(damage: str, folders: Folders, tmp_path: Path) -> None:
+def test_a_damaged_drafter_is_refused(damage: str, folders: Drafted, tmp_path: Path) -> None:
     head = make_head(tmp_path / "head", folders.target, Recipe(draft_vocab=50))
     config = json.loads((head / "config.json").read_text())
     tensors = load_file(head / "model.safetensors")
@@ -228,12 +215,12 @@ def test_a_damaged_drafter_is_refused(damage: str, folders: Folders, tmp_path: P
 
 
 @pytest.mark.parametrize("pause", [0, 3, 40])
-def test_slots_are_made_up_only_where_the_drafters_window_still_reaches(pause: int, folders: Folders) -> None:
+def test_slots_are_made_up_only_where_the_drafters_window_still_reaches(pause: int, folders: Drafted) -> None:
     """A drafter that was not asked for a while has slots to make up; what they see may have been given up."""
     path = make_draft_model(folders.target.parent / f"windowed-{pause}", replace(SPEC, family="mistral"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "sliding_window": 24}))
-    drafted = build(Folders(folders.target, {"windowed": path}), "windowed", page_size=4, pages=128)
+    drafted = build(Drafted(folders.target, {"windowed": path}), "windowed", page_size=4, pages=128)
     assert any(group.window == 24 for group in drafted.layout.groups)
     prompt = [(13 * index) % 290 + 6 for index in range(70)]
     greedy = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
