@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from decode_worker.grammars import MakeConstraint
 from tandem.engine.sequence import Seq
 from tandem.types import Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from decode_worker.tracing import RequestSpans
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +94,10 @@ class Request:
     sender: str = ""
     """The prefill worker that was asked last."""
     hand_over_ms: float = 0.0
+    first_token_at: float | None = None
     finished_at: float | None = None
+    spans: RequestSpans | None = None
+    """Makes its trace; None where it is not traced."""
 
     @property
     def cached_tokens(self) -> int:

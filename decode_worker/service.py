@@ -11,6 +11,7 @@ from decode_worker.outbox import ResumeAt
 from decode_worker.worker import DecodeWorker
 from kvtransfer.pairs import Target
 from tandem.errors import Fenced, TandemError
+from tandem.obs import tell_request
 from tandem.wire import codec
 from tandem.wire.failures import abort_with
 from tandem.wire.v1 import decode_pb2, decode_pb2_grpc
@@ -31,6 +32,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
 
     async def Submit(self, request: decode_pb2.SubmitRequest, context: Context) -> decode_pb2.SubmitReply:
         """Admits a request or refuses it at once."""
+        tell_request(request.request.request_id, request.request.traceparent)
         try:
             if request.incarnation != self._worker.info.incarnation:
                 raise Fenced(f"this worker is {self._worker.info.incarnation}, not {request.incarnation}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from decode_worker.grammars import Grammars
 from decode_worker.prefill_client import PrefillClient
@@ -21,11 +24,14 @@ from kvtransfer.transfer_thread import TransferThread
 from tandem.config import DecodeConfig
 from tandem.engine.grammar.compiler import CompilerSettings
 from tandem.engine.output import StepOutput
-from tandem.types import ModelInfo
+from tandem.types import GenerateRequest, ModelInfo
 from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.moves import MoveLedger
 from tandem.worker.process import Parts, Report, RoleServices
+
+if TYPE_CHECKING:
+    from decode_worker.tracing import RequestSpans
 
 SLAB_CHECK_S = 1.0
 
@@ -35,6 +41,7 @@ class DecodeServices:
 
     def __init__(self, config: DecodeConfig, transports: Chosen, parts: Parts) -> None:
         self._give_up = parts.give_up
+        self._traces = parts.traces
         me = Identity.of(parts.info)
         self._transfers = TransferThread()
         self._transfers.start()
@@ -56,18 +63,29 @@ class DecodeServices:
         )
         self._grammars = Grammars(_compiler_settings(config, parts.info.model))
         self.worker = DecodeWorker(
-            parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher, self._grammars
+            parts.info,
+            config,
+            parts.engine,
+            parts.thread,
+            client,
+            parts.metrics,
+            parts.publisher,
+            self._grammars,
+            _trace(parts),
         )
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
         capacity, freed = parts.engine.capacity_tokens, self.worker.pages_freed
         self._source = EngineKvSource(parts.engine, parts.thread, parts.root, capacity, computes=False, released=freed)
+        sending = metrics.sender(self._writes.add)
+        if parts.traces is not None:
+            sending = replace(sending, watch=parts.traces.watch)
         self._handover = HandOverService(
             me,
             self._source,
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=metrics.sender(self._writes.add),
+            hooks=sending,
             clock=asyncio.get_running_loop().time,
         )
         attach(parts.server, self.worker)
@@ -80,6 +98,8 @@ class DecodeServices:
 
     def on_step(self, output: StepOutput) -> None:
         """Tokens to the outboxes, progress to tickets."""
+        if self._traces is not None:
+            self._traces.steps.on_step(output)
         self.worker.on_step(output)
         self._source.on_step(output)
 
@@ -148,6 +168,15 @@ def _compiler_settings(config: DecodeConfig, model: ModelInfo) -> CompilerSettin
         cache_mib=config.grammar_cache_mib,
         any_whitespace=config.json_any_whitespace,
     )
+
+
+def _trace(parts: Parts) -> Callable[[GenerateRequest, str, float], RequestSpans] | None:
+    """Makes the spans of traced requests; None, and nothing is imported, where this worker traces nothing."""
+    if parts.traces is None:
+        return None
+    from decode_worker.tracing import RequestSpans
+
+    return partial(RequestSpans, parts.traces)
 
 
 def build(config: DecodeConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from decode_worker.admission import Limits, check, wants_hand_over
 from decode_worker.grammars import Grammars
@@ -28,6 +29,9 @@ from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.promises import Promises
 from tandem.worker.publish import Publisher
 
+if TYPE_CHECKING:
+    from decode_worker.tracing import RequestSpans
+
 log = logging.getLogger(__name__)
 
 NO_NUMBERS = "the model's output for this request is not finite; its weights may be damaged"
@@ -47,8 +51,11 @@ class DecodeWorker:
         metrics: WorkerMetrics,
         publisher: Publisher,
         grammars: Grammars,
+        trace: Callable[[GenerateRequest, str, float], RequestSpans] | None = None,
     ) -> None:
+        """trace: of a traced request, the sequence that leads it, and when it came; None where nothing is traced."""
         self.info = info
+        self._trace = trace
         self.dispatches: dict[str, int] = {}
         self.draining = False
         self._config = config
@@ -83,6 +90,7 @@ class DecodeWorker:
         planned_local: bool,
     ) -> tuple[int, str]:
         """Admits a request or raises. Returns the tokens cached here and the prefill worker asked ("" for none)."""
+        received = self._loop.time()
         known = self._check(request, router_id)
         constrain = None
         if request.sampling.grammar is not None:
@@ -95,6 +103,8 @@ class DecodeWorker:
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
         record = make_request(request, router_id, root, self._eos_ids, self._order, self._loop.time(), constrain)
         self._order += request.choices
+        if self._trace is not None and request.traceparent:
+            record.spans = self._trace(request, record.lead.seq.seq_id, received)
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.open_choices())
         self.tenants.admitted(request, router_id)
@@ -151,7 +161,10 @@ class DecodeWorker:
 
     async def _prepare(self, record: Request, dispatch: int, targets: Sequence[Target]) -> None:
         """Gives the leading choice its prompt's KV, or the task of computing it."""
-        seq = record.lead.seq
+        seq, spans, trace = record.lead.seq, record.spans, (record.request.traceparent, record.request.tracestate)
+        if spans is not None:
+            spans.prepared(self._loop.time())
+            trace = spans.hand_over(self._loop.time()) if targets else trace
         if targets:
             seq.state = SeqState.WAITING_KV
         await self._thread.call(self._engine.add, seq)
@@ -162,12 +175,14 @@ class DecodeWorker:
         if targets:
             sink = PageSink(seq, self._engine, self._thread, self._reservations.reserve)
             asked_at = self._loop.time()
-            outcome = await self._prefill.fetch(record.request, record.request.known[:-1], targets, sink)
+            outcome = await self._prefill.fetch(record.request, record.request.known[:-1], targets, sink, trace)
             record.sender, record.hand_over_ms = outcome.sender, (self._loop.time() - asked_at) * 1000
             record.sender_cached = min(outcome.sender_cached, sink.landed)
             record.moved_tokens = sink.moved_tokens
             record.decode_cached = sink.cached
             await self._thread.call(self._engine.landed, seq, sink.landed)
+            if spans is not None:
+                spans.landed(self._loop.time(), outcome, sink.moved_tokens)
             self._reservations.changed()
 
     # Tokens ---------------------------------------------------------------------------------------------------------
@@ -194,6 +209,7 @@ class DecodeWorker:
                 self._metrics.ttft.observe(now - record.admitted_at)
             choice.prompt_logprobs = tuple(choice.seq.prompt_logprobs)
             if choice is record.lead:
+                record.first_token_at = now
                 self._prompt_computed(record)
         elif made.tokens:
             self._metrics.inter_token.observe((now - choice.last_token_at) / len(made.tokens))
@@ -231,6 +247,8 @@ class DecodeWorker:
             self._promises.keep(record.request.request_id)
             self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
             self._metrics.requests.labels(reason.value).inc()
+            if record.spans is not None:
+                record.spans.ended(record, record.finished_at)
 
     def _end(self, record: Request, reason: FinishReason, error: str = "", leaving: bool = False) -> bool:
         """Ends what is open of a request, takes its promise back and tells its router. False when nothing was open.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tandem.cluster import Incarnation, WorkerInfo
+from tandem.cluster import UNWATCHED, Incarnation, TicketWatch, WorkerInfo
 from tandem.kv import KvLayout, Span
 from tandem.types import TokenIds
 
@@ -153,6 +153,8 @@ class FetchResult:
     """From the first grant to the end; includes waiting for the sender to compute."""
     error: str = ""
     """Empty when everything wanted has landed, or when the sink gave up."""
+    arrived_at: float = 0.0
+    """When the last span had come, on the clock of the event loop; 0 if none has."""
     link_failed: bool = False
     """Whether it was the way between the two: a sender that refuses, or computes too late, can be reached."""
 
@@ -175,3 +177,5 @@ class Hooks:
     """+1 and -1 as writes are posted and end."""
     quarantined: Callable[[int], None] = _ignore
     """+bytes and -bytes of slabs that a peer that was given up may still write."""
+    watch: Callable[[str, str, str], TicketWatch] = lambda *_: UNWATCHED
+    """(ticket id, `traceparent`, `tracestate`): who is told of a traced ticket that is being opened."""

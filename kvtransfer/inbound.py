@@ -153,7 +153,7 @@ class PairClient:
             open=pb.Open(
                 ticket_id=name, request_id=ticket.request_id, attempt=ticket.attempt, tokens=tokens, start=start,
                 salt=salt, adapter=adapter, priority=priority, queue_deadline_s=queue_s, tenant=ticket.tenant,
-                cached_only=cached_only,
+                cached_only=cached_only, traceparent=ticket.traceparent, tracestate=ticket.tracestate,
             )
         )  # fmt: skip
         try:
@@ -164,8 +164,8 @@ class PairClient:
         seconds = self._clock() - state.granted_at if state.granted_at is not None else 0.0
         if size:
             self._hooks.moved(self.peer, self._backend.name, size, seconds)
-        broken = bool(state.error) and state.kind in LINK_FAILURES
-        return FetchResult(state.landed_until, state.cached, size, seconds, state.error, broken)
+        arrived, broken = state.progress_at * bool(size), bool(state.error) and state.kind in LINK_FAILURES
+        return FetchResult(state.landed_until, state.cached, size, seconds, state.error, arrived, broken)
 
     async def close(self) -> None:
         """Ends the pair and waits until the landing is destroyed."""

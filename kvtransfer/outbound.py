@@ -12,9 +12,10 @@ from kvtransfer.manifest import NO_DIGEST, Manifest
 from kvtransfer.sending import Credit, OutboundTicket
 from kvtransfer.slab import Staging
 from kvtransfer.transfer_thread import TransferThread, in_thread
-from tandem.cluster import Incarnation
+from tandem.cluster import UNWATCHED, Incarnation, TicketWatch
 from tandem.errors import BadRequest, TandemError
 from tandem.kv import Span
+from tandem.obs import tell_request
 from tandem.wire.v1 import handover_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class _Sending:
 
     state: OutboundTicket
     queue_until: float
+    watch: TicketWatch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     writes: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -116,7 +118,9 @@ class OutboundPair:
             self._sender.hooks.failed("duplicate_ticket")
             return
         state = OutboundTicket(ticket, message.attempt, len(message.tokens))
-        self._tickets[ticket] = _Sending(state, self._loop.time() + message.queue_deadline_s)
+        watch, trace = self._sender.hooks.watch, (message.traceparent, message.tracestate)
+        told = watch(ticket, *trace) if message.traceparent else UNWATCHED
+        self._tickets[ticket] = _Sending(state, self._loop.time() + message.queue_deadline_s, told)
         self._sender.hooks.open_tickets(1)
         self._spawn(self._run(self._tickets[ticket], message))
 
@@ -154,6 +158,7 @@ class OutboundPair:
     async def _run(self, sending: _Sending, message: pb.Open) -> None:
         """From Open to Quiesced, whatever happens in between."""
         state = sending.state
+        tell_request(message.request_id, message.traceparent)
         try:
             _check(message)
             try:
@@ -171,6 +176,7 @@ class OutboundPair:
             self._sender.hooks.failed("sender")
         del self._tickets[state.ticket_id]
         self._sender.hooks.open_tickets(-1)
+        sending.watch.ended(state.error or ("cancelled" if state.cancelled else ""))
         quiesced = pb.Quiesced(
             ticket_id=state.ticket_id,
             spans_sent=len(state.sent),
@@ -207,6 +213,7 @@ class OutboundPair:
             await asyncio.gather(opening, return_exceptions=True)
             return
         cached = opening.result()
+        sending.watch.accepted(cached)
         self.outbox.put_nowait(pb.ToReceiver(opened=pb.Opened(ticket_id=ticket, cached_tokens=cached)))
         state.progressed(cached)
         while not state.over:
@@ -239,7 +246,7 @@ class OutboundPair:
             if not state.stopping:
                 await self._sender.source.export(state.ticket_id, credit.span, view)
             if not state.stopping:
-                await self._write(state, credit, view)
+                sending.watch.wrote(await self._write(state, credit, view), credit.length)
                 complete = True
         except TransportError as error:
             state.fail(str(error))
@@ -257,7 +264,7 @@ class OutboundPair:
             state.finished(credit.sequence, complete)
             sending.changed.set()
 
-    async def _write(self, state: OutboundTicket, credit: Credit, view: Buffer) -> None:
+    async def _write(self, state: OutboundTicket, credit: Credit, view: Buffer) -> float:
         span, sender = credit.span, self._sender
         manifest = Manifest(
             state.ticket_id, state.attempt, credit.sequence, span.start, span.count, credit.length, NO_DIGEST
@@ -268,6 +275,7 @@ class OutboundPair:
         finally:
             sender.hooks.pending_sends(-1)
         sender.hooks.moved(self.peer, self.transport, credit.length, seconds)
+        return seconds
 
     async def _close(self) -> None:
         for sending in self._tickets.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Identity
@@ -31,19 +32,23 @@ class PrefillServices:
             parts.engine, parts.thread, parts.root, parts.engine.capacity_tokens, computes=True
         )
         source = PromisingSource(self._engine_source, parts, config.max_waiting)
+        self._traces = parts.traces
         self._writes = WriteRate()
         self._moves = MoveLedger(parts.info.incarnation)
         self._draining = False
         self._transfers = TransferThread()
         self._transfers.start()
         me, metrics = Identity.of(parts.info), HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
+        sending = metrics.sender(self._writes.add)
+        if parts.traces is not None:
+            sending = replace(sending, watch=parts.traces.watch)
         self._handover = HandOverService(
             me,
             source,
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=metrics.sender(self._writes.add),
+            hooks=sending,
             clock=asyncio.get_running_loop().time,
         )
         self._handover.attach(parts.server)
@@ -59,6 +64,8 @@ class PrefillServices:
 
     def on_step(self, output: StepOutput) -> None:
         """Passes on how far each prompt has come."""
+        if self._traces is not None:
+            self._traces.steps.on_step(output)
         self._engine_source.on_step(output)
 
     def report(self) -> Report:

@@ -18,6 +18,7 @@ from router.explain.ladder import HitLadder
 from router.explain.recorder import Recorder
 from router.file_watch import FileWatch
 from router.policies import POLICIES
+from router.tracing.setup import traces_of
 from router.workers.fleet import Fleet
 from router.workers.registry import Relay, serve_registry
 from tandem.cluster import new_id
@@ -37,7 +38,8 @@ class ControlPlane:
         self.index = PrefixIndex(config.index_max_blocks, config.index_max_age_s, clock)
         self.fleet = Fleet(new_id(), self.index, config.lease_s, clock, Trust.of(config))
         self.ladder = HitLadder(config.ladder_blocks, config.index_max_age_s, clock)
-        self.recorder = Recorder(
+        self.traces = traces_of(config, self.fleet.router_id)
+        self.recorder = (self.traces.recorder if self.traces else Recorder)(
             config.explain_requests, int(config.explain_mib * (1 << 20)), config.explain_age_s, clock
         )
         self.quotas = Quotas(self.fleet.router_id, clock)
@@ -80,6 +82,8 @@ class ControlPlane:
             await self._relay.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def __aenter__(self) -> ControlPlane:
         await self.start()

@@ -158,6 +158,7 @@ class Dispatcher:
         except BaseException as error:
             story.error, story.ended_s = str(error), self._clock()
             raise
+        story.admitted_s = self._clock()
         chain = self._chain(request, reference)
         record = OpenRequest(request, self._config.stream_queue, chain, story, self._clock)
         self._requests.add(record)

@@ -9,6 +9,7 @@ import grpc.aio
 
 from router.workers.fleet import Fleet
 from tandem.cluster import Incarnation
+from tandem.obs import tell_request
 from tandem.wire.v1 import decode_pb2, decode_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Cancels:
         return task
 
     async def _send(self, incarnation: Incarnation, request_id: str, attempt: int) -> None:
+        tell_request(request_id)
         for _ in range(TRIES):
             worker = self._fleet.worker(incarnation)
             if worker is None:

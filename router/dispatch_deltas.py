@@ -11,6 +11,7 @@ from router.moves import Moves
 from router.open_requests import OpenRequests
 from router.workers.fleet import Fleet
 from tandem.cluster import Incarnation
+from tandem.obs import about
 from tandem.types import FinishReason
 from tandem.wire import codec
 from tandem.wire.v1 import common_pb2, decode_pb2
@@ -55,7 +56,8 @@ class Deltas:
             except ValueError as error:
                 problem = f"the worker sent a malformed message: {error}"
             if problem:
-                log.warning("request %s is cut: %s", message.request_id, problem)
+                told = about(message.request_id, record.story.trace)
+                log.warning("request %s is cut: %s", message.request_id, problem, extra=told)
                 self._requests.end(record, FinishReason.ERROR, problem)
             elif not plain and record.finished and record.answered:
                 self._requests.close(record)

@@ -124,6 +124,7 @@ class Submitter:
         workers = [worker for name in plan.prefill_alternatives if (worker := self._fleet.worker(name)) is not None]
         message = codec.generate_request_to_wire(record.request)
         message.cost = cost_of(record.request, plan.candidates[0])
+        message.traceparent, message.tracestate = record.story.trace or ("", "")
         return decode_pb2.SubmitRequest(
             router_id=self._fleet.router_id,
             dispatch=0 if booking is None else booking.number,

@@ -94,7 +94,8 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         metrics.add_collector(control.ladder.collect)
         metrics.add_collector(control.quotas.collect)
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
-        api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings)
+        timers = control.traces.start if control.traces is not None else None
+        api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings, timers)
         server = HttpServer(create_app(config, api), config.drain_s, allow_descriptors(config.max_connections))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from router.admission.quota import Visit
+from router.requests.job import Job
 from tandem import obs
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -77,6 +78,12 @@ class RequestTimer:
         """The tenant's, which ends with the request."""
         self._made = 0
         metrics.queued.inc()
+
+    def received(self) -> None:
+        """Its body has been read, and who asks is known; for tracing."""
+
+    def tokenised(self, job: Job, body: bytes) -> None:
+        """It is work for the cluster; for tracing."""
 
     def accepted(self) -> None:
         """A worker has taken it."""

@@ -10,7 +10,8 @@ from router.open_requests import OpenRequests
 from router.placer import MAX_CRASHES, Placer
 from router.quarantine import Quarantine
 from tandem.cluster import Incarnation
-from tandem.errors import TandemError
+from tandem.errors import TandemError, WorkerLost
+from tandem.obs import tell_request
 from tandem.types import FinishReason
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,16 @@ class Moves:
             return self._give_up(record, f"{reason}; {record.losses} were lost over this request")
         if record.moves > MAX_MOVES:
             return self._give_up(record, f"{reason}; it was moved {MAX_MOVES} times before")
+        record.story.refused(WorkerLost(reason))
         record.next_attempt()
-        log.info("request %s goes on elsewhere: %s", record.request.request_id, reason)
         task = asyncio.create_task(self._move(record, lost, reason))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return None
 
     async def _move(self, record: OpenRequest, lost: Incarnation | None, reason: str) -> None:
+        tell_request(record.request.request_id, *(record.story.trace or ())[:1])
+        log.info("request %s goes on elsewhere: %s", record.request.request_id, reason)
         try:
             await self._placer.place(record, without=lost)
         except TandemError as error:

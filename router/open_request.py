@@ -95,6 +95,7 @@ class OpenRequest:
         """Another worker is to take it: from the start, or, once something may have been read, from where it stands."""
         self.decode, self.answered, self.left = None, False, False
         self.gapped, self.resumed = False, True
+        self.story.left(self._clock())
         if self.taken:
             made = tuple(tuple(choice.tokens) for choice in self._choices)
             ended = tuple(number for number, choice in enumerate(self._choices) if choice.finished)

@@ -14,7 +14,6 @@ from router.workers.fleet import Fleet
 from router.workers.snapshot import Load
 from tandem.cluster import Incarnation
 from tandem.errors import Unavailable
-from tandem.kv import BLOCK_TOKENS, block_hashes
 from tandem.types import FinishReason
 
 
@@ -91,7 +90,8 @@ class OpenRequests:
         del self._open[request.request_id]
         self._admission.leave(request.request_id)
         record.story.ended_s = self._clock()
-        self._climb(record)
+        chain, capacity, usage = record.chain, self._fleet.snapshot().capacity_tokens, record.story.usage.get(0)
+        self._ladder.answered(record.rungs, usage, chain.root, chain.hashes, record.sequences(), capacity)
         if record.answered and record.decode is not None and self._fleet.worker(record.decode) is not None:
             for sequence in record.sequences():
                 # The last sampled token has no KV.
@@ -99,14 +99,3 @@ class OpenRequests:
             if not unreported:
                 # Choices that had ended before it went on there were never that worker's.
                 self._fleet.ended(record.decode, Load(sequences=request.choices - len(request.ended)))
-
-    def _climb(self, record: OpenRequest) -> None:
-        """Puts an ended request on the hit ladder, and its answer among what could be reused."""
-        usage = record.story.usage.get(0)
-        if record.rungs is None or usage is None:
-            return
-        self._ladder.ended(record.rungs, usage.cached_tokens)
-        known, chain = len(record.chain.hashes), record.chain
-        for sequence in record.sequences():
-            made = block_hashes(chain.root, sequence[known * BLOCK_TOKENS : -1], parent=(chain.hashes or (b"",))[-1])
-            self._ladder.stored(made, self._fleet.snapshot().capacity_tokens)

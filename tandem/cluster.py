@@ -219,3 +219,22 @@ class Ticket:
     """Seconds between grant and landing."""
     tenant: str = ""
     """Whose prompt it is: the sender's queue is shared fairly, too."""
+    traceparent: str = ""
+    """What the sender's spans belong to (W3C Trace Context); empty where the request is not traced."""
+    tracestate: str = ""
+
+
+class TicketWatch:
+    """Is told of one ticket at its sender, for tracing; this one cares for nothing."""
+
+    def accepted(self, cached: int) -> None:
+        """The source has taken it; so many of its tokens were cached."""
+
+    def wrote(self, seconds: float, length: int) -> None:
+        """A write of so many bytes has ended, that long after it was posted."""
+
+    def ended(self, error: str) -> None:
+        """Called once, at the ticket's end. error: empty when it did not fail."""
+
+
+UNWATCHED = TicketWatch()

@@ -167,6 +167,9 @@ class GenerateRequest:
     """Choices that had ended by then."""
     follows: bool = False
     """Came with another prompt, in one HTTP request, which is counted with that one."""
+    traceparent: str = ""
+    """What its spans belong to (W3C Trace Context); empty where it is not traced."""
+    tracestate: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field."""

@@ -27,7 +27,8 @@ from dataclasses import astuple, dataclass, fields
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from tandem.kv import BLOCK_TOKENS, BlockHash
+from tandem.kv import BLOCK_TOKENS, BlockHash, block_hashes
+from tandem.types import TokenIds, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,28 @@ class HitLadder:
         """The request has ended, and a worker reported so many prompt tokens as not computed again."""
         achieved = _whole(cached_tokens, planned.prompt // BLOCK_TOKENS)
         self.total += Rungs(planned.prompt, planned.ideal, planned.capacity, planned.perfect_routing, achieved)
+
+    def answered(
+        self,
+        planned: Rungs | None,
+        usage: Usage | None,
+        root: bytes,
+        hashes: Sequence[BlockHash],
+        sequences: Sequence[TokenIds],
+        capacity: int,
+    ) -> None:
+        """Puts a request that has ended on the ladder, and its answer among what could be reused.
+
+        planned, usage: None where it was not planned or nothing came of it. root, hashes: of its prompt's hash chain.
+        sequences: prompt and output of each choice. capacity: tokens that all workers' pages hold.
+        """
+        if planned is None or usage is None:
+            return
+        self.ended(planned, usage.cached_tokens)
+        known = len(hashes) * BLOCK_TOKENS
+        for sequence in sequences:
+            made = block_hashes(root, sequence[known:-1], parent=hashes[-1] if hashes else b"")
+            self.stored(made, capacity)
 
     def collect(self) -> Iterable[Metric]:
         """For Prometheus."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-from router.explain.story import Copy, Story
+from router.explain.story import AddressOf, Copy, Story, explanation
 from tandem.cluster import Incarnation, Plan
 from tandem.types import GenerateRequest
 
@@ -73,6 +74,15 @@ class Recorder:
             return []
         others = (self._seen(sibling, tenant) for sibling in first.siblings)
         return [first, *(story for story in others if story is not None)]
+
+    def told(self, request_id: str, tenant: str | None, address_of: AddressOf) -> bytes | None:
+        """What `find` finds as JSON; None when that is nothing. Addresses are for those who see all."""
+        found = self.find(request_id, tenant)
+        if not found:
+            return None
+        said = [explanation(story, address_of if tenant is None else None) for story in found]
+        whole = {"object": "tandem.explanation", "id": request_id, "requests": said}
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
 
     def _seen(self, request_id: str, tenant: str | None) -> Story | None:
         story = self._stories.get(request_id)

@@ -36,6 +36,11 @@ class Attempt:
     best_match: int
     """The longest prefix, in tokens, that any worker was believed to have."""
     refusal: str = ""
+    """Why the decode worker did not take it, or did not go on with it."""
+    taken_s: float | None = None
+    """When the decode worker said that it takes it; seconds of the router's clock."""
+    ended_s: float | None = None
+    """When it went elsewhere; None for the attempt that the request ended with."""
 
 
 @dataclass(slots=True)
@@ -76,6 +81,8 @@ class Story:
     """Prompt tokens that the decode worker had when it took the request; None until one has."""
     asked_prefill: Incarnation | None = None
     """The prefill worker that the decode worker asked."""
+    admitted_s: float | None = None
+    """When it had its turn in the router's queue."""
     accepted_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
@@ -83,6 +90,8 @@ class Story:
     """The latest counts of each choice."""
     finish: dict[int, FinishReason] = field(default_factory=dict)
     error: str = ""
+    trace: tuple[str, str] | None = None
+    """What the worker that it is sent to next belongs to (`traceparent`, `tracestate`); None where it is not traced."""
 
     @classmethod
     def of(cls, request: GenerateRequest, received: float, now: float) -> Story:
@@ -113,6 +122,13 @@ class Story:
     def taken(self, cached: int, prefill: Incarnation | None, now: float) -> None:
         """The last plan's decode worker took the request; so many of its tokens were cached there."""
         self.cached_at_start, self.asked_prefill, self.accepted_s = cached, prefill, now
+        if self.attempts:
+            self.attempts[-1].taken_s = now
+
+    def left(self, now: float) -> None:
+        """The last plan is over; another one follows."""
+        if self.attempts:
+            self.attempts[-1].ended_s = now
 
     @property
     def bytes(self) -> int:

@@ -18,7 +18,6 @@ from router.answers.responses import DONE, ChatFormat, Format, Json, event, list
 from router.answers.stream import Piece
 from router.backend import Dispatcher
 from router.explain.recorder import Recorder
-from router.explain.story import explanation
 from router.http.body import ClientGone, read_body, while_connected
 from router.http.openapi import document
 from router.http.problems import envelope, public
@@ -82,9 +81,11 @@ class Api:
         stories: Recorder,
         callers: Callers,
         siblings: Siblings | None = None,
+        timers: Callable[[RouterMetrics, str, Request], RequestTimer] | None = None,
     ) -> None:
-        """siblings: the other processes of this router."""
+        """siblings: the other processes of this router. timers: make those of requests, where these are traced."""
         self._siblings = siblings
+        self._timers = timers or (lambda metrics, endpoint, request: metrics.start(endpoint))
         self._config = config
         self._dispatcher = dispatcher
         self._texts = texts
@@ -176,21 +177,13 @@ class Api:
         """`GET /v1/explain/{id}`: why a recent request went where it went, and what came of it."""
         tenant, name = self._callers.tenant(request.headers), request.path_params["id"]
         sees_all = tenant.operator or not tenant.name
-        said = self._explained(name, None if sees_all else tenant.name)
+        said = self._stories.told(name, None if sees_all else tenant.name, self._dispatcher.address_of)
         if said is None and self._siblings is not None:
             others = await self._siblings.ask("explain", name, *([] if sees_all else [tenant.name]))
             said = next((each for each in others.values() if each), None)
         if said is None:
             raise NotFound(f"nothing is known of a request {name[:64]!r}; only recent ones are remembered", "id")
         return _body(said)
-
-    def _explained(self, name: str, tenant: str | None) -> bytes | None:
-        """What this process remembers of a request; tenant: whose it must be, None for anyone's."""
-        found = self._stories.find(name, tenant)
-        if not found:
-            return None
-        said = [explanation(story, self._dispatcher.address_of if tenant is None else None) for story in found]
-        return to_json({"object": "tandem.explanation", "id": name, "requests": said})
 
     async def openapi(self, request: Request) -> Response:
         """`GET /openapi.json`"""
@@ -214,22 +207,19 @@ class Api:
             case ["metrics"]:
                 return self._metrics.page()
             case ["explain", name, *tenant]:
-                return self._explained(name, tenant[0] if tenant else None) or b""
+                return self._stories.told(name, tenant[0] if tenant else None, self._dispatcher.address_of) or b""
         raise ValueError(f"another process asked for {asked}")
 
     async def _generate(
-        self,
-        request: Request,
-        endpoint: str,
-        job_from: JobFrom,
-        form: Callable[..., Format],
+        self, request: Request, endpoint: str, job_from: JobFrom, form: Callable[..., Format]
     ) -> Response:
-        timer = self._metrics.start(endpoint)
+        timer = self._timers(self._metrics, endpoint, request)
         try:
             tenant = self._callers.tenant(request.headers)
             raw = await read_body(request, self._max_body)
             request.scope["state"][ANSWER_HEADERS] = lambda: self._callers.limits(tenant)
             timer.visit = self._callers.enter(tenant)
+            timer.received()
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
                 events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue, self._flusher)
@@ -252,6 +242,7 @@ class Api:
         visit = timer.visit
         assert visit is not None
         job = await job_from(raw, visit.tenant)
+        timer.tokenised(job, raw)
         visit.prompt(sum(len(prompt.ids) for prompt in job.prompts))
         text = await self._texts.get(job.model)
         self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))

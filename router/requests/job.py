@@ -9,14 +9,7 @@ from router.requests.defaults import GenerationDefaults
 from router.requests.echo import Echo, echo_of
 from router.requests.formats import AssistantTurn, ModelFormats, assistant_turn, check_tools
 from router.requests.messages import chat_turns
-from router.requests.openai import (
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-    StreamOptions,
-    prompts,
-    stop_strings,
-)
+from router.requests.openai import ChatBody, CompletionBody, GenerationBody, StreamOptions, prompts, stop_strings
 from router.requests.sampling import check_ids, output_room, sampling_params
 from router.requests.structured import grammar_field, grammar_of
 from router.requests.tool_grammar import calls_grammar

@@ -118,8 +118,12 @@ def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig])
     flags = []
     for name in (name for name in schema.model_fields if name in UpConfig.model_fields and name not in OWN):
         value = getattr(config, name)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [flag] if value else []
+            continue
         for each in value if isinstance(value, tuple) else () if value is None else (value,):
-            flags += ["--" + name.replace("_", "-"), str(each)]
+            flags += [flag, str(each)]
     return flags
 
 

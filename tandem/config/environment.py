@@ -13,6 +13,11 @@ def config_file() -> str:
     return os.environ.get("TANDEM_CONFIG", "")
 
 
+def standard_otlp_endpoint() -> str:
+    """The collector that OpenTelemetry's own variable names, or an empty text."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+
+
 def child_environment(overrides: dict[str, str]) -> dict[str, str]:
     """The environment for a process that `tandem up` starts: this one's with `overrides`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
@@ -40,6 +41,20 @@ def existing_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError("there is no such file")
     return path
+
+
+def http_url(value: str) -> str:
+    """Refuses what is neither empty nor the URL of a host; what is in it, command lines show."""
+    try:
+        parts = urlsplit(value)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if value and not known:
+        raise ValueError("must be a URL such as http://collector:4318")
+    if value and parts.password is not None:
+        raise ValueError("must not hold a password; OTEL_EXPORTER_OTLP_HEADERS may")
+    return value
 
 
 ChatTemplate = Annotated[Path, AfterValidator(existing_file)]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
-from tandem.config.environment import config_file
-from tandem.config.fields import OPEN_GRPC, PemFile, Secret
+from tandem.config.environment import config_file, standard_otlp_endpoint
+from tandem.config.fields import OPEN_GRPC, PemFile, Secret, http_url
 from tandem.errors import ConfigError
 from tandem.ports import is_loopback
+
+OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 
 
 class Settings(BaseSettings):
@@ -33,10 +42,16 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flag, environment, YAML file: the first that has a setting counts."""
+        """Flag, environment, YAML file, the environment that all tools share: the first that has a setting counts."""
         path = getattr(init_settings, "init_kwargs", {}).get("config") or config_file()
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        return (*sources, yaml_source(settings_cls, Path(path))) if path else sources
+        files = (yaml_source(settings_cls, Path(path)),) if path else ()
+        return (init_settings, env_settings, *files, InitSettingsSource(settings_cls, shared_by_tools(settings_cls)))
+
+
+def shared_by_tools(settings_cls: type[BaseSettings]) -> dict[str, Any]:
+    """Settings with variables that are not Tandem's own."""
+    endpoint = standard_otlp_endpoint()
+    return {"otlp_endpoint": endpoint} if endpoint and "otlp_endpoint" in settings_cls.model_fields else {}
 
 
 def yaml_source(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSettingsSource:
@@ -50,7 +65,36 @@ def yaml_source(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSetti
         raise ConfigError(f"--config is {path}; it must be a YAML mapping of settings: {reason}", "config") from None
 
 
-class ProcessConfig(Settings):
+class TracedSettings(Settings):
+    """Settings of commands whose processes serve requests: where the traces of these go."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(http_url)] = Field(
+        "",
+        description="URL of an OTLP/HTTP collector that gets the traces of requests; empty sends none; default: "
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    trace_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of requests that are traced, where the client did not decide"
+    )
+    trace_prompts: bool = Field(False, description="put the prompts of traced requests into their traces")
+
+    @model_validator(mode="after")
+    def _traceable(self) -> TracedSettings:
+        if self.otlp_endpoint and not installed(OTLP_EXPORTER):
+            raise ValueError(f"--otlp-endpoint is {self.otlp_endpoint}; it needs `pip install 'tandem-serve[otel]'`")
+        return self
+
+
+def installed(distribution: str) -> bool:
+    """Whether a package is there; nothing is imported."""
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class ProcessConfig(TracedSettings):
     """Settings of every process that speaks gRPC: by what it knows the others."""
 
     token: Secret | None = Field(None, description="secret that all processes of a cluster share")

@@ -30,12 +30,12 @@ from tandem.config.fields import (
     check_drafter,
     existing_file,
 )
-from tandem.config.process import Settings
+from tandem.config.process import TracedSettings
 from tandem.ports import is_loopback
 from tandem.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 
 
-class UpConfig(Settings):
+class UpConfig(TracedSettings):
     """`tandem up`"""
 
     model: str = Field(description="model folder or hub id; `demo` is the shipped one")

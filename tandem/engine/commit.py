@@ -6,6 +6,7 @@ import logging
 
 from tandem.engine.output import SeqOutput
 from tandem.engine.sequence import ROOT, Row, Sampled, Seq
+from tandem.obs import about
 from tandem.types import FinishReason, TokenLogprob
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def _follow(row: Row, sampled: Sampled) -> tuple[list[TokenLogprob], int, list[i
         try:
             taken = [token, *_constrain(seq, token)]
         except Exception:  # whatever a grammar's library raises, the other sequences must not notice
-            log.exception("the grammar of %s failed; it ends", seq.seq_id)
+            log.exception("the grammar of %s failed; it ends", seq.seq_id, extra=about(seq.request_id))
             seq.finish = FinishReason.ERROR
             return logprobs, forced, path
         if logprob is not None:

@@ -130,8 +130,9 @@ class Engine:
         computed = self._clock()
         outputs, progress = self._commit(flight, sampled)
         ended = self._clock()
+        began = max(flight.started, self._committed)
         if flight.batch.rows:
-            seconds = ended - max(flight.started, self._committed)
+            seconds = ended - began
             self._timing.add(flight.batch.num_tokens, seconds)
             if self.speculation is not None:
                 self.speculation.measured(flight.batch, seconds)
@@ -145,6 +146,8 @@ class Engine:
             forward_s=flight.launch_s + computed - waiting,
             commit_s=ended - computed,
             drafts=() if self.speculation is None else self.speculation.drain(),
+            began=began,
+            ended=ended,
         )
 
     def _launch(self, after: Flight | None) -> Flight:

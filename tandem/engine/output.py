@@ -61,6 +61,9 @@ class StepOutput:
     """Forward and sampling."""
     commit_s: float
     drafts: tuple[DraftOutcome, ...] = ()
+    began: float = 0.0
+    """When it had the device to itself, and when it was committed: seconds of the engine's clock."""
+    ended: float = 0.0
 
     @property
     def advanced(self) -> bool:

@@ -119,6 +119,11 @@ class Seq:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
+    def request_id(self) -> str:
+        """Of the request, or the ticket, that it is computed for."""
+        return self.seq_id.partition(".")[0]
+
+    @property
     def output_len(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - self.prompt_len

@@ -171,6 +171,8 @@ def generate_request_to_wire(request: GenerateRequest) -> pb.GenerateRequest:
         generated=[pb.TokenIds(tokens=tokens) for tokens in request.generated],
         ended=request.ended,
         follows=request.follows,
+        traceparent=request.traceparent,
+        tracestate=request.tracestate,
     )
 
 
@@ -195,6 +197,8 @@ def generate_request_from_wire(message: pb.GenerateRequest) -> GenerateRequest:
             generated=tuple(tuple(choice.tokens) for choice in message.generated),
             ended=tuple(message.ended),
             follows=message.follows,
+            traceparent=message.traceparent,
+            tracestate=message.tracestate,
         )
     except ValueError as error:
         # Every such text starts with the field's name, here and in tandem.types.

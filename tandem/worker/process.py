@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 from pydantic import SecretStr
@@ -25,6 +25,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.output import EngineStatus, StepOutput
 from tandem.errors import ConfigError
 from tandem.kv import HashRoot, KvLayout
+from tandem.obs import tracer_of
 from tandem.ports import authority, check_port
 from tandem.trust import Trust
 from tandem.types import ModelInfo
@@ -34,6 +35,9 @@ from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
 from tandem.worker.self_probe import SelfProbe, Transport
 from tandem.worker.service import WorkerService, attach, server_options
+
+if TYPE_CHECKING:
+    from tandem.worker.tracing import WorkerTraces
 
 log = logging.getLogger(__name__)
 DRAIN_POLL_S = 0.05
@@ -96,6 +100,8 @@ class Parts:
     metrics: WorkerMetrics
     publisher: Publisher
     server: grpc.aio.Server
+    traces: WorkerTraces | None
+    """What requests are traced with; None where they are not."""
     give_up: Callable[[str], None]
     """Ends the process with an error: the role cannot go on. A supervisor starts it anew."""
 
@@ -124,6 +130,7 @@ class WorkerProcess:
         self._probe: SelfProbe | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._registrar: Registrar | None = None
+        self._traces: WorkerTraces | None = None
 
     async def start(self) -> None:
         """Loads the model and serves. Raises CheckpointError, ConfigError."""
@@ -141,6 +148,7 @@ class WorkerProcess:
         name = config.served_model_name or Path(config.model).name
         model = loaded.info(name, config.max_context)
         self.info = self._describe(model, self.engine.layout, port, threads)
+        self._traces = _traces(config, self.info)
         root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
         parts = Parts(
@@ -151,6 +159,7 @@ class WorkerProcess:
             self.metrics,
             self.publisher,
             self.server,
+            self._traces,
             self._give_up,
         )
         self.services = self._build(parts)
@@ -300,6 +309,8 @@ class WorkerProcess:
         await self.services.close()
         await self.thread.stop()
         await asyncio.to_thread(self.metrics.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def leaks(self) -> list[str]:
         """What is held although nothing runs: ask it when idle."""
@@ -319,6 +330,15 @@ async def serve(process: WorkerProcess) -> int:
     await process.drain()
     await process.stop()
     return 1 if process.failed else 0
+
+
+def _traces(config: WorkerConfig, info: WorkerInfo) -> WorkerTraces | None:
+    tracer = tracer_of(config, f"tandem-{info.role.value}", info.incarnation)
+    if tracer is None:
+        return None
+    from tandem.worker.tracing import WorkerTraces
+
+    return WorkerTraces(tracer, info.role.value)
 
 
 def _shown(secret: SecretStr | None) -> str:

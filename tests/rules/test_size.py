@@ -16,6 +16,7 @@ BUDGETS = {
     "router/explain/": 600,
     "router/replication/": 400,
     "router/simulation/": 1200,
+    "router/tracing/": 300,
     "kvtransfer/": 2000,
     "tandem/engine/": 8000,
 }

@@ -14,6 +14,7 @@ import torch
 from tandem.device import upload
 from tandem.engine.grammar.constraint import Bitmask
 from tandem.engine.sequence import NO_DRAFT, Draft, Seq, TokenConstraint
+from tandem.obs import about
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _fill_rows(seq: Seq, draft: Draft, bits: Bitmask) -> None:
         if len(draft):
             constraint.fill_draft(draft, bits, 1)
     except Exception:  # its own sequence ends, for want of a token; the others must not notice
-        log.exception("the grammar of %s failed; it ends", seq.seq_id)
+        log.exception("the grammar of %s failed; it ends", seq.seq_id, extra=about(seq.request_id))
         bits[:] = 0
 
 

@@ -22,6 +22,7 @@ from tandem.engine.kv_pool import KvPool
 from tandem.engine.sequence import ROOT, Batch, Draft, Row, Seq
 from tandem.engine.spec.draft_net import DraftNet
 from tandem.engine.spec.draft_tree import GrowingTree
+from tandem.obs import about
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class ModelDrafter:
             if track is not None and track.valid < whole and self._first(seq) < whole:
                 self._compute(self._made_up([seq], [whole]))
         except Exception:  # a worse draft one day is no reason to keep the pages of a sequence that ends
-            log.exception("the last slots of %s were not computed", seq.seq_id)
+            log.exception("the last slots of %s were not computed", seq.seq_id, extra=about(seq.request_id))
         self._tracks.pop(seq, None)
 
     @torch.inference_mode()

@@ -123,7 +123,7 @@ class LogitBias(_message.Message):
     def __init__(self, token: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "sampling", "choices", "attempt", "output_kind", "salt", "adapter", "priority", "tenant", "cost", "generated", "ended", "follows")
+    __slots__ = ("request_id", "model", "prompt", "sampling", "choices", "attempt", "output_kind", "salt", "adapter", "priority", "tenant", "cost", "generated", "ended", "follows", "traceparent", "tracestate")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,8 @@ class GenerateRequest(_message.Message):
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -154,7 +156,9 @@ class GenerateRequest(_message.Message):
     generated: _containers.RepeatedCompositeFieldContainer[TokenIds]
     ended: _containers.RepeatedScalarFieldContainer[int]
     follows: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[int] = ..., attempt: _Optional[int] = ..., output_kind: _Optional[_Union[OutputKind, str]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cost: _Optional[int] = ..., generated: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., follows: _Optional[bool] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[int] = ..., attempt: _Optional[int] = ..., output_kind: _Optional[_Union[OutputKind, str]] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cost: _Optional[int] = ..., generated: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., follows: _Optional[bool] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("tokens",)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/wire/v1/handover.proto\x12\x0etandem.wire.v1\"\x84\x02\n\x08ToSender\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tandem.wire.v1.HelloH\x00\x12$\n\x04open\x18\x02 \x01(\x0b\x32\x14.tandem.wire.v1.OpenH\x00\x12(\n\x06grants\x18\x03 \x01(\x0b\x32\x16.tandem.wire.v1.GrantsH\x00\x12(\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x16.tandem.wire.v1.CancelH\x00\x12$\n\x04ping\x18\x05 \x01(\x0b\x32\x14.tandem.wire.v1.PingH\x00\x12(\n\x06warmed\x18\x06 \x01(\x0b\x32\x16.tandem.wire.v1.WarmedH\x00\x42\x06\n\x04\x62ody\"\xec\x01\n\nToReceiver\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.tandem.wire.v1.WelcomeH\x00\x12(\n\x06opened\x18\x02 \x01(\x0b\x32\x16.tandem.wire.v1.OpenedH\x00\x12,\n\x08progress\x18\x03 \x01(\x0b\x32\x18.tandem.wire.v1.ProgressH\x00\x12,\n\x08quiesced\x18\x04 \x01(\x0b\x32\x18.tandem.wire.v1.QuiescedH\x00\x12$\n\x04ping\x18\x05 \x01(\x0b\x32\x14.tandem.wire.v1.PingH\x00\x42\x06\n\x04\x62ody\"/\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\"\xad\x01\n\x05Hello\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12+\n\tendpoints\x18\x05 \x03(\x0b\x32\x18.tandem.wire.v1.Endpoint\x12\x12\n\nslab_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\"D\n\x07Welcome\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0emax_span_bytes\x18\x03 \x01(\x04\"\xcd\x01\n\x04Open\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\r\n\x05start\x18\x05 \x01(\x03\x12\x0c\n\x04salt\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x18\n\x10queue_deadline_s\x18\t \x01(\x01\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x0b \x01(\x08\"2\n\x06Opened\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\"/\n\x08Progress\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x10\n\x08\x63omputed\x18\x02 \x01(\x03\"/\n\x06Grants\x12%\n\x06grants\x18\x01 \x03(\x0b\x32\x15.tandem.wire.v1.Grant\"j\n\x05Grant\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\x03\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06length\x18\x06 \x01(\x04\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tticket_id\x18\x01 \x01(\t\"U\n\x08Quiesced\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nspans_sent\x18\x02 \x01(\r\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0blink_failed\x18\x04 \x01(\x08\"~\n\x10ReplicateRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x16\n\x0esource_address\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\x0c\n\x04salt\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\"]\n\x0eReplicateReply\x12\x15\n\rcached_tokens\x18\x01 \x01(\x03\x12\x14\n\x0cmoved_tokens\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x06\n\x04Ping\"\x08\n\x06Warmed2L\n\x08HandOver\x12@\n\x04Pair\x12\x18.tandem.wire.v1.ToSender\x1a\x1a.tandem.wire.v1.ToReceiver(\x01\x30\x01\x32\\\n\x0bReplication\x12M\n\tReplicate\x12 .tandem.wire.v1.ReplicateRequest\x1a\x1e.tandem.wire.v1.ReplicateReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/wire/v1/handover.proto\x12\x0etandem.wire.v1\"\x84\x02\n\x08ToSender\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.tandem.wire.v1.HelloH\x00\x12$\n\x04open\x18\x02 \x01(\x0b\x32\x14.tandem.wire.v1.OpenH\x00\x12(\n\x06grants\x18\x03 \x01(\x0b\x32\x16.tandem.wire.v1.GrantsH\x00\x12(\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x16.tandem.wire.v1.CancelH\x00\x12$\n\x04ping\x18\x05 \x01(\x0b\x32\x14.tandem.wire.v1.PingH\x00\x12(\n\x06warmed\x18\x06 \x01(\x0b\x32\x16.tandem.wire.v1.WarmedH\x00\x42\x06\n\x04\x62ody\"\xec\x01\n\nToReceiver\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.tandem.wire.v1.WelcomeH\x00\x12(\n\x06opened\x18\x02 \x01(\x0b\x32\x16.tandem.wire.v1.OpenedH\x00\x12,\n\x08progress\x18\x03 \x01(\x0b\x32\x18.tandem.wire.v1.ProgressH\x00\x12,\n\x08quiesced\x18\x04 \x01(\x0b\x32\x18.tandem.wire.v1.QuiescedH\x00\x12$\n\x04ping\x18\x05 \x01(\x0b\x32\x14.tandem.wire.v1.PingH\x00\x42\x06\n\x04\x62ody\"/\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\"\xad\x01\n\x05Hello\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12+\n\tendpoints\x18\x05 \x03(\x0b\x32\x18.tandem.wire.v1.Endpoint\x12\x12\n\nslab_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\"D\n\x07Welcome\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0emax_span_bytes\x18\x03 \x01(\x04\"\xf6\x01\n\x04Open\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\r\n\x05start\x18\x05 \x01(\x03\x12\x0c\n\x04salt\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x18\n\x10queue_deadline_s\x18\t \x01(\x01\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x0b \x01(\x08\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x12\n\ntracestate\x18\r \x01(\t\"2\n\x06Opened\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\"/\n\x08Progress\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x10\n\x08\x63omputed\x18\x02 \x01(\x03\"/\n\x06Grants\x12%\n\x06grants\x18\x01 \x03(\x0b\x32\x15.tandem.wire.v1.Grant\"j\n\x05Grant\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\x03\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06length\x18\x06 \x01(\x04\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tticket_id\x18\x01 \x01(\t\"U\n\x08Quiesced\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nspans_sent\x18\x02 \x01(\r\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0blink_failed\x18\x04 \x01(\x08\"~\n\x10ReplicateRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x16\n\x0esource_address\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12\x0c\n\x04salt\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\"]\n\x0eReplicateReply\x12\x15\n\rcached_tokens\x18\x01 \x01(\x03\x12\x14\n\x0cmoved_tokens\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x06\n\x04Ping\"\x08\n\x06Warmed2L\n\x08HandOver\x12@\n\x04Pair\x12\x18.tandem.wire.v1.ToSender\x1a\x1a.tandem.wire.v1.ToReceiver(\x01\x30\x01\x32\\\n\x0bReplication\x12M\n\tReplicate\x12 .tandem.wire.v1.ReplicateRequest\x1a\x1e.tandem.wire.v1.ReplicateReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,29 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=776
   _globals['_WELCOME']._serialized_end=844
   _globals['_OPEN']._serialized_start=847
-  _globals['_OPEN']._serialized_end=1052
-  _globals['_OPENED']._serialized_start=1054
-  _globals['_OPENED']._serialized_end=1104
-  _globals['_PROGRESS']._serialized_start=1106
-  _globals['_PROGRESS']._serialized_end=1153
-  _globals['_GRANTS']._serialized_start=1155
-  _globals['_GRANTS']._serialized_end=1202
-  _globals['_GRANT']._serialized_start=1204
-  _globals['_GRANT']._serialized_end=1310
-  _globals['_CANCEL']._serialized_start=1312
-  _globals['_CANCEL']._serialized_end=1339
-  _globals['_QUIESCED']._serialized_start=1341
-  _globals['_QUIESCED']._serialized_end=1426
-  _globals['_REPLICATEREQUEST']._serialized_start=1428
-  _globals['_REPLICATEREQUEST']._serialized_end=1554
-  _globals['_REPLICATEREPLY']._serialized_start=1556
-  _globals['_REPLICATEREPLY']._serialized_end=1649
-  _globals['_PING']._serialized_start=1651
-  _globals['_PING']._serialized_end=1657
-  _globals['_WARMED']._serialized_start=1659
-  _globals['_WARMED']._serialized_end=1667
-  _globals['_HANDOVER']._serialized_start=1669
-  _globals['_HANDOVER']._serialized_end=1745
-  _globals['_REPLICATION']._serialized_start=1747
-  _globals['_REPLICATION']._serialized_end=1839
+  _globals['_OPEN']._serialized_end=1093
+  _globals['_OPENED']._serialized_start=1095
+  _globals['_OPENED']._serialized_end=1145
+  _globals['_PROGRESS']._serialized_start=1147
+  _globals['_PROGRESS']._serialized_end=1194
+  _globals['_GRANTS']._serialized_start=1196
+  _globals['_GRANTS']._serialized_end=1243
+  _globals['_GRANT']._serialized_start=1245
+  _globals['_GRANT']._serialized_end=1351
+  _globals['_CANCEL']._serialized_start=1353
+  _globals['_CANCEL']._serialized_end=1380
+  _globals['_QUIESCED']._serialized_start=1382
+  _globals['_QUIESCED']._serialized_end=1467
+  _globals['_REPLICATEREQUEST']._serialized_start=1469
+  _globals['_REPLICATEREQUEST']._serialized_end=1595
+  _globals['_REPLICATEREPLY']._serialized_start=1597
+  _globals['_REPLICATEREPLY']._serialized_end=1690
+  _globals['_PING']._serialized_start=1692
+  _globals['_PING']._serialized_end=1698
+  _globals['_WARMED']._serialized_start=1700
+  _globals['_WARMED']._serialized_end=1708
+  _globals['_HANDOVER']._serialized_start=1710
+  _globals['_HANDOVER']._serialized_end=1786
+  _globals['_REPLICATION']._serialized_start=1788
+  _globals['_REPLICATION']._serialized_end=1880
 # @@protoc_insertion_point(module_scope)

@@ -73,7 +73,7 @@ class Welcome(_message.Message):
     def __init__(self, sender: _Optional[str] = ..., transport: _Optional[str] = ..., max_span_bytes: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s", "tenant", "cached_only")
+    __slots__ = ("ticket_id", "request_id", "attempt", "tokens", "start", "salt", "adapter", "priority", "queue_deadline_s", "tenant", "cached_only", "traceparent", "tracestate")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,8 @@ class Open(_message.Message):
     QUEUE_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CACHED_ONLY_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     request_id: str
     attempt: int
@@ -96,7 +98,9 @@ class Open(_message.Message):
     queue_deadline_s: float
     tenant: str
     cached_only: bool
-    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cached_only: _Optional[bool] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., salt: _Optional[str] = ..., adapter: _Optional[str] = ..., priority: _Optional[int] = ..., queue_deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cached_only: _Optional[bool] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("ticket_id", "cached_tokens")

@@ -1,0 +1,181 @@
+"""Acceptance: the trace of a disaggregated request arrives whole, and its spans account for its time to first token.
+
+Real processes, the real transport, a real OTLP receiver. The chain is that of all spans without others below them,
+from the request's arrival at the router to its first token; time that several of them cover counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tandem import obs
+from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.cluster import Cluster, Host, cluster
+from tandem.testing.otlp import Collector, ReceivedSpan, as_text, collector, leaves, union_s
+
+PROMPT_TOKENS = 4000
+REQUESTS = 3
+TOKEN = "a-secret-of-this-cluster"
+SOON = Host(environment=(("OTEL_BSP_SCHEDULE_DELAY", "100"),))
+NAMES = ("router", "prefill-0", "prefill-1", "decode-0", "decode-1")
+WHOLE = {
+    ("router", "receive"),
+    ("router", "tokenise"),
+    ("router", "queue"),
+    ("router", "plan"),
+    ("router", "attempt"),
+    ("router", "submit"),
+    ("decode", "decode worker"),
+    ("decode", "admission"),
+    ("decode", "hand-over"),
+    ("decode", "landing"),
+    ("decode", "waiting"),
+    ("decode", "first token"),
+    ("decode", "decode"),
+    ("prefill", "prefill worker"),
+    ("prefill", "queue"),
+    ("prefill", "prefill"),
+    ("prefill", "chunk"),
+    ("prefill", "transfer"),
+}
+ROUTER_CHAIN = ["receive", "tokenise", "queue", "plan", "attempt"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = CheckpointSpec(family="llama", seed=1, layers=4, max_positions=2 * PROMPT_TOKENS)
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llama", spec)
+
+
+@pytest.fixture(scope="module")
+def received() -> Iterator[Collector]:
+    with collector() as made:
+        yield made
+
+
+def options(received: Collector) -> list[str]:
+    return ["--otlp-endpoint", received.url, "--log-format", "json", "--log-level", "debug"]
+
+
+@dataclass
+class Asked:
+    trace_id: str
+    client_s: float
+    """Time to first token as the client saw it."""
+    router_s: float
+    """As the router's own metric has it."""
+    tokens: int
+
+
+def ttft_sum(running: Cluster) -> float:
+    lines = running.get("/metrics").splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith(obs.FIRST_TOKEN_SECONDS + "_sum"))
+
+
+def ask(running: Cluster, seed: int, tokens: int = 8, prompt_tokens: int = PROMPT_TOKENS) -> Asked:
+    """Streams one completion, in a trace of the client's own."""
+    prompt = [(seed * 31 + place * 17 + place // 200) % 250 for place in range(prompt_tokens)]
+    body = {"model": "llama", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    trace_id = f"{seed + 1:032x}"
+    headers = {"content-type": "application/json", "traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    before = ttft_sum(running)
+    data = json.dumps({**body, "ignore_eos": True}).encode()
+    asked_at = time.monotonic()
+    with urllib.request.urlopen(urllib.request.Request(running.url + "/v1/completions", data, headers)) as answer:
+        lines = [answer.readline()]
+        first_at = time.monotonic()
+        lines += answer.readlines()
+    assert lines[-2] == b"data: [DONE]\n", lines[-4:]
+    return Asked(trace_id, first_at - asked_at, ttft_sum(running) - before, tokens)
+
+
+def arrived(received: Collector, trace_id: str, workers: int = 2) -> list[ReceivedSpan]:
+    """The trace, once the router and so many workers have told of it."""
+
+    def whole(spans: Sequence[ReceivedSpan]) -> bool:
+        mine = [span for span in spans if span.trace_id == trace_id]
+        return sum(span.kind == 2 for span in mine) >= 1 + workers
+
+    received.wait(whole)
+    return received.trace(trace_id)
+
+
+def root_of(spans: Sequence[ReceivedSpan]) -> ReceivedSpan:
+    return next(span for span in spans if span.service == "tandem-router" and span.kind == 2)
+
+
+def check_whole(spans: list[ReceivedSpan], asked: Asked) -> float:
+    """One trace with all its spans, none outside its parent's process chain; returns the share that leaves cover."""
+    text = as_text(spans)
+    assert {(span.service.removeprefix("tandem-"), span.name) for span in spans} - {("router", "completion llama")} == (
+        WHOLE
+    ), text
+    root, ids = root_of(spans), {span.span_id: span for span in spans}
+    assert root.parent_id == "00f067aa0ba902b7"
+    assert all(span.parent_id in ids for span in spans if span is not root), text
+    assert not any(span.failed for span in spans), text
+    parents = {span.name: ids[span.parent_id].name for span in spans if span is not root and span.kind != 1}
+    assert parents == {
+        "attempt": "completion llama",
+        "decode worker": "attempt",
+        "hand-over": "decode worker",
+        "prefill worker": "hand-over",
+    }
+    first = next(at for name, at, _ in root.events if name == "first token")
+    mine = [span for span in spans if span.parent_id == root.span_id]
+    chain = [next(span for span in mine if span.name == name) for name in ROUTER_CHAIN]
+    for before, after in pairwise(chain):
+        assert after.began == pytest.approx(before.ended, abs=1e-5), text
+    ttft = sum(span.seconds for span in chain[:-1]) + first - chain[-1].began
+    assert ttft == pytest.approx(asked.router_s, rel=0.05), text
+    return union_s(leaves(spans), root.began, first) / asked.router_s
+
+
+def test_the_spans_of_a_disaggregated_request_sum_to_its_time_to_first_token(
+    model: Path, received: Collector, tmp_path: Path
+) -> None:
+    said = options(received)
+    worker = ["--kv-mib", "64", *said]
+    hosts = dict.fromkeys(NAMES, SOON)
+    with cluster(model, tmp_path, worker_args=worker, router_args=said, token=TOKEN, hosts=hosts) as running:
+        ask(running, 0)  # first times are slow, and are not what is explained here
+        shares = []
+        for seed in range(1, 1 + REQUESTS):
+            asked = ask(running, seed)
+            spans = arrived(received, asked.trace_id)
+            shares.append(check_whole(spans, asked))
+            usage = root_of(spans).attributes
+            assert usage["gen_ai.usage.input_tokens"] == PROMPT_TOKENS
+            assert usage["gen_ai.usage.output_tokens"] == asked.tokens
+            moved = next(span for span in spans if span.name == "transfer").attributes["tandem.moved_bytes"]
+            assert moved > 0
+        # The rest is messages on their way between processes.
+        assert statistics.median(shares) == pytest.approx(1.0, abs=0.05), shares
+        running.check_leaks()
+    check_logs(tmp_path, asked.trace_id)
+
+
+def check_logs(folder: Path, trace_id: str) -> None:
+    """Every line is an object, tells no secret, and those about a request carry its ids, in every process."""
+    for name in ("router", "prefill-0", "decode-0"):
+        lines = [line for line in (folder / f"{name}.log").read_text().splitlines() if not native(line)]
+        records = [json.loads(line) for line in lines]
+        assert all({"time", "level", "logger", "message"} <= {*record} for record in records)
+        assert not any(TOKEN in line for line in lines)
+        mine = [record for record in records if record.get("trace_id") == trace_id]
+        assert all(len(record["request_id"]) == 32 for record in mine)
+        assert mine or name != "router", "the plan of a request is logged with its ids"
+
+
+def native(line: str) -> bool:
+    """Whether it was written by gRPC's or UCX's own code, which knows no logging."""
+    return line[:1] in "IWE[" or "UCX" in line
