@@ -13,7 +13,7 @@ from decode_worker.prefill_client import PrefillClient
 from decode_worker.service import attach
 from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
-from kvtransfer.base import MIB, Identity
+from kvtransfer.base import MIB, Hooks, Identity
 from kvtransfer.inbound import InboundSettings
 from kvtransfer.measure import HandOverMetrics, WriteRate
 from kvtransfer.pairs import PairPool, pair_maker
@@ -63,29 +63,19 @@ class DecodeServices:
         )
         self._grammars = Grammars(_compiler_settings(config, parts.info.model))
         self.worker = DecodeWorker(
-            parts.info,
-            config,
-            parts.engine,
-            parts.thread,
-            client,
-            parts.metrics,
-            parts.publisher,
-            self._grammars,
-            _trace(parts),
+            parts.info, config, parts.engine, parts.thread, client, parts.metrics, parts.publisher, self._grammars
         )
+        self.worker.trace = _trace(parts)
         # Generated tokens live here: what another worker asks for and is cached here, it gets.
         capacity, freed = parts.engine.capacity_tokens, self.worker.pages_freed
         self._source = EngineKvSource(parts.engine, parts.thread, parts.root, capacity, computes=False, released=freed)
-        sending = metrics.sender(self._writes.add)
-        if parts.traces is not None:
-            sending = replace(sending, watch=parts.traces.watch)
         self._handover = HandOverService(
             me,
             self._source,
             transports.all,
             self._transfers,
             OutboundSettings(staging_mib=config.staging_mib),
-            hooks=sending,
+            hooks=_watched(metrics.sender(self._writes.add), parts),
             clock=asyncio.get_running_loop().time,
         )
         attach(parts.server, self.worker)
@@ -168,6 +158,10 @@ def _compiler_settings(config: DecodeConfig, model: ModelInfo) -> CompilerSettin
         cache_mib=config.grammar_cache_mib,
         any_whitespace=config.json_any_whitespace,
     )
+
+
+def _watched(sending: Hooks, parts: Parts) -> Hooks:
+    return sending if parts.traces is None else replace(sending, watch=parts.traces.watch)
 
 
 def _trace(parts: Parts) -> Callable[[GenerateRequest, str, float], RequestSpans] | None:

@@ -51,11 +51,10 @@ class DecodeWorker:
         metrics: WorkerMetrics,
         publisher: Publisher,
         grammars: Grammars,
-        trace: Callable[[GenerateRequest, str, float], RequestSpans] | None = None,
     ) -> None:
-        """trace: of a traced request, the sequence that leads it, and when it came; None where nothing is traced."""
         self.info = info
-        self._trace = trace
+        self.trace: Callable[[GenerateRequest, str, float], RequestSpans] | None = None
+        """Of a traced request, the sequence that leads it, and when it came; None where nothing is traced."""
         self.dispatches: dict[str, int] = {}
         self.draining = False
         self._config = config
@@ -103,8 +102,8 @@ class DecodeWorker:
         root = replace(self._root, adapter=request.adapter, salt=request.salt).digest()
         record = make_request(request, router_id, root, self._eos_ids, self._order, self._loop.time(), constrain)
         self._order += request.choices
-        if self._trace is not None and request.traceparent:
-            record.spans = self._trace(request, record.lead.seq.seq_id, received)
+        if self.trace is not None and request.traceparent:
+            record.spans = self.trace(request, record.lead.seq.seq_id, received)
         self._requests[request.request_id] = record
         self._choices.update((choice.seq.seq_id, choice) for choice in record.open_choices())
         self.tenants.admitted(request, router_id)
@@ -180,9 +179,9 @@ class DecodeWorker:
             record.sender_cached = min(outcome.sender_cached, sink.landed)
             record.moved_tokens = sink.moved_tokens
             record.decode_cached = sink.cached
-            await self._thread.call(self._engine.landed, seq, sink.landed)
             if spans is not None:
                 spans.landed(self._loop.time(), outcome, sink.moved_tokens)
+            await self._thread.call(self._engine.landed, seq, sink.landed)
             self._reservations.changed()
 
     # Tokens ---------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ PARENT = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 
 def test_a_traced_request_has_its_traces_id_in_both_forms(capfd: pytest.CaptureFixture[str]) -> None:
     for style in ("json", "text"):
-        obs.setup_logging("info", style)  # type: ignore[arg-type]
+        obs.setup_logging("info", style)
         with obs.request_context("r1"):
             obs.tell_trace("ab" * 16)
             logging.getLogger("part").info("here")
