@@ -164,6 +164,7 @@ class _OnceLogged(SpanExporter):
         self._ended = False
         self.closing = False
         """Whether a collector that does not answer gets no more chances."""
+        logging.getLogger("urllib3").setLevel(logging.INFO)
         for part in ("opentelemetry.exporter", "opentelemetry.sdk"):
             logging.getLogger(part).setLevel(logging.CRITICAL)  # they would log each batch, and each span dropped
 
