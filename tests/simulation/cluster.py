@@ -68,6 +68,10 @@ class Shape:
     """Of an engine's step."""
     write_s: tuple[float, float] = (0.0005, 0.02)
     """Of a write of the hand-over."""
+    index_blocks: int = 4_000_000
+    """That the router's index may have."""
+    notice_s: float = 0.0
+    """A process hears at most this late that a connection broke; gRPC may have made another one by then."""
 
 
 @cache
@@ -94,7 +98,8 @@ def worker_config(role: Role, port: int, shape: Shape) -> WorkerConfig:
 
 def router_config(shape: Shape) -> RouterConfig:
     """The router's settings."""
-    chosen = {"control_port": CONTROL_PORT, "lease_s": shape.lease_s, "policy": shape.policy}
+    chosen: dict[str, Any] = {"control_port": CONTROL_PORT, "lease_s": shape.lease_s, "policy": shape.policy}
+    chosen["index_max_blocks"] = shape.index_blocks
     config: RouterConfig = _defaults(RouterConfig).model_copy(update=chosen)
     return config
 
@@ -165,8 +170,9 @@ class Cluster:
         self.wrong: list[str] = []
         self.net = Network(loop)
         self.fabric = Fabric(loop, self.net, mischief, write_s=shape.write_s)
-        loop.rpc, loop.step_s = Rpc(loop, self.net, self._tap), shape.step_s
+        loop.rpc, loop.step_s = Rpc(loop, self.net, self._tap, shape.notice_s), shape.step_s
         self.control: ControlPlane | None = None
+        self.retries = router_config(shape).retries
         self.router = self._node(ROUTER)
         self.router_ending = asyncio.Event()
         self.incarnations: dict[str, str] = {}
@@ -190,15 +196,17 @@ class Cluster:
 
     def _tap(self, what: str, there: Node, here: Node, method: str, message: Any, asked: Any) -> None:
         """Every message as its servicer hears and says it."""
-        self.say(f"{here.name} {what} {method.rsplit('/', 1)[1]} {message.ByteSize()} bytes ({there.name})")
+        told = message if what == "refuses" else f"{message.ByteSize()} bytes"
+        self.say(f"{here.name} {what} {method.rsplit('/', 1)[1]} {told} ({there.name})")
         worker = self.workers.get(here.name)
         if worker is None or worker.process is None or not hasattr(worker.process, "info"):
             return
         mine, method = worker.process.info.incarnation, method.rsplit("/", 1)[1]
         if what == "hears" and method == "Submit":
             self.submits.setdefault(message.request.request_id, []).append((message.request.attempt, here.name))
-        elif what == "says" and method == "Submit" and asked.incarnation != mine:
-            self.wrong.append(f"fence: {here.name} is {mine} and took a request for {asked.incarnation}")
+        elif method == "Submit" and asked.incarnation != mine and (what == "says" or mine not in message):
+            # Other reasons to refuse it, such as a router that has no stream yet, would not hold a moment later.
+            self.wrong.append(f"fence: {here.name} is {mine} and did not fence a request for {asked.incarnation}")
         elif what == "says" and method == "Pair" and message.HasField("welcome") and asked.hello.sender != mine:
             self.wrong.append(f"fence: {here.name} is {mine} and welcomed a receiver of {asked.hello.sender}")
 

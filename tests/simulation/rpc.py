@@ -20,14 +20,15 @@ from tests.simulation.network import End, Network
 
 Code = grpc.StatusCode
 Tap = Callable[[str, Node, Node, str, Any, Any], None]
-"""(hears or says, caller, servicer, method, message, first request): as servicers hear and say it."""
+"""(hears, says or refuses, caller, servicer, method, message or reason, first request): as servicers do it."""
 
 
 class Rpc:
     """Stands in for `grpc.aio.insecure_channel` and `grpc.aio.server`, in the process that calls them."""
 
-    def __init__(self, loop: VirtualLoop, net: Network, tap: Tap) -> None:
-        self.loop, self.net, self.tap = loop, net, tap
+    def __init__(self, loop: VirtualLoop, net: Network, tap: Tap, notice_s: float = 0.0) -> None:
+        """notice_s: callers hear at most this late that their connection broke."""
+        self.loop, self.net, self.tap, self.notice_s = loop, net, tap, notice_s
         self.calls = 0
 
     def channel(self, target: str, options: Sequence[tuple[str, Any]] = ()) -> Channel:
@@ -112,11 +113,21 @@ class Channel:
             call.receive(kind, *rest)
 
     def _lost(self) -> None:
+        """gRPC's own thread sees it; what is called before this process hears of it may have a new connection."""
         self._end = None
-        self._fail_all("the connection broke")
+        calls = list(self.calls.values())
+        if not self.rpc.notice_s:
+            self._fail(calls, "the connection broke")
+            return
+        self.calls.clear()
+        self.rpc.loop.later(0.0, self.rpc.notice_s, self._fail, calls, "the connection broke", node=self.node)
 
     def _fail_all(self, details: str) -> None:
-        for call in list(self.calls.values()):
+        self._fail(list(self.calls.values()), details)
+
+    @staticmethod
+    def _fail(calls: Sequence[Call], details: str) -> None:
+        for call in calls:
             call.failed(Code.UNAVAILABLE, details)
 
     async def close(self, grace: float | None = None) -> None:
@@ -382,6 +393,7 @@ class Context:
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         """Ends the call."""
+        self._note("refuses", details)
         raise _Aborted(code, details, tuple(trailing_metadata))
 
     async def write(self, message: Any) -> None:

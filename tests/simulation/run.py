@@ -22,6 +22,7 @@ from typing import Any
 from router.dispatch import Dispatcher
 from router.dispatch_submit import Submitter
 from router.moves import MAX_MOVES
+from router.placer import MAX_CRASHES
 from tandem.cluster import new_id
 from tandem.errors import TandemError
 from tandem.testing.engine import naive_continuation
@@ -214,7 +215,7 @@ async def play(cluster: Cluster, plan: Scenario, result: Result) -> None:
     supervisor = asyncio.create_task(_supervise(cluster))
     while cluster.control is None or not _all_up(cluster):
         await virtual().passes(STEP_S)
-    watch = _watch_plans(cluster)
+    watch = _watch_plans(cluster, plan)
     load = asyncio.create_task(_watch_load(cluster)) if plan.calm else None
     clients = [Client(cluster, number, ask) for number, ask in enumerate(plan.asks)]
     strikes = [asyncio.create_task(_strike(cluster, fault)) for fault in plan.faults]
@@ -228,9 +229,6 @@ async def play(cluster: Cluster, plan: Scenario, result: Result) -> None:
         load.cancel()
     await _rest(cluster, plan)
     supervisor.cancel()
-    for request_id, submits in cluster.submits.items():
-        if len({attempt for attempt, _ in submits}) > (MAX_MOVES + 1) * 4:
-            cluster.wrong.append(f"I8: request {request_id} was submitted {len(submits)} times")
 
 
 def _all_up(cluster: Cluster) -> bool:
@@ -242,17 +240,24 @@ def _all_up(cluster: Cluster) -> bool:
     return {view.incarnation for view in (*fleet.prefill, *fleet.decode)} == live and len(live) == len(cluster.workers)
 
 
-def _watch_plans(cluster: Cluster) -> Callable[[], None]:
-    """I7: looks at every submission as the router decides on it. What is returned ends the watch."""
+def _watch_plans(cluster: Cluster, plan: Scenario) -> Callable[[], None]:
+    """I7 and I8: looks at every submission as the router decides on it. What is returned ends the watch."""
     shipped = Submitter.submit
+    asked: dict[tuple[str, int], list[str]] = {}
 
-    async def submit(self: Submitter, record: Any, info: Any, plan: Any) -> Any:
+    async def submit(self: Submitter, record: Any, info: Any, decided: Any) -> Any:
         views = self._fleet.snapshot().decode
-        draining = {view.incarnation for view in views if view.draining}
-        others = {view.incarnation for view in views} - draining - {plan.decode}
-        if plan.decode in draining and others and not record.moves and not record.request.attempt:
-            cluster.wrong.append(f"I7: {record.request.request_id} was sent to a draining worker")
-        return await shipped(self, record, info, plan)
+        request = record.request
+        if any(view.draining for view in views if view.incarnation == decided.decode):
+            cluster.wrong.append(f"I7: {request.request_id} was sent to a draining worker")
+        control = cluster.control
+        if control is not None:
+            broken = control.dispatcher._pairs.broken()
+            sound = [each for each in decided.candidates if (each.prefill, each.decode) not in broken]
+            if (decided.prefill, decided.decode) in broken and any(each.prefill != decided.prefill for each in sound):
+                cluster.wrong.append(f"I7: {request.request_id} was sent to a broken pair")
+        _check_attempts(cluster, plan, record, asked.setdefault((request.request_id, record.moves), []), decided.decode)
+        return await shipped(self, record, info, decided)
 
     setattr(Submitter, "submit", submit)  # noqa: B010
 
@@ -260,6 +265,23 @@ def _watch_plans(cluster: Cluster) -> Callable[[], None]:
         setattr(Submitter, "submit", shipped)  # noqa: B010
 
     return end
+
+
+def _check_attempts(cluster: Cluster, plan: Scenario, record: Any, asked: list[str], worker: str) -> None:
+    """I8: a request is placed once and then once for each move, and each time asks a worker at most once.
+
+    asked: workers of this placement so far. A crash allows one move and no second, a calm cluster none at all.
+    """
+    name = record.request.request_id
+    if worker in asked:
+        cluster.wrong.append(f"I8: {name} asks {worker} twice in one placement")
+    asked.append(worker)
+    if len(asked) > 1 + cluster.retries:
+        cluster.wrong.append(f"I8: {name} asks {len(asked)} workers in one placement")
+    if record.moves > (0 if plan.calm else 1 if plan.one_crash else MAX_MOVES):
+        cluster.wrong.append(f"I8: {name} is moved {record.moves} times")
+    if record.losses >= MAX_CRASHES:
+        cluster.wrong.append(f"I8: {name} is submitted after {record.losses} workers were lost over it")
 
 
 async def _watch_load(cluster: Cluster) -> None:
@@ -286,7 +308,7 @@ async def _rest(cluster: Cluster, plan: Scenario) -> None:
     """I3, I5 and I6: soon after everything is over, nothing is held anywhere and everybody serves."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + REST_S
-    while held := await _held(cluster):
+    while held := await _held(cluster, plan):
         if loop.time() > deadline:
             cluster.wrong += [f"at rest: {line}" for line in held]
             return
@@ -309,7 +331,7 @@ def _failures(metrics: Any) -> dict[str, float]:
     return found
 
 
-async def _held(cluster: Cluster) -> list[str]:
+async def _held(cluster: Cluster, plan: Scenario) -> list[str]:
     """What is still held, one line each."""
     control = cluster.control
     if control is None or cluster.router.dead or not _all_up(cluster):
@@ -325,9 +347,12 @@ async def _held(cluster: Cluster) -> list[str]:
             held.append(f"{worker.name}: tenants use {uses}")
     views = (*control.fleet.snapshot().prefill, *control.fleet.snapshot().decode)
     held += [f"I5: {view.sequences:g} sequences are counted on {view.incarnation}" for view in views if view.sequences]
-    control.index.check_integrity()
     known = set(control.index._tree.bits._bits)
     held += [f"I6: the index knows {incarnation}" for incarnation in sorted(known - live)]
+    if len(control.index) > plan.shape.index_blocks:
+        held.append(f"I6: the index has {len(control.index)} blocks; {plan.shape.index_blocks} are allowed")
+    else:
+        control.index.check_integrity()
     return held
 
 

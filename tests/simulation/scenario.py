@@ -9,6 +9,8 @@ from tandem.testing.engine import VOCAB
 from tests.simulation.cluster import ROUTER, Shape
 from tests.simulation.memory import Mischief
 
+EXACT = (9914, 16318)
+"""Seeds that found something while callers still heard at once that their connection broke."""
 CRASHES = ("kill", "terminate")
 KINDS = ("kill", "kill", "stop", "terminate", "partition", "slow", "reset", "reset", "router", "drain_router")
 
@@ -126,8 +128,9 @@ def _mischief(random: Random) -> Mischief:
 
 def scenario(seed: int) -> Scenario:
     """The scenario of a seed: one in ten without any fault, two in ten with a single crash."""
-    random = Random(f"scenario {seed}")
-    shape = _shape(random)
+    random, more = Random(f"scenario {seed}"), Random(f"bounds {seed}")
+    blocks, notice_s = more.choice((2, 5, 4_000_000)), more.choice((0.0, 0.0, 0.005, 0.05))
+    shape = replace(_shape(random), index_blocks=blocks, notice_s=0.0 if seed in EXACT else notice_s)
     asks = _asks(random, shape)
     workers = [f"prefill-{n}" for n in range(shape.prefill)] + [f"decode-{n}" for n in range(shape.decode)]
     kind = random.random()
