@@ -76,20 +76,21 @@ async def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyP
 
 async def test_only_the_work_itself_is_interrupted() -> None:
     """What runs on the same thread afterwards is left alone, however near the end the time ran out."""
-    harmed: list[BaseException] = []
-    seen = set()
-
-    def short() -> int:
-        seen.add(threading.get_ident())
-        return sum(range(200))
-
-    for _ in range(300):
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    ended = interrupted = 0
+    for number in range(300):
+        # Around the moment at which the time is over; some end before it, some after.
+        length = number * 40
         try:
-            await within(0.0, short)
-        except TimeoutError as error:
-            harmed.append(error)
+            await within(0.0, lambda length=length: sum(each for each in range(length)))  # type: ignore[misc]
+            ended += 1
+        except TimeoutError:
+            interrupted += 1
         assert await asyncio.to_thread(sum, range(200)) == 19900
-    assert seen and all(isinstance(error, TimeoutError) for error in harmed)
+    with pytest.raises(TimeoutError):
+        await within(0.0, Endless())
+    assert await asyncio.to_thread(sum, range(200)) == 19900
+    assert ended + interrupted == 300 and ended, "no work ended by itself: nothing was tried near its end"
 
 
 class Endless:
