@@ -85,7 +85,9 @@ class Model(Values):
 class Discovery(Values):
     """How routers learn of workers."""
 
-    mode: Literal["registration"] = Field(description="registration: workers announce themselves at every router")
+    mode: Literal["kubernetes", "registration"] = Field(
+        description="kubernetes: routers watch the pods; registration: workers announce themselves at every router"
+    )
 
 
 class Secrets(Values):
@@ -284,7 +286,7 @@ class Gateway(Values):
 class ServiceAccounts(Values):
     """Who the pods are to Kubernetes."""
 
-    create: bool = Field(description="whether the routers' ServiceAccount is made, with its Role")
+    create: bool = Field(description="whether the routers' ServiceAccount is made")
     name: str = Field(description="its name; empty: the routers' own name, or `default` where none is made")
     annotations: Texts = Field(description="annotations, such as a cloud's identity")
 

@@ -97,6 +97,7 @@ def everything() -> dict[str, Any]:
             "inferencePool": {"enabled": True, "endpointPicker": {"name": "picker"}},
         },
         "tls": {"existingSecret": "tls", "name": "tandem.internal"},
+        "discovery": {"mode": "registration"},
         "images": {"pullSecrets": [{"name": "registry"}]},
         "workers": {"priorityClassName": "high", "runtimeClassName": "nvidia", "rdma": {"enabled": True}},
         "pools": [

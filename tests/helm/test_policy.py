@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import yaml
 
+from router.discovery.pods import pod_of
 from tests.helm.chart import (
     NAMES,
     NAMESPACE,
@@ -24,6 +26,7 @@ from tests.helm.chart import (
 RELEASES: dict[str, Callable[[], Release]] = {
     "defaults": render,
     "everything": lambda: render(everything()),
+    "registration": lambda: render(REGISTRATION),
     **{name: lambda name=name: example(name) for name in NAMES},  # type: ignore[misc]
 }
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
@@ -184,9 +187,12 @@ def test_service_ports_lead_to_container_ports(release: Release) -> None:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
 
 
+REGISTRATION = {"discovery": {"mode": "registration"}}
+
+
 def test_workers_reach_routers_that_are_not_ready() -> None:
     """A router is ready once it knows a decode worker; a Service of ready pods would keep them apart for ever."""
-    control = render().named("Service", "demo-tandem-control")
+    control = render(REGISTRATION).named("Service", "demo-tandem-control")
     assert control is not None and control["spec"]["publishNotReadyAddresses"] is True
 
 
@@ -197,6 +203,27 @@ def test_only_who_asks_kubernetes_has_a_token(release: Release) -> None:
         mounted = spec.get("automountServiceAccountToken") is not False
         assert mounted == (spec.get("serviceAccountName") in bound)
     assert release.of("ClusterRole", "ClusterRoleBinding") == []
+    rules = [rule for role in release.of("Role") for rule in role["rules"]]
+    assert rules in ([], [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}])
+
+
+def test_routers_find_this_releases_workers_and_nobody_else() -> None:
+    release = render()
+    settings = release.named("ConfigMap", "demo-tandem-router")
+    assert settings is not None
+    selector = yaml.safe_load(settings["data"]["settings.yaml"])["kubernetes_selector"]
+    wanted = {"matchLabels": dict(each.split("=") for each in selector.split(","))}
+    assert all(selects(wanted, labels_of(template)) for template in release.workers())
+    assert not any(selects(wanted, labels_of(template)) for template in render(name="other").workers())
+    for template in release.workers():
+        pod = {**template, "metadata": {**template["metadata"], "uid": "1", "name": "a"}}
+        pod["status"] = {"podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}
+        found = pod_of(pod)
+        assert found is not None and found.ready and found.role is not None
+        assert (found.role.value, found.address) == (component(template), "10.0.0.1:7600")
+    assert all(
+        selects(wanted, labels_of(pod)) for pod in (release.routers(), release.of("Pod")[0])
+    )  # and are no workers
 
 
 def test_scalers_scale_what_is_there(release: Release) -> None:
@@ -262,11 +289,13 @@ def test_worker_ports_are_closed_to_all_but_routers_and_peers(release: Release) 
             assert [port for port in ("grpc", "metrics", kv_port) if reaches(release, stranger, worker, port)] == []
 
 
-def test_the_control_port_is_for_workers(release: Release) -> None:
+def test_the_control_port_is_for_workers_that_register() -> None:
+    release = render(REGISTRATION)
     router = release.routers()
+    assert not reaches(render(), (NAMESPACE, labels_of(release.workers()[0])), render().routers(), "control")
     for worker in release.workers():
         assert reaches(release, (NAMESPACE, labels_of(worker)), router, "control")
-    for stranger in (STRANGER, PROMETHEUS, (NAMESPACE, labels_of(render(name="other").workers()[0]))):
+    for stranger in (STRANGER, PROMETHEUS, (NAMESPACE, labels_of(render(REGISTRATION, "other").workers()[0]))):
         assert not reaches(release, stranger, router, "control")
 
 
@@ -313,7 +342,7 @@ def test_pools_take_what_they_leave_out_from_workers() -> None:
 def test_a_leader_worker_set_runs_the_same_pod() -> None:
     def pod(workload: str) -> Object:
         release = render({"pools": [{"name": "d", "role": "decode", "workload": workload}]})
-        (found,) = (template_of(each) for each in release.of(workload))
+        (found,) = (template_of(each) for each in release.of(workload) if not each["metadata"]["name"].endswith("router"))
         return found
 
     assert pod("Deployment") == pod("LeaderWorkerSet")

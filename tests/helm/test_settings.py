@@ -98,7 +98,8 @@ def test_every_process_would_start(name: str, tmp_path: Path) -> None:
             assert drain >= config.drain_s + 10  # type: ignore[attr-defined]
             assert config.token is not None and config.metrics_token is not None
             if isinstance(config, RouterConfig):
-                assert (config.port, config.control_port) == (ports["http"], ports["control"])
+                assert config.port == ports["http"] and (config.control_host == "0.0.0.0") == ("control" in ports)
+                assert bool(config.kubernetes_selector) == ("control" not in ports)
                 assert config.api_keys is not None and read_keys(config.api_keys).tenants
             else:
                 assert isinstance(config, PrefillConfig | DecodeConfig)
@@ -120,7 +121,8 @@ def test_every_variable_is_a_setting_or_a_known_librarys(name: str) -> None:
 
 
 def test_workers_and_routers_know_one_another(tmp_path: Path) -> None:
-    release = example("two-models-b")
+    values = {**example("two-models-b").values, "discovery": {"mode": "registration"}, "router": {"replicas": 2}}
+    release = render(values)
     configs = []
     for template in release.templates():
         with pytest.MonkeyPatch.context() as patch:

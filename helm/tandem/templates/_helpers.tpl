@@ -135,6 +135,17 @@ demo
 {{- end -}}
 {{- end -}}
 
+{{/* What clients call the model: served_name of tandem/hub.py. */}}
+{{- define "tandem.servedName" -}}
+{{- if .Values.model.servedName -}}
+{{- .Values.model.servedName -}}
+{{- else if eq (include "tandem.model" .) "demo" -}}
+tandem-demo
+{{- else -}}
+{{- include "tandem.model" . | base -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Control ports of all routers, for workers that register. */}}
 {{- define "tandem.controls" -}}
 {{- $full := include "tandem.fullname" . -}}

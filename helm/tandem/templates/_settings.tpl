@@ -22,8 +22,15 @@ tls_name: {{ .Values.tls.name | quote }}
 {{ include "tandem.settings.common" . }}
 host: {{ .Values.router.bind | quote }}
 port: {{ .Values.ports.http }}
+{{- if eq .Values.discovery.mode "registration" }}
 control_host: {{ .Values.router.bind | quote }}
 control_port: {{ .Values.ports.control }}
+{{- else }}
+control_host: 127.0.0.1  # nobody registers
+control_port: {{ .Values.ports.control }}
+kubernetes_namespace: {{ .Release.Namespace | quote }}
+kubernetes_selector: {{ printf "app.kubernetes.io/name=%s,app.kubernetes.io/instance=%s" (include "tandem.name" .) .Release.Name | quote }}
+{{- end }}
 api_keys: /etc/tandem/keys/keys.yaml
 drain_s: {{ include "tandem.drain" $settings | quote }}
 {{- end -}}
@@ -40,7 +47,9 @@ device: {{ ternary "cuda" "cpu" (gt (int .pool.gpus) 0) }}
 {{- end }}
 port: {{ .root.Values.ports.worker }}
 metrics_port: {{ .root.Values.ports.metrics }}
+{{- if eq .root.Values.discovery.mode "registration" }}
 router:
-{{- include "tandem.controls" .root | nindent 2 }}
+  {{- include "tandem.controls" .root | trim | nindent 2 }}
+{{- end }}
 drain_s: {{ include "tandem.drain" $settings | quote }}
 {{- end -}}
