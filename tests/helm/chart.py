@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 from helm_python import Chart
 
+from tandem.testing import kubernetes
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "tandem"
 EXAMPLES = tuple(sorted((CHART / "examples").glob("*.yaml")))
 NAMES = [path.stem for path in EXAMPLES]
-NAMESPACE = "llm"
+NAMESPACE = kubernetes.NAMESPACE
 
 Object = dict[str, Any]
 Labels = Mapping[str, str]

@@ -23,6 +23,7 @@ from tests.helm.chart import (
     template_of,
 )
 
+REGISTRATION: dict[str, Any] = {"discovery": {"mode": "registration"}}
 RELEASES: dict[str, Callable[[], Release]] = {
     "defaults": render,
     "everything": lambda: render(everything()),
@@ -187,9 +188,6 @@ def test_service_ports_lead_to_container_ports(release: Release) -> None:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
 
 
-REGISTRATION = {"discovery": {"mode": "registration"}}
-
-
 def test_workers_reach_routers_that_are_not_ready() -> None:
     """A router is ready once it knows a decode worker; a Service of ready pods would keep them apart for ever."""
     control = render(REGISTRATION).named("Service", "demo-tandem-control")
@@ -342,7 +340,9 @@ def test_pools_take_what_they_leave_out_from_workers() -> None:
 def test_a_leader_worker_set_runs_the_same_pod() -> None:
     def pod(workload: str) -> Object:
         release = render({"pools": [{"name": "d", "role": "decode", "workload": workload}]})
-        (found,) = (template_of(each) for each in release.of(workload) if not each["metadata"]["name"].endswith("router"))
+        (found,) = (
+            template_of(each) for each in release.of(workload) if not each["metadata"]["name"].endswith("router")
+        )
         return found
 
     assert pod("Deployment") == pod("LeaderWorkerSet")
