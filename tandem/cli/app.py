@@ -46,6 +46,10 @@ S = TypeVar("S", bound=Settings)
 
 # Packages are imported late: `tandem router` must not import torch, and `tandem --help` must be quick.
 def _up(config: UpConfig) -> None:
+    if config.on == "ray":
+        from tandem.cli.on_ray.launch import up_on_ray
+
+        raise typer.Exit(up_on_ray(config))
     from tandem.cli.up import up
 
     raise typer.Exit(up(config))
@@ -121,7 +125,7 @@ def make_app() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    settings(app, "up", "Start a whole cluster on this machine.", UpConfig, _up)
+    settings(app, "up", "Start a whole cluster, on this machine or on Ray.", UpConfig, _up)
     settings(app, "router", "Start one router.", RouterConfig, _router)
     settings(app, "prefill", "Start one prefill worker.", PrefillConfig, _prefill)
     settings(app, "decode", "Start one decode worker.", DecodeConfig, _decode)

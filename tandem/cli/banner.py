@@ -30,6 +30,10 @@ class Standing:
     """Whether clients need API keys."""
     drafts: str = ""
     """Who guesses tokens ahead, and how many."""
+    where: str = ""
+    """Which Ray cluster; empty on one machine."""
+    more_routers: Sequence[tuple[str, str, int]] = ()
+    """Name, address and process id of each but the first."""
 
 
 def banner(cluster: Standing) -> str:
@@ -41,7 +45,8 @@ def banner(cluster: Standing) -> str:
     form = "disaggregated" if roles[Role.PREFILL] else "aggregated: decode workers prefill locally"
     access = "with API keys" if cluster.keys else "loopback, no authentication"
     facts = {
-        "topology": f"1 router, {roles[Role.PREFILL]} prefill, {roles[Role.DECODE]} decode ({form})",
+        **({"cluster": cluster.where} if cluster.where else {}),
+        "topology": f"{_routers(cluster)}, {roles[Role.PREFILL]} prefill, {roles[Role.DECODE]} decode ({form})",
         "model": f"{first.model.name}, context {first.model.max_context} tokens",
         "folder": cluster.model_path,
         "KV": f"{first.kv_dtype}, pages of {first.page_size} tokens",
@@ -67,8 +72,14 @@ def drafts_of(config: UpConfig) -> str:
     return f"{who}, trees of {tokens}" if config.draft_branches > 1 else f"{who}, {tokens} ahead"
 
 
+def _routers(cluster: Standing) -> str:
+    more = len(cluster.more_routers)
+    return f"{more + 1} routers" if more else "1 router"
+
+
 def _processes(cluster: Standing) -> list[str]:
     rows = [["router", authority(cluster.host, cluster.port), f"pid {cluster.router_pid}"]]
+    rows += [[name, address, f"pid {pid}"] for name, address, pid in cluster.more_routers]
     for name, info in cluster.workers:
         pages, metrics = f"{info.total_pages} pages", f"metrics {info.metrics_port}"
         rows.append([name, info.address, f"pid {info.pid}", pages, metrics])

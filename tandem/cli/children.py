@@ -28,8 +28,11 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
 
-    async def start(self) -> None:
-        """Starts `tandem ARGUMENTS` in a process group of its own, so that a Ctrl-C reaches the supervisor alone."""
+    async def start(self, stderr: int | None = None) -> None:
+        """Starts `tandem ARGUMENTS` in a process group of its own, so that a Ctrl-C reaches the supervisor alone.
+
+        stderr: where its log goes; default: where the supervisor's goes.
+        """
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -38,6 +41,7 @@ class Child:
             *self.arguments,
             env=child_environment(dict(self.environment)),
             stdin=asyncio.subprocess.DEVNULL,
+            stderr=stderr,
             process_group=0,
         )
 

@@ -6,33 +6,29 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
 
-import httpx
 from pydantic import SecretStr
 from rich.console import Console
 
 from tandem.cli.banner import Standing, banner, drafts_of
 from tandem.cli.children import LAUNCHER, Child, stop_all
+from tandem.cli.warm_up import router_ready, until, warm_up, warming_requests
 from tandem.cluster import WorkerInfo
 from tandem.compute_slots import ComputeSlots
 from tandem.config import RouterConfig, UpConfig, WorkerConfig
-from tandem.errors import TandemError, Unavailable
+from tandem.errors import TandemError
 from tandem.hub import resolve_model, served_name
 from tandem.ports import authority, check_port, free_ports
 from tandem.trust import Trust
 from tandem.wire.probe import describe
 
 STOP_GRACE_S = 8.0
-START_LIMIT_S = 600.0
-"""A large checkpoint may take minutes to load; a worker that dies ends the wait at once."""
-POLL_S = 0.1
 RESTART_DELAY_S = 0.5
 MAX_RESTARTS = 10
 """Restarts of one worker before the cluster gives up."""
-WARM_TOKENS = 256
 SECRET_BYTES = 32
 OWN_FAULT = (2, 3)
 """Exit codes of settings and checkpoints that are wrong: starting again cannot help."""
@@ -49,10 +45,8 @@ PASSIVE = {
     "TANDEM_CONFIG": "",
 }
 
-OWN = ("model", "served_model_name", "host", "port", "config", "token")
+OWN = ("model", "served_model_name", "host", "port", "config", "token", "metrics_token")
 """Settings that mean something else to a child."""
-
-T = TypeVar("T")
 
 
 def up(config: UpConfig, launcher: Sequence[str] = LAUNCHER) -> int:
@@ -110,7 +104,8 @@ def plan(config: UpConfig, model: str, slots: ComputeSlots | None = None) -> tup
 
 def secret_environment(config: UpConfig) -> dict[str, str]:
     """What children must know and nobody else may read: not on their command lines."""
-    return {} if config.token is None else {"TANDEM_TOKEN": config.token.get_secret_value()}
+    secrets_of = {"TANDEM_TOKEN": config.token, "TANDEM_METRICS_TOKEN": config.metrics_token}
+    return {name: secret.get_secret_value() for name, secret in secrets_of.items() if secret is not None}
 
 
 def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig]) -> list[str]:
@@ -123,7 +118,7 @@ def handed_on(config: UpConfig, schema: type[RouterConfig] | type[WorkerConfig])
             flags += [flag] if value else []
             continue
         for each in value if isinstance(value, tuple) else () if value is None else (value,):
-            flags += [flag, str(each)]
+            flags += [flag, str(each.absolute() if isinstance(each, Path) else each)]
     return flags
 
 
@@ -191,10 +186,10 @@ class _Cluster:
             status = await child.wait()
             beyond_repair = status in OWN_FAULT or child is self._router or child.restarts >= MAX_RESTARTS
             if beyond_repair or not self._stands:
-                self._fail(f"{child.name} {_ending(status)}", status if status in OWN_FAULT else 1)
+                self._fail(f"{child.name} {ending(status)}", status if status in OWN_FAULT else 1)
                 return
             child.restarts += 1
-            self._say(f"{child.name} {_ending(status)}; starting it again")
+            self._say(f"{child.name} {ending(status)}; starting it again")
             await asyncio.sleep(RESTART_DELAY_S)
             await child.start()
 
@@ -205,59 +200,24 @@ class _Cluster:
             for child in self._workers:
                 count = f"{len(infos)} of {len(self._workers)} workers stand"
                 status.update(f"loading the model: {count}, waiting for {child.name}")
-                infos.append(await _until(partial(describe, child.address, self._trust), child.name))
+                infos.append(await until(partial(describe, child.address, self._trust), child.name))
             status.update("waiting for the router to see its workers")
-            await _until(self._ready, "the router")
+            await until(partial(router_ready, self._url), "the router")
             status.update("warming up: the first step and the first transfer of a process are slow")
-            await self._warm_up(infos)
+            keys = self._config.api_keys is not None
+            await warm_up(self._url, warming_requests(infos), self._trust.token if keys else "")
         names = [child.name for child in self._workers]
         workers = list(zip(names, infos, strict=True))
         self._stands = True
         config = self._config
-        keys = config.api_keys is not None
         places = (config.host, config.port, self._router.pid, self._model, workers, self._slots)
         standing = Standing(*places, keys, drafts_of(config))
         self._say(banner(standing))
-
-    async def _ready(self) -> bool | None:
-        async with httpx.AsyncClient(trust_env=False) as client:  # no proxy stands between it and its own router
-            try:
-                return True if (await client.get(self._url + "/ready", timeout=2.0)).status_code == 200 else None
-            except httpx.HTTPError:
-                return None
-
-    async def _warm_up(self, infos: list[WorkerInfo]) -> None:
-        """Sends a few requests through every process, so that no user's request pays for first times."""
-        model = infos[0].model
-        length = max(1, min(WARM_TOKENS, model.max_context // 2, model.vocab_size - 1))
-        prompts = [[(at + row) % length for at in range(length)] for row in range(2 * len(infos))]
-        bodies = [{"model": model.name, "prompt": prompt, "max_tokens": 2} for prompt in prompts]
-        shown = {"authorization": f"Bearer {self._trust.token}"} if self._config.api_keys is not None else {}
-        limit = START_LIMIT_S
-        async with httpx.AsyncClient(base_url=self._url, timeout=limit, headers=shown, trust_env=False) as client:
-            try:
-                answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
-            except httpx.HTTPError as error:
-                raise Unavailable(f"the warm-up failed: {error!r}") from None
-        for answer in answers:
-            if answer.status_code != 200:
-                raise Unavailable(f"the warm-up failed: {answer.text}")
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-async def _until(probe: Callable[[], Awaitable[T | None]], who: str) -> T:
-    """The first answer of `probe`. Raises Unavailable when there is none within the start's limit."""
-    try:
-        async with asyncio.timeout(START_LIMIT_S):
-            while True:
-                if (answer := await probe()) is not None:
-                    return answer
-                await asyncio.sleep(POLL_S)
-    except TimeoutError:
-        raise Unavailable(f"{who} did not answer within {START_LIMIT_S:.0f} s") from None
-
-
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
+    """How a process ended, for a sentence that begins with its name."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

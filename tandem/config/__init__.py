@@ -10,6 +10,8 @@ from tandem.config.environment import (
     child_environment,
     client_key,
     keep_native_ports_local,
+    own_settings,
+    search_path,
     set_before_import,
 )
 from tandem.config.process import ProcessConfig, Settings, dump
@@ -32,5 +34,7 @@ __all__ = [
     "client_key",
     "dump",
     "keep_native_ports_local",
+    "own_settings",
+    "search_path",
     "set_before_import",
 ]

@@ -27,6 +27,25 @@ def child_environment(overrides: dict[str, str]) -> dict[str, str]:
     return {**inherited, **overrides}
 
 
+def own_settings() -> dict[str, str]:
+    """The `TANDEM_*` settings that this process was given and that processes on other machines need as well.
+
+    Without secrets, which travel by themselves, and without what names a file of this machine's configuration.
+    """
+    kept = ("TANDEM_TLS_", "TANDEM_TOKEN", "TANDEM_METRICS_TOKEN", "TANDEM_API_KEY", "TANDEM_CONFIG", "TANDEM_RAY_")
+    return {
+        name: value for name, value in os.environ.items() if name.startswith("TANDEM_") and not name.startswith(kept)
+    }
+
+
+def search_path(folder: Path) -> dict[str, str]:
+    """What lets a child import from `folder`, where an interpreter would not do so by itself."""
+    if folder.name in ("site-packages", "dist-packages"):
+        return {}
+    given = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *([given] if given else [])])}
+
+
 def set_before_import(values: dict[str, str]) -> None:
     """Sets variables that a library reads when it is imported, where the user did not set them."""
     for name, value in values.items():
