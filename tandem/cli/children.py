@@ -29,7 +29,7 @@ class Child:
     restarts: int = 0
 
     async def start(self, stderr: int | None = None) -> None:
-        """Starts `tandem ARGUMENTS` in a process group of its own, so that a Ctrl-C reaches the supervisor alone.
+        """Starts `tandem ARGUMENTS` in a session of its own, so that a Ctrl-C reaches the supervisor alone.
 
         stderr: where its log goes; default: where the supervisor's goes.
         """
@@ -42,7 +42,7 @@ class Child:
             env=child_environment(dict(self.environment)),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=stderr,
-            process_group=0,
+            start_new_session=True,
         )
 
     @property

@@ -53,7 +53,7 @@ def connect(address: str | None) -> Connection:
         check_reachable(found)
     try:
         context = ray.init(address=found or "local", logging_level="error", log_to_driver=True)
-    except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  Ray raises the bare class, too; all of it ends in one line
         ray.shutdown()
         raise explained(error, found) from None
     return Connection(ray, str(context.address_info["gcs_address"]), found is None)
