@@ -31,7 +31,6 @@ from tandem.config.fields import (
     Transport,
     check_drafter,
     existing_file,
-    split_list,
 )
 from tandem.config.process import TracedSettings
 from tandem.ports import is_loopback
@@ -43,7 +42,7 @@ RESOURCE = re.compile(r"([A-Za-z0-9_.:-]+)=([0-9]+(?:\.[0-9]+)?)")
 def split_all(value: object) -> object:
     """The parts of texts with commas, also where several of them are in a list."""
     texts = value if isinstance(value, list | tuple) else [value]
-    return [part for text in texts for part in (split_list(text) if isinstance(text, str) else [text])]  # type: ignore[attr-defined]
+    return [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
 
 
 def known_amounts(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -138,7 +137,8 @@ class UpConfig(TracedSettings):
 
     @model_validator(mode="after")
     def _ray_settings_mean_something(self) -> UpConfig:
-        given = [name for name in sorted(self.model_fields_set) if name.startswith("ray_")]
+        fields = sorted(name for name in type(self).model_fields if name.startswith("ray_"))
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if given and self.on != "ray":
             raise ValueError(f"--{given[0].replace('_', '-')} is given; it needs --on ray")
         return self

@@ -73,13 +73,8 @@ def bootstrap_address(given: str | None) -> str | None:
     try:
         found = services.canonicalize_bootstrap_address(given)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"--ray-address: {error}", "ray_address") from None
-    if found is not None and "://" in found:
-        raise ConfigError(
-            f"--ray-address is {found}; give the cluster's host:port and run this on one of its machines, or send it "
-            "there: ray job submit -- tandem up ...",
-            "ray_address",
-        )
+        hint = "give host:port of the cluster itself, and run this on one of its machines: ray job submit -- tandem up"
+        raise ConfigError(f"--ray-address: {error}; {hint}", "ray_address") from None
     return None if found is None else str(found)
 
 
