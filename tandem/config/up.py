@@ -99,7 +99,7 @@ class UpConfig(TracedSettings):
     )
     token: Secret | None = Field(None, description="secret that the processes share; default: a new one")
     metrics_token: Secret | None = Field(
-        None, description="secret that readers of workers' metrics show; on Ray the default is a new one"
+        None, description="secret that readers of metrics show; on Ray nobody reads workers' without one"
     )
     max_context: Annotated[int, Field(ge=0), COUNT] = Field(
         0, description="tokens in one sequence; 0 takes the model's"

@@ -278,15 +278,13 @@ async def full_capacity(http: httpx.AsyncClient, gone: str) -> None:
     seen: set[str] = set()
     deadline = time.monotonic() + END_S
     seed = 200
-    while len(seen) < 2 or await known_workers(http) != 3:
-        page = (await http.get("/metrics")).text
-        shown = [line for line in page.splitlines() if line.startswith("tandem_fleet_pages{")]
-        assert time.monotonic() < deadline, (seen, shown)
+    while len(seen) < 2 or (await metrics(http)).count("\ntandem_fleet_pages{") != 3:
+        assert time.monotonic() < deadline, (seen, await metrics(http))
         routes = [route for _, route in await asyncio.gather(*(complete(http, seed + more, 8) for more in range(6)))]
         seen |= {route.partition(";")[0] for route in routes}
         seed += 6
     assert f"decode={gone}" not in seen
 
 
-async def known_workers(http: httpx.AsyncClient) -> int:
-    return (await http.get("/metrics")).text.count("\ntandem_fleet_pages{")
+async def metrics(http: httpx.AsyncClient) -> str:
+    return (await http.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"})).text

@@ -39,12 +39,10 @@ ANSWER_S = 5.0
 
 def up_on_ray(config: UpConfig) -> int:
     """Runs the cluster until it is told to stop; returns the exit code. Raises ConfigError, Unavailable."""
-    secret = SecretStr(secrets.token_urlsafe(SECRET_BYTES))
-    readers = SecretStr(secrets.token_urlsafe(SECRET_BYTES))
-    made = {"token": config.token or secret, "metrics_token": config.metrics_token or readers}
+    config = config.model_copy(update={"token": config.token or SecretStr(secrets.token_urlsafe(SECRET_BYTES))})
     connection = connect(config.ray_address)
     try:
-        return asyncio.run(OnRay(config.model_copy(update=made), connection).run())
+        return asyncio.run(OnRay(config, connection).run())
     finally:
         connection.close()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.cli.on_ray.resources import Amounts
-from tandem.cli.up import PASSIVE, handed_on, secret_environment
+from tandem.cli.up import PASSIVE, SECRET_BYTES, handed_on, secret_environment
 from tandem.cluster import WorkerInfo
 from tandem.config import RouterConfig, UpConfig, WorkerConfig, own_settings
 from tandem.hub import served_name
@@ -57,6 +58,8 @@ class Commands:
         """demand: role -> resources of each of its workers."""
         self._config = config
         self._demand = demand
+        # Workers refuse to show their metrics to everybody who reaches them: without a secret, nobody sees them.
+        self._closed = {"TANDEM_METRICS_TOKEN": secrets.token_urlsafe(SECRET_BYTES)}
         folder = Path(config.model)
         self.model = str(folder.absolute()) if folder.exists() else config.model
         self._common = ["--served-model-name", config.served_model_name or served_name(config.model)]
@@ -78,7 +81,8 @@ class Commands:
             arguments += ["--router", router]
         arguments += ["--device", "cuda"] if demand.get("GPU") else []
         arguments += [*self._common, *handed_on(self._config, WorkerConfig)]
-        return arguments, self._environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = self._closed | self._environment()
+        return arguments, environment | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
     def _environment(self) -> dict[str, str]:
         return own_settings() | PASSIVE | secret_environment(self._config)

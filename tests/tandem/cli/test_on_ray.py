@@ -116,6 +116,15 @@ def test_processes_are_told_where_and_with_what(tmp_path: Path) -> None:
     assert SECRET not in " ".join(arguments + worker)
 
 
+def test_without_a_secret_for_readers_workers_show_metrics_to_nobody() -> None:
+    commands = Commands(settings(token=SECRET), {"prefill": {"CPU": 1.0}, "decode": {"CPU": 1.0}})
+    _, router = commands.router(Unit("router", "router", 0, host="10.0.0.1", port=5, http_port=8000))
+    workers = [commands.worker(Unit(role, role, 0, host="10.0.0.3", port=7), [])[1] for role in ("prefill", "decode")]
+    assert "TANDEM_METRICS_TOKEN" not in router  # its page is read as ever
+    assert len({worker["TANDEM_METRICS_TOKEN"] for worker in workers}) == 1
+    assert SECRET not in workers[0]["TANDEM_METRICS_TOKEN"] and len(workers[0]["TANDEM_METRICS_TOKEN"]) >= 32
+
+
 def test_settings_from_the_environment_travel_and_secrets_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in own_settings():
         monkeypatch.delenv(name)
