@@ -264,4 +264,6 @@ def lost(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any("node" in line.lower() and "died" in line.lower() for line in lines):
         return "was lost with its node"
+    if "unavailable" in type(error).__name__.lower():
+        return "was lost: its actor cannot be reached"
     return f"was lost with its actor: {lines[-1] if lines else type(error).__name__}"

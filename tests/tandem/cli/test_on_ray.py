@@ -187,6 +187,8 @@ def test_how_an_actor_was_lost_is_said_in_a_line() -> None:
     assert lost(RuntimeError("The actor died.\n\tThe actor is dead because its node has died. Node Id: 1")) == (
         "was lost with its node"
     )
+    unavailable = type("ActorUnavailableError", (RuntimeError,), {})
+    assert lost(unavailable("The actor 1 is unavailable: RPC error")) == "was lost: its actor cannot be reached"
     assert lost(RuntimeError("The actor died\nModuleNotFoundError: No module named 'tandem'\n")) == (
         "was lost with its actor: ModuleNotFoundError: No module named 'tandem'"
     )
