@@ -19,12 +19,9 @@ import random
 import re
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -44,8 +41,6 @@ from benchmarks.systems import Peers, Server, Setting, StartError, server
 from benchmarks.workloads import Conversation, Shape, Turn, make
 from tandem.cluster import StepTiming
 
-POLL_S = 1.0
-"""Pages are work for those measured, too."""
 MESSAGE_MS = 1.0
 """What the simulator takes for one message between processes."""
 BATCH_TOKENS = 512
@@ -58,6 +53,7 @@ SHORT_ANSWER, LONG_ANSWER = 16, 256
 PAUSE_S = 0.15
 """Between requests asked one at a time: under most loads a process has slept before one comes."""
 IDLE_S = 4.0
+BANNER_S = 30.0
 WORKER = re.compile(r"(prefill|decode)-\d+ +\S+ +pid \d+ +(\d+) pages +metrics (\d+)")
 """A worker's line in what `tandem up` prints."""
 PAGE_TOKENS = 16
@@ -175,7 +171,7 @@ def fit_crowding(timing: StepTiming, full: Spent, cores: int) -> float:
 
 
 class Pages:
-    """The metrics pages of some workers, read now and then in a thread of its own."""
+    """The metrics pages of some workers; read between loads alone, since that is work for the workers, too."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._client = httpx.Client(timeout=5)
@@ -184,27 +180,6 @@ class Pages:
     def read(self) -> list[Counts]:
         """All of them now. Raises httpx.HTTPError."""
         return [counts(self._client.get(url).raise_for_status().text) for url in self._urls]
-
-    @contextmanager
-    def watched(self) -> Iterator[list[Counts]]:
-        """What was added in each interval, worker by worker; complete at the end."""
-        intervals: list[Counts] = []
-        ended, seen = threading.Event(), [self.read()]
-
-        def watch() -> None:
-            while not ended.wait(POLL_S):
-                seen.append(self.read())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield intervals
-        finally:
-            ended.set()
-            thread.join()
-            seen.append(self.read())
-            for before, after in pairwise(seen):
-                intervals += [now.since(old) for old, now in zip(before, after, strict=True)]
 
 
 def workers(log: str) -> list[tuple[int, str]]:
@@ -215,17 +190,29 @@ def workers(log: str) -> list[tuple[int, str]]:
     return found
 
 
+def wait_for_workers(log: Path) -> list[tuple[int, str]]:
+    """As `workers`, of a file: one worker is enough for requests, and the list is printed when all have come."""
+    deadline = time.monotonic() + BANNER_S
+    while True:
+        try:
+            return workers(log.read_text(encoding="utf-8"))
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
 class Meter:
     """One cluster that is measured. Its methods raise ConnectionError and httpx.HTTPError."""
 
     def __init__(self, url: str, group: int, pages: Pages, seed: int) -> None:
         """group: the process whose children are the cluster."""
-        self._endpoint = Endpoint(url)
+        self._endpoint = Endpoint(url, asyncio.run(Endpoint(url).resolve()))
         self._cluster = psutil.Process(group)
         self._pages = pages
         self._seed = seed
-        self.intervals: list[Counts] = []
-        """Of the last load, worker by worker."""
+        self.alone: list[Counts] = []
+        """Steps of each worker in each load that was asked one by one."""
 
     def idle(self) -> Spent:
         """What the cluster spends on nothing."""
@@ -235,7 +222,7 @@ class Meter:
 
     def one_by_one(self, lengths: Sequence[int], answer: int) -> tuple[Spent, list[tuple[Sample, Sample]]]:
         """Prompts of these lengths, each asked twice, alone; and what came of both times."""
-        rng = random.Random(f"fit {self._seed} {answer}")
+        rng = random.Random(f"fit {self._seed} {len(self.alone)}")
         prompts = [tuple(rng.choices(range(8, 250), k=length)) for length in lengths]
         asked = [Conversation((Turn(prompt, answer),)) for prompt in prompts for _ in range(2)]
 
@@ -246,7 +233,8 @@ class Meter:
                 await asyncio.sleep(PAUSE_S)
             return samples
 
-        spent, samples = self._spent(lambda: asyncio.run(each()))
+        spent, samples, steps = self._spent(lambda: asyncio.run(each()))
+        self.alone += steps
         return spent, list(zip(samples[::2], samples[1::2], strict=True))
 
     def together(self, requests: Sequence[Conversation], concurrency: int) -> Spent:
@@ -254,13 +242,14 @@ class Meter:
         load = Load(concurrency=concurrency, seed=self._seed)
         return self._spent(lambda: list(asyncio.run(run(self._endpoint, requests, load)).samples))[0]
 
-    def _spent(self, ask: Callable[[], list[Sample]]) -> tuple[Spent, list[Sample]]:
+    def _spent(self, ask: Callable[[], list[Sample]]) -> tuple[Spent, list[Sample], list[Counts]]:
+        seen = self._pages.read()
         before, own, began = self._cpu_s(), time.thread_time(), time.perf_counter()
-        with self._pages.watched() as self.intervals:
-            samples = ask()
+        samples = ask()
         seconds, cpu = time.perf_counter() - began, self._cpu_s() - before + time.thread_time() - own
-        steps = functools.reduce(Counts.plus, self.intervals, Counts())
-        return Spent(seconds, cpu, steps, len(samples), sum(each.output_tokens for each in samples)), samples
+        steps = [now.since(old) for old, now in zip(seen, self._pages.read(), strict=True)]
+        every = functools.reduce(Counts.plus, steps)
+        return Spent(seconds, cpu, every, len(samples), sum(each.output_tokens for each in samples)), samples, steps
 
     def _cpu_s(self) -> float:
         """Of the cluster's processes."""
@@ -272,18 +261,18 @@ def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
     """Fields of `router.simulation.setting.Machine`. Raises ConnectionError, ValueError, httpx.HTTPError."""
     mixed = make("random", Shape(requests=110, input_tokens=600, output_tokens=64, spread=0.9), seed)
     asyncio.run(run(Endpoint(url), mixed[:20], Load(concurrency=3, seed=seed)))  # what is slow once is over
-    known = workers(one.log.read_text(encoding="utf-8"))
+    known = wait_for_workers(one.log)
     assert one.process is not None
     meter = Meter(url, one.process.pid, Pages([page for _, page in known]), seed)
     idle = meter.idle()
-    short, pairs = meter.one_by_one(LENGTHS * 4, SHORT_ANSWER)
-    timing = fit_steps(meter.intervals)
-    long, _ = meter.one_by_one(LENGTHS, LONG_ANSWER)
+    short = [meter.one_by_one(LENGTHS, SHORT_ANSWER) for _ in range(4)]
+    long = meter.one_by_one(LENGTHS, LONG_ANSWER)
+    timing = fit_steps(meter.alone)
     full = meter.together(mixed[20:], 2 * len(known))
     tokens = known[0][0] * PAGE_TOKENS
     kv_bytes = kv_mib * 2**20 / tokens
-    around, hand_over, rate = fit_request(timing, pairs, kv_bytes)
-    background, request, token = fit_host(idle, [short, long])
+    around, hand_over, rate = fit_request(timing, [pair for _, pairs in short for pair in pairs], kv_bytes)
+    background, request, token = fit_host(idle, [spent for spent, _ in (*short, long)])
     return {
         "base_ms": timing.base_ms, "per_token_ms": timing.per_token_ms, "per_context_ms": 0.0,
         "overhead_ms": around, "hand_over_ms": hand_over, "link_bytes_per_ms": rate,

@@ -120,7 +120,8 @@ def tandem(folder: Path, step_ms: float, options: list[str], hold: bool) -> Iter
             command = ["-m", "tandem.testing.token_source", str(worker), str(MODEL), str(step_ms)]
             stack.enter_context(source(command + ["--hold"] * hold, folder / f"source{worker}.log"))
         command = [sys.executable, *options, "-m", "tandem.cli", "router", "--port", str(port)]
-        command += ["--control-port", str(control), "--served-model-name", "source", "--max-inflight", "20000"]
+        command += ["--control-port", str(control), "--served-model-name", "source"]
+        command += ["--max-inflight", "20000", "--max-connections", "16384"]
         for worker in workers:
             command += ["--workers", f"127.0.0.1:{worker}"]
         server = Server("tandem", command, f"http://127.0.0.1:{port}", folder / "tandem.log", ready="/ready")
