@@ -32,7 +32,7 @@ def replay(
     seed: int = 0,
     noise: Annotated[float, typer.Option(min=0, help="relative deviation of step times")] = 0.05,
     machine: Annotated[list[str] | None, typer.Option(help=MACHINE)] = None,
-    slots: Annotated[int, typer.Option(min=0, help="cores that all processes share; 0: each worker has its own machine")] = 0,
+    slots: Annotated[int, typer.Option(min=0, help="cores that all processes share; 0: each worker has its own")] = 0,
     pool: Annotated[bool, typer.Option(help="caches take the machine's kv_tokens, as sequences do")] = False,
     block_tokens: Annotated[int, typer.Option(min=1, help="tokens in a block of caches and index")] = 512,
     scale: Annotated[float, typer.Option(help="factor of the trace's lengths")] = 1.0,
