@@ -83,7 +83,7 @@ class RequestBoundary:
         ours = [(b"x-request-id", request_id.encode())]
         if theirs is not None:
             ours = [(b"x-request-id", theirs), (b"x-tandem-request-id", request_id.encode())]
-            log.debug("request %s is the client's %s", request_id, theirs.decode())
+            log.debug("request %s is the client's %s", request_id, theirs.decode(), extra=obs.about(request_id))
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,14 @@ import pytest
 
 from tandem import obs
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
-from tandem.testing.cluster import Cluster, Host, cluster
+from tandem.testing.cluster import Cluster, Host, Process, cluster
 from tandem.testing.otlp import Collector, ReceivedSpan, as_text, collector, leaves, union_s
 
 PROMPT_TOKENS = 4000
 REQUESTS = 3
 TOKEN = "a-secret-of-this-cluster"
 SOON = Host(environment=(("OTEL_BSP_SCHEDULE_DELAY", "100"),))
-NAMES = ("router", "prefill-0", "prefill-1", "decode-0", "decode-1")
+NAMES = ("router", "prefill-0", "decode-0", "decode-1")
 WHOLE = {
     ("router", "receive"),
     ("router", "tokenise"),
@@ -47,6 +48,8 @@ WHOLE = {
     ("prefill", "chunk"),
     ("prefill", "transfer"),
 }
+INTERNAL, SERVER = 1, 2
+"""OTLP's kinds of spans."""
 ROUTER_CHAIN = ["receive", "tokenise", "queue", "plan", "attempt"]
 
 
@@ -81,8 +84,8 @@ def ttft_sum(running: Cluster) -> float:
     return sum(float(line.split()[1]) for line in lines if line.startswith(obs.FIRST_TOKEN_SECONDS + "_sum"))
 
 
-def ask(running: Cluster, seed: int, tokens: int = 8, prompt_tokens: int = PROMPT_TOKENS) -> Asked:
-    """Streams one completion, in a trace of the client's own."""
+def ask(running: Cluster, seed: int, tokens: int = 8, prompt_tokens: int = PROMPT_TOKENS, lose: bool = False) -> Asked:
+    """Streams one completion, in a trace of the client's own. lose: kills its decode worker on the way."""
     prompt = [(seed * 31 + place * 17 + place // 200) % 250 for place in range(prompt_tokens)]
     body = {"model": "llama", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     trace_id = f"{seed + 1:032x}"
@@ -93,24 +96,31 @@ def ask(running: Cluster, seed: int, tokens: int = 8, prompt_tokens: int = PROMP
     with urllib.request.urlopen(urllib.request.Request(running.url + "/v1/completions", data, headers)) as answer:
         lines = [answer.readline()]
         first_at = time.monotonic()
+        if lose:
+            owner(running, answer.headers["x-tandem-route"]).kill()
         lines += answer.readlines()
     assert lines[-2] == b"data: [DONE]\n", lines[-4:]
     return Asked(trace_id, first_at - asked_at, ttft_sum(running) - before, tokens)
 
 
-def arrived(received: Collector, trace_id: str, workers: int = 2) -> list[ReceivedSpan]:
-    """The trace, once the router and so many workers have told of it."""
+def owner(running: Cluster, route: str) -> Process:
+    """The process that a request's `x-tandem-route` names."""
+    short = route.removeprefix("decode=").split(";")[0]
+    return next(each for each in running.workers.values() if f"decode worker {short}" in each.log.read_text())
+
+
+def arrived(received: Collector, trace_id: str) -> list[ReceivedSpan]:
+    """The trace, once the router and a worker of each kind have told of it."""
 
     def whole(spans: Sequence[ReceivedSpan]) -> bool:
-        mine = [span for span in spans if span.trace_id == trace_id]
-        return sum(span.kind == 2 for span in mine) >= 1 + workers
+        return len({span.service for span in spans if span.trace_id == trace_id and span.kind == SERVER}) == 3
 
     received.wait(whole)
     return received.trace(trace_id)
 
 
 def root_of(spans: Sequence[ReceivedSpan]) -> ReceivedSpan:
-    return next(span for span in spans if span.service == "tandem-router" and span.kind == 2)
+    return next(span for span in spans if span.service == "tandem-router" and span.kind == SERVER)
 
 
 def check_whole(spans: list[ReceivedSpan], asked: Asked) -> float:
@@ -123,7 +133,7 @@ def check_whole(spans: list[ReceivedSpan], asked: Asked) -> float:
     assert root.parent_id == "00f067aa0ba902b7"
     assert all(span.parent_id in ids for span in spans if span is not root), text
     assert not any(span.failed for span in spans), text
-    parents = {span.name: ids[span.parent_id].name for span in spans if span is not root and span.kind != 1}
+    parents = {span.name: ids[span.parent_id].name for span in spans if span is not root and span.kind != INTERNAL}
     assert parents == {
         "attempt": "completion llama",
         "decode worker": "attempt",
@@ -140,40 +150,76 @@ def check_whole(spans: list[ReceivedSpan], asked: Asked) -> float:
     return union_s(leaves(spans), root.began, first) / asked.router_s
 
 
-def test_the_spans_of_a_disaggregated_request_sum_to_its_time_to_first_token(
-    model: Path, received: Collector, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def running(model: Path, received: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One prefill and two decode workers, all of which trace, and log all there is as JSON."""
     said = options(received)
-    worker = ["--kv-mib", "64", *said]
-    hosts = dict.fromkeys(NAMES, SOON)
-    with cluster(model, tmp_path, worker_args=worker, router_args=said, token=TOKEN, hosts=hosts) as running:
-        ask(running, 0)  # first times are slow, and are not what is explained here
-        shares = []
-        for seed in range(1, 1 + REQUESTS):
-            asked = ask(running, seed)
-            spans = arrived(received, asked.trace_id)
-            shares.append(check_whole(spans, asked))
-            usage = root_of(spans).attributes
-            assert usage["gen_ai.usage.input_tokens"] == PROMPT_TOKENS
-            assert usage["gen_ai.usage.output_tokens"] == asked.tokens
-            moved = next(span for span in spans if span.name == "transfer").attributes["tandem.moved_bytes"]
-            assert moved > 0
-        # The rest is messages on their way between processes.
-        assert statistics.median(shares) == pytest.approx(1.0, abs=0.05), shares
-        running.check_leaks()
-    check_logs(tmp_path, asked.trace_id)
+    # A policy that always asks a prefill worker.
+    router, worker = [*said, "--policy", "round_robin"], ["--kv-mib", "64", *said]
+    folder, hosts = tmp_path_factory.mktemp("traced"), dict.fromkeys(NAMES, SOON)
+    with cluster(
+        model,
+        folder,
+        decode=2,
+        worker_args=worker,
+        router_args=router,
+        token=TOKEN,
+        hosts=hosts,
+    ) as made:
+        for seed in range(100, 104):
+            ask(made, seed)  # first times are slow, and are not what is explained here
+        yield made
 
 
-def check_logs(folder: Path, trace_id: str) -> None:
+def test_the_spans_of_a_disaggregated_request_sum_to_its_time_to_first_token(
+    running: Cluster, received: Collector
+) -> None:
+    shares = []
+    for seed in range(1, 1 + REQUESTS):
+        asked = ask(running, seed)
+        spans = arrived(received, asked.trace_id)
+        shares.append(check_whole(spans, asked))
+        usage = root_of(spans).attributes
+        assert usage["gen_ai.usage.input_tokens"] == PROMPT_TOKENS
+        assert usage["gen_ai.usage.output_tokens"] == asked.tokens
+        moved = next(span for span in spans if span.name == "transfer").attributes["tandem.moved_bytes"]
+        assert moved > 0
+        sys.stdout.write(f"{as_text(spans)}\nfirst token: client {asked.client_s * 1000:.1f} ms, router ")
+        sys.stdout.write(f"{asked.router_s * 1000:.1f} ms, of which spans without others below {shares[-1]:.3f}\n")
+    # The rest is messages on their way between processes.
+    assert statistics.median(shares) == pytest.approx(1.0, abs=0.05), shares
+    running.check_leaks()
+    check_logs(running, asked.trace_id)
+
+
+def test_a_request_whose_decode_worker_dies_shows_both_attempts(running: Cluster, received: Collector) -> None:
+    asked = ask(running, 50, tokens=400, prompt_tokens=600, lose=True)
+    spans = arrived(received, asked.trace_id)
+    root = root_of(spans)
+    one, two = (span for span in spans if span.name == "attempt")
+    assert (one.failed, two.failed, root.failed) == (True, False, False), as_text(spans)
+    assert "lost" in one.failure
+    assert [name for name, _, _ in root.events if name == "moved"] == ["moved"]
+    dead, alive = (span.attributes["tandem.worker.decode"] for span in (one, two))
+    there = next(span for span in spans if span.name == "decode worker")
+    assert (there.instance, there.parent_id, dead != alive) == (alive, two.span_id, True)
+    assert there.attributes["tandem.resumed_tokens"] > 0
+    assert root.attributes["gen_ai.usage.output_tokens"] == asked.tokens
+    lines = (json.loads(line) for line in running.router.log.read_text().splitlines() if "goes on elsewhere" in line)
+    told = [(record.get("trace_id"), record.get("request_id")) for record in lines]
+    assert told == [(asked.trace_id, root.attributes["tandem.request_id"])]
+
+
+def check_logs(running: Cluster, trace_id: str) -> None:
     """Every line is an object, tells no secret, and those about a request carry its ids, in every process."""
-    for name in ("router", "prefill-0", "decode-0"):
-        lines = [line for line in (folder / f"{name}.log").read_text().splitlines() if not native(line)]
+    for process in (running.router, *running.workers.values()):
+        lines = [line for line in process.log.read_text().splitlines() if not native(line)]
         records = [json.loads(line) for line in lines]
         assert all({"time", "level", "logger", "message"} <= {*record} for record in records)
         assert not any(TOKEN in line for line in lines)
         mine = [record for record in records if record.get("trace_id") == trace_id]
         assert all(len(record["request_id"]) == 32 for record in mine)
-        assert mine or name != "router", "the plan of a request is logged with its ids"
+        assert mine or process is not running.router, "the plan of a request is logged with its ids"
 
 
 def native(line: str) -> bool:
