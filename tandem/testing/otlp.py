@@ -57,6 +57,7 @@ class Collector:
     port: int = 0
     spans: list[ReceivedSpan] = field(default_factory=list)
     requests: int = 0
+    refused: int = 0
     status: int = 200
     """What is answered."""
     arrived: threading.Condition = field(default_factory=threading.Condition)
@@ -136,6 +137,7 @@ def collector(port: int = 0) -> Iterator[Collector]:
             status = made.status if known else 404
             if status == 200:
                 made.take(body)
+            made.refused += status != 200
             answer = ExportTraceServiceResponse().SerializeToString()
             self.send_response(status)
             self.send_header("content-type", "application/x-protobuf")

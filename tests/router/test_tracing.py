@@ -185,6 +185,7 @@ async def test_a_moved_request_shows_both_attempts(received: Collector) -> None:
     assert "the decode worker was lost" in one.failure
     assert [event[0] for event in root.events if event[0] == "moved"] == ["moved"]
     assert one.trace_id == two.trace_id == root.trace_id
+    assert one.ended <= two.began
     parents = [worker.submissions[0].request.traceparent.split("-")[2] for worker in (first, second)]
     assert parents == [one.span_id, two.span_id]
     assert named(spans, "plan")[1].began == pytest.approx(one.ended, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import subprocess
 import sys
@@ -122,9 +123,9 @@ def test_a_collector_that_comes_back_is_told_of(received: Collector, caplog: pyt
     received.status = 400
     made = tracer(received)
     with caplog.at_level(logging.INFO):
-        for _ in range(3):
+        for count in range(1, 4):
             made.end(made.begin("lost", 1.0), 2.0)
-            wait_for(lambda: bool(caplog.records), "the failure was not logged")
+            wait_for(lambda: received.refused >= count, "nothing was sent")  # noqa: B023
         received.status = 200
         wait_for(lambda: _arrives(made, received), "nothing arrives")
         made.close()
@@ -147,25 +148,24 @@ def test_chains_are_counted_once_and_only_at_the_leaves() -> None:
 
 
 NOT_IMPORTED = """
-import sys
+import asyncio, sys
 from tandem.text.tokenizer import import_transformers_without_torch
 import_transformers_without_torch()
-import router.main, decode_worker.main, prefill_worker.main
+import router.main
 from router.control import ControlPlane
-from tandem.config import RouterConfig, DecodeConfig
-from tandem.obs import tracer_of
-import asyncio
+from tandem.config import RouterConfig
 async def go():
     control = ControlPlane(RouterConfig(control_port=0))
     assert control.traces is None
     await control.close()
 asyncio.run(go())
-assert tracer_of(DecodeConfig(model="m"), "tandem-decode", "i") is None
 # transformers imports OpenTelemetry's light API where it finds it; nobody but us would the SDK and the exporter.
 loaded = sorted(name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) or
-    name.endswith(("tandem.tracing.otel", "router.tracing.requests", "decode_worker.tracing", "tandem.worker.tracing")))
+    name in ("tandem.tracing.otel", "router.tracing.requests"))
 assert not loaded, loaded
 """
+TRACING = {"tandem.tracing.otel", "tandem.worker.tracing", "decode_worker.tracing", "router.tracing.requests"}
+"""What imports OpenTelemetry, directly or by another of these."""
 
 
 def test_nothing_of_it_is_imported_when_it_is_off() -> None:
@@ -173,6 +173,28 @@ def test_nothing_of_it_is_imported_when_it_is_off() -> None:
         [sys.executable, "-c", NOT_IMPORTED], cwd=ROOT, env=child_environment({}), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def loaded_at_once(text: str) -> set[str]:
+    """What a module imports as soon as it is imported: not in functions, and not for type checkers alone."""
+    found: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_only_the_modules_that_trace_import_it_at_once() -> None:
+    packages = ("tandem", "router", "decode_worker", "prefill_worker", "kvtransfer")
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py") if "testing" not in file.parts]
+    importers = set()
+    for file in files:
+        names = loaded_at_once(file.read_text())
+        if names & TRACING or any(name.startswith("opentelemetry") for name in names):
+            importers.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    assert importers == TRACING
 
 
 @pytest.mark.parametrize("value", ["collector:4318", "ftp://host", "http://", "http://h:99999", "http://h:0", "x y"])
