@@ -27,6 +27,8 @@ AWAY_RETRY_S = 0.8
 """At most, between tries of a server that does not answer: its return is to be seen within a second."""
 BUSY_RETRY_S = 30.0
 """At most, between tries of a server that answers with errors."""
+QUICK_S = 1.0
+"""A watch that ends sooner and said nothing did not work at all."""
 FIXES = {
     400: "correct --kubernetes-selector",
     401: "the API server does not know this service account or user: correct its token",
@@ -111,14 +113,14 @@ class KubernetesPods:
         if not self._version:
             await self._list(api)
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        worked_from = loop.time() + QUICK_S
         async with aclosing(api.watch(self._version)) as changes:
             async for kind, described in changes:
                 self._answered()
-                self._failures = 0
+                self._failures = worked_from = 0
                 self._take(kind, described)
         self._answered()
-        if loop.time() - begun < 1.0:
+        if loop.time() < worked_from:
             raise Expired("it ended at once")
         self._failures = 0
 

@@ -35,6 +35,7 @@ class FleetMetrics:
         waiting = GaugeMetricFamily("tandem_fleet_waiting", "Sequences not yet in it", labels=WORKER_LABELS)
         free = GaugeMetricFamily("tandem_fleet_free_pages", "KV pages free or reclaimable", labels=WORKER_LABELS)
         total = GaugeMetricFamily("tandem_fleet_pages", "KV pages", labels=WORKER_LABELS)
+        draining = GaugeMetricFamily("tandem_fleet_draining", "1 while it gets no new requests", labels=WORKER_LABELS)
         fleet = self._fleet.snapshot()
         for view in (*fleet.prefill, *fleet.decode):
             labels = [view.info.role.value, view.info.address]
@@ -42,4 +43,5 @@ class FleetMetrics:
             waiting.add_metric(labels, view.status.waiting)
             free.add_metric(labels, view.status.free_pages)
             total.add_metric(labels, view.status.total_pages)
-        return [running, waiting, free, total]
+            draining.add_metric(labels, view.draining)
+        return [running, waiting, free, total, draining]

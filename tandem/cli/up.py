@@ -184,6 +184,9 @@ class _Cluster:
         """Starts a worker again when it dies at work. Any other end of a child ends the cluster."""
         while True:
             status = await child.wait()
+            if status == 0 and self._stands and child is not self._router:
+                self._say(f"{child.name} was told to end; it is not started again")
+                return
             beyond_repair = status in OWN_FAULT or child is self._router or child.restarts >= MAX_RESTARTS
             if beyond_repair or not self._stands:
                 self._fail(f"{child.name} {ending(status)}", status if status in OWN_FAULT else 1)

@@ -5,6 +5,7 @@ Precedence: flag, then environment, then the YAML file named by `--config`, then
 
 from __future__ import annotations
 
+from tandem.config.drain import DrainConfig
 from tandem.config.environment import (
     cache_folder,
     child_environment,
@@ -22,6 +23,7 @@ from tandem.config.worker import DecodeConfig, PrefillConfig, WorkerConfig
 
 __all__ = [
     "DecodeConfig",
+    "DrainConfig",
     "PrefillConfig",
     "ProcessConfig",
     "RouterConfig",

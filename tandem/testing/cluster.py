@@ -183,11 +183,13 @@ def cluster(
     router_args: Sequence[str] = (),
     token: str = "",
     hosts: Mapping[str, Host] = MappingProxyType({}),
+    announce: Callable[[Cluster], None] | None = None,
 ) -> Iterator[Cluster]:
     """Starts router, prefill and decode processes; at the end checks for leaks and stops them.
 
     token: the processes' shared secret. hosts: of processes that run elsewhere than on loopback; the router's is where
-    its control port is.
+    its control port is. announce: tells the router of the workers, in place of their registration; it is called before
+    any process is started.
     """
     environment = {"TANDEM_TOKEN": token} if token else {}
     names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
@@ -205,11 +207,13 @@ def cluster(
     for name, port in zip(names, ports, strict=True):
         role = name.split("-")[0]
         host = hosts.get(name, LOCAL)
-        arguments = [role, str(model), "--port", str(port), "--router", f"{control_host}:{control}", "--threads", "1"]
-        arguments += ["--host", host.address]
+        arguments = [role, str(model), "--port", str(port), "--threads", "1", "--host", host.address]
+        arguments += ["--router", f"{control_host}:{control}"] if announce is None else []
         arguments += [*worker_args, *(decode_args if role == "decode" else ())]
         made.workers[name] = Process(name, arguments, port, folder / f"{name}.log", environment, host=host)
     processes = [router, *made.workers.values()]
+    if announce is not None:
+        announce(made)
     try:
         for process in processes:
             process.start()

@@ -84,7 +84,8 @@ class KubernetesEmulator:
         self.refuse: tuple[int, str] | None = None
         """Status and message of every answer from now on."""
         self._ssl = ssl
-        self._version = 100
+        self.version = 100
+        """Of the whole store: each change has the next."""
         self._oldest = 100
         self._pods: dict[str, Json] = {}
         self._events: list[Event] = []
@@ -164,9 +165,9 @@ class KubernetesEmulator:
 
     def _change(self, kind: str, described: Json) -> None:
         name = described["metadata"]["name"]
-        self._version += 1
-        described["metadata"]["resourceVersion"] = str(self._version)
-        event = Event(self._version, kind, self._pods.get(name), described)
+        self.version += 1
+        described["metadata"]["resourceVersion"] = str(self.version)
+        event = Event(self.version, kind, self._pods.get(name), described)
         if kind == "DELETED":
             del self._pods[name]
         else:
@@ -174,6 +175,10 @@ class KubernetesEmulator:
         self._events.append(event)
         for watch in self._watches:
             self._offer(watch, event)
+
+    def described(self, name: str) -> Json:
+        """A pod as it was told last."""
+        return copy.deepcopy(self._pods[name])
 
     # What happens to watches ------------------------------------------------------------------------------------------
 
@@ -184,16 +189,16 @@ class KubernetesEmulator:
 
     def compact(self) -> None:
         """Forgets how it came to what is: watches from earlier versions are refused from now on."""
-        self._oldest = self._version
+        self._oldest = self.version
         self._events.clear()
 
     def skip(self, versions: int = 10) -> None:
         """Other objects of the cluster change."""
-        self._version += versions
+        self.version += versions
 
     def bookmark(self) -> None:
         """Tells all watches how far they are."""
-        self.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": str(self._version)}})
+        self.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": str(self.version)}})
 
     def expire(self) -> None:
         """Ends all watches as those do that have fallen behind: with an error in the stream."""
@@ -241,8 +246,8 @@ class KubernetesEmulator:
 
     def _listed(self, labels: Mapping[str, str], limit: int, token: str) -> web.Response:
         """A page of the list; the token of the next one is the version and the place."""
-        version, begin = (int(part) for part in token.split(":")) if token else (self._version, 0)
-        if version < self._oldest or version > self._version:
+        version, begin = (int(part) for part in token.split(":")) if token else (self.version, 0)
+        if version < self._oldest or version > self.version:
             return _refusal(HTTPStatus.GONE, "the provided continue parameter is too old")
         found = [self._pods[name] for name in sorted(self._pods) if _fits(labels, self._pods[name])]
         more = len(found) > begin + limit

@@ -66,6 +66,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
         self.watchable = True
         self.changed = asyncio.Condition()
         """Notified at every call."""
+        self.drained: list[str] = []
+        self._ends: list[asyncio.Task[None]] = []
         self._watchers: list[asyncio.Queue[WorkerUpdate | None]] = []
         self._sequences: list[int] = []
         self._streams: list[asyncio.Queue[list[Delta] | None]] = []
@@ -140,6 +142,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer)
     async def Audit(self, request: worker_pb2.AuditRequest, context: Context) -> worker_pb2.AuditReply:
         """Nothing is ever held."""
         return worker_pb2.AuditReply()
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainReply:
+        """Is gone a moment later."""
+        self.drained.append(request.incarnation)
+        asyncio.get_running_loop().call_soon(lambda: self._ends.append(asyncio.create_task(self._server.stop(0.1))))
+        return worker_pb2.DrainReply(drain_s=1.0)
 
     async def Watch(self, request: worker_pb2.WatchRequest, context: Context) -> AsyncIterator[worker_pb2.WorkerUpdate]:
         """The snapshot, then what `publish` is told."""

@@ -163,7 +163,7 @@ class WorkerProcess:
             self._give_up,
         )
         self.services = self._build(parts)
-        attach(self.server, WorkerService(self.info, self.publisher, self.leaks))
+        attach(self.server, WorkerService(self.info, self.publisher, self.leaks, self.leave))
         self.thread.start()
         proving = await self._prove()
         await self.server.start()
@@ -277,6 +277,13 @@ class WorkerProcess:
         if self.told.is_set():
             self.stopping.set()
         self.told.set()
+
+    def leave(self) -> float:
+        """Told by others to drain, however often; returns the seconds that it takes at most."""
+        if not self.told.is_set():
+            log.info("told to drain")
+        self.told.set()
+        return self.config.drain_s
 
     async def drain(self) -> None:
         """Lets routers know that nothing more should come, and waits for what is under way, at most `drain_s`."""

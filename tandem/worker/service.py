@@ -8,7 +8,9 @@ from typing import Any
 import grpc
 
 from tandem.cluster import WorkerInfo
+from tandem.errors import Fenced
 from tandem.wire import codec
+from tandem.wire.failures import abort_with
 from tandem.wire.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.publish import Publisher
 
@@ -37,7 +39,15 @@ def attach(server: grpc.aio.Server, service: WorkerService) -> None:
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """`Worker` of proto/tandem/wire/v1/worker.proto."""
 
-    def __init__(self, info: WorkerInfo, publisher: Publisher, leaks: Callable[[], Awaitable[list[str]]]) -> None:
+    def __init__(
+        self,
+        info: WorkerInfo,
+        publisher: Publisher,
+        leaks: Callable[[], Awaitable[list[str]]],
+        drain: Callable[[], float],
+    ) -> None:
+        """drain: begins the worker's orderly end; the seconds that it takes at most."""
+        self._drain = drain
         self._info = codec.worker_info_to_wire(info)
         self._publisher = publisher
         self._leaks = leaks
@@ -60,3 +70,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.AuditReply:
         """What is held although nothing runs."""
         return worker_pb2.AuditReply(leaks=await self._leaks())
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DrainReply:
+        """Ends this incarnation in order."""
+        if request.incarnation != self._info.incarnation:
+            await abort_with(context, Fenced(f"{request.incarnation} is not here; this is {self._info.incarnation}"))
+        return worker_pb2.DrainReply(drain_s=self._drain())

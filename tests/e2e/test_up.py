@@ -146,8 +146,24 @@ async def test_a_cluster_stands_mends_itself_and_stops(model: Path, tmp_path: Pa
         while (after := await describe(address, Trust(TOKEN))) is None or after.incarnation == before.incarnation:
             await asyncio.sleep(0.05)
         await served_again(cluster)
+        await drained(cluster, cluster.fact("prefill-0").split()[0])
         assert cluster.end(signal.SIGINT) == 0
         assert "Traceback" not in cluster.said
+
+
+async def drained(cluster: Up, address: str) -> None:
+    """Ends the only prefill worker by its incarnation: it is let go, and the decode worker prefills itself."""
+    worker = await describe(address, Trust(TOKEN))
+    assert worker is not None
+    command = [sys.executable, "-m", "tandem.cli", "drain", worker.incarnation[:10], "--router", cluster.url]
+    environment = child_environment({"TANDEM_TOKEN": TOKEN})
+    done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("it has ended\n")
+    cluster.wait_for("prefill-0 was told to end; it is not started again")
+    assert await describe(address, Trust(TOKEN)) is None
+    answer = await asyncio.to_thread(cluster.ask)
+    assert answer["usage"]["completion_tokens"] == 4
 
 
 def test_more_workers_than_cores_take_turns(model: Path, tmp_path: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from tandem.errors import Fenced
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.pair import Pair, pair
 from tandem.types import FinishReason, SamplingParams
-from tandem.wire import codec
+from tandem.wire import codec, probe
 from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.process import WorkerProcess
 
@@ -135,3 +137,28 @@ async def test_a_worker_whose_engine_failed_leaves_without_a_word(model: Path) -
         await workers.stop(worker)
         with pytest.raises(grpc.aio.AioRpcError):
             await workers.answer(name)
+
+
+async def test_who_is_told_over_the_network_ends_as_after_a_signal(model: Path) -> None:
+    async with pair(model, kv_mib=32) as workers:
+        worker = workers.decode
+        name = await workers.submit(PROMPT, tokens(400))
+        await workers.tokens(name, 1)
+        serving = asyncio.create_task(end_of(worker))
+        with pytest.raises(Fenced, match=f"^other is not here; this is {worker.info.incarnation}$"):
+            await probe.drain(replace(worker.info, incarnation="other"))
+        assert not worker.told.is_set()
+        for _ in range(2):  # asked again, it still drains
+            assert await probe.drain(worker.info) == worker.config.drain_s
+        (answer,) = await workers.answer(name)
+        assert answer.finish is FinishReason.LENGTH
+        async with asyncio.timeout(10):
+            await serving
+        await workers.stop(worker)
+
+
+async def end_of(worker: WorkerProcess) -> None:
+    """What `serve` does once the worker stands."""
+    await worker.told.wait()
+    await worker.drain()
+    assert not worker.stopping.is_set()

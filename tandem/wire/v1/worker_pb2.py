@@ -25,31 +25,35 @@ _sym_db = _symbol_database.Default()
 from tandem.wire.v1 import common_pb2 as tandem_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/wire/v1/worker.proto\x12\x0etandem.wire.v1\x1a\x1btandem/wire/v1/common.proto\"\x0e\n\x0c\x41uditRequest\"\x1b\n\nAuditReply\x12\r\n\x05leaks\x18\x01 \x03(\t\"\x11\n\x0f\x44\x65scribeRequest\"!\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x9b\x01\n\x0cWorkerUpdate\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12*\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1a.tandem.wire.v1.CacheEvent\x12&\n\x06status\x18\x04 \x01(\x0b\x32\x16.tandem.wire.v1.Status\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\"N\n\x0fRegisterRequest\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.tandem.wire.v1.WorkerInfo\x12\x0f\n\x07leaving\x18\x02 \x01(\x08\"c\n\rRegisterReply\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12.\n\x07prefill\x18\x03 \x03(\x0b\x32\x1d.tandem.wire.v1.WorkerAddress\"5\n\rWorkerAddress\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t2\xdb\x01\n\x06Worker\x12G\n\x08\x44\x65scribe\x12\x1f.tandem.wire.v1.DescribeRequest\x1a\x1a.tandem.wire.v1.WorkerInfo\x12\x45\n\x05Watch\x12\x1c.tandem.wire.v1.WatchRequest\x1a\x1c.tandem.wire.v1.WorkerUpdate0\x01\x12\x41\n\x05\x41udit\x12\x1c.tandem.wire.v1.AuditRequest\x1a\x1a.tandem.wire.v1.AuditReply2V\n\x08Registry\x12J\n\x08Register\x12\x1f.tandem.wire.v1.RegisterRequest\x1a\x1d.tandem.wire.v1.RegisterReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/wire/v1/worker.proto\x12\x0etandem.wire.v1\x1a\x1btandem/wire/v1/common.proto\"#\n\x0c\x44rainRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\"\x1d\n\nDrainReply\x12\x0f\n\x07\x64rain_s\x18\x01 \x01(\x01\"\x0e\n\x0c\x41uditRequest\"\x1b\n\nAuditReply\x12\r\n\x05leaks\x18\x01 \x03(\t\"\x11\n\x0f\x44\x65scribeRequest\"!\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x9b\x01\n\x0cWorkerUpdate\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12*\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1a.tandem.wire.v1.CacheEvent\x12&\n\x06status\x18\x04 \x01(\x0b\x32\x16.tandem.wire.v1.Status\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\"N\n\x0fRegisterRequest\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.tandem.wire.v1.WorkerInfo\x12\x0f\n\x07leaving\x18\x02 \x01(\x08\"c\n\rRegisterReply\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12.\n\x07prefill\x18\x03 \x03(\x0b\x32\x1d.tandem.wire.v1.WorkerAddress\"5\n\rWorkerAddress\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t2\x9e\x02\n\x06Worker\x12G\n\x08\x44\x65scribe\x12\x1f.tandem.wire.v1.DescribeRequest\x1a\x1a.tandem.wire.v1.WorkerInfo\x12\x45\n\x05Watch\x12\x1c.tandem.wire.v1.WatchRequest\x1a\x1c.tandem.wire.v1.WorkerUpdate0\x01\x12\x41\n\x05\x41udit\x12\x1c.tandem.wire.v1.AuditRequest\x1a\x1a.tandem.wire.v1.AuditReply\x12\x41\n\x05\x44rain\x12\x1c.tandem.wire.v1.DrainRequest\x1a\x1a.tandem.wire.v1.DrainReply2V\n\x08Registry\x12J\n\x08Register\x12\x1f.tandem.wire.v1.RegisterRequest\x1a\x1d.tandem.wire.v1.RegisterReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.wire.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDITREQUEST']._serialized_start=76
-  _globals['_AUDITREQUEST']._serialized_end=90
-  _globals['_AUDITREPLY']._serialized_start=92
-  _globals['_AUDITREPLY']._serialized_end=119
-  _globals['_DESCRIBEREQUEST']._serialized_start=121
-  _globals['_DESCRIBEREQUEST']._serialized_end=138
-  _globals['_WATCHREQUEST']._serialized_start=140
-  _globals['_WATCHREQUEST']._serialized_end=173
-  _globals['_WORKERUPDATE']._serialized_start=176
-  _globals['_WORKERUPDATE']._serialized_end=331
-  _globals['_REGISTERREQUEST']._serialized_start=333
-  _globals['_REGISTERREQUEST']._serialized_end=411
-  _globals['_REGISTERREPLY']._serialized_start=413
-  _globals['_REGISTERREPLY']._serialized_end=512
-  _globals['_WORKERADDRESS']._serialized_start=514
-  _globals['_WORKERADDRESS']._serialized_end=567
-  _globals['_WORKER']._serialized_start=570
-  _globals['_WORKER']._serialized_end=789
-  _globals['_REGISTRY']._serialized_start=791
-  _globals['_REGISTRY']._serialized_end=877
+  _globals['_DRAINREQUEST']._serialized_start=76
+  _globals['_DRAINREQUEST']._serialized_end=111
+  _globals['_DRAINREPLY']._serialized_start=113
+  _globals['_DRAINREPLY']._serialized_end=142
+  _globals['_AUDITREQUEST']._serialized_start=144
+  _globals['_AUDITREQUEST']._serialized_end=158
+  _globals['_AUDITREPLY']._serialized_start=160
+  _globals['_AUDITREPLY']._serialized_end=187
+  _globals['_DESCRIBEREQUEST']._serialized_start=189
+  _globals['_DESCRIBEREQUEST']._serialized_end=206
+  _globals['_WATCHREQUEST']._serialized_start=208
+  _globals['_WATCHREQUEST']._serialized_end=241
+  _globals['_WORKERUPDATE']._serialized_start=244
+  _globals['_WORKERUPDATE']._serialized_end=399
+  _globals['_REGISTERREQUEST']._serialized_start=401
+  _globals['_REGISTERREQUEST']._serialized_end=479
+  _globals['_REGISTERREPLY']._serialized_start=481
+  _globals['_REGISTERREPLY']._serialized_end=580
+  _globals['_WORKERADDRESS']._serialized_start=582
+  _globals['_WORKERADDRESS']._serialized_end=635
+  _globals['_WORKER']._serialized_start=638
+  _globals['_WORKER']._serialized_end=924
+  _globals['_REGISTRY']._serialized_start=926
+  _globals['_REGISTRY']._serialized_end=1012
 # @@protoc_insertion_point(module_scope)

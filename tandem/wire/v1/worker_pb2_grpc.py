@@ -50,6 +50,11 @@ class WorkerStub:
                 request_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.SerializeToString,
                 response_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/tandem.wire.v1.Worker/Drain',
+                request_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -76,6 +81,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Ends the worker as SIGTERM does: it takes nothing more, finishes what is under way and exits. Asked again, it goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Audit,
                     request_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.FromString,
                     response_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=tandem_dot_wire_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=tandem_dot_wire_dot_v1_dot_worker__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +193,33 @@ class Worker:
             '/tandem.wire.v1.Worker/Audit',
             tandem_dot_wire_dot_v1_dot_worker__pb2.AuditRequest.SerializeToString,
             tandem_dot_wire_dot_v1_dot_worker__pb2.AuditReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.wire.v1.Worker/Drain',
+            tandem_dot_wire_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            tandem_dot_wire_dot_v1_dot_worker__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

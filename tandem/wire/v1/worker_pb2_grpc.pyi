@@ -38,6 +38,8 @@ class WorkerStub:
     """Status and cache events from now on, after a snapshot. A subscriber that misses a sequence number subscribes anew."""
     Audit: _grpc.UnaryUnaryMultiCallable[_worker_pb2.AuditRequest, _worker_pb2.AuditReply]
     """What is held although nothing runs: empty for an idle, sound worker."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]
+    """Ends the worker as SIGTERM does: it takes nothing more, finishes what is under way and exits. Asked again, it goes on."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -48,6 +50,8 @@ class WorkerAsyncStub(WorkerStub):
     """Status and cache events from now on, after a snapshot. A subscriber that misses a sequence number subscribes anew."""
     Audit: _aio.UnaryUnaryMultiCallable[_worker_pb2.AuditRequest, _worker_pb2.AuditReply]  # type: ignore[assignment]
     """What is held although nothing runs: empty for an idle, sound worker."""
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]  # type: ignore[assignment]
+    """Ends the worker as SIGTERM does: it takes nothing more, finishes what is under way and exits. Asked again, it goes on."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -73,6 +77,14 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.AuditReply, _abc.Awaitable[_worker_pb2.AuditReply]]:
         """What is held although nothing runs: empty for an idle, sound worker."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainReply, _abc.Awaitable[_worker_pb2.DrainReply]]:
+        """Ends the worker as SIGTERM does: it takes nothing more, finishes what is under way and exits. Asked again, it goes on."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -1,0 +1,115 @@
+"""`tandem drain`: which worker is meant, who may say so, and what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+from aiohttp import web
+from pydantic import SecretStr
+from rich.console import Console
+
+from tandem.cli.drain import drained
+from tandem.cluster import Role
+from tandem.config import DrainConfig
+from tandem.errors import BadRequest, ConfigError, Unavailable
+from tandem.ports import free_ports
+from tandem.testing.workers import FakeWorker
+from tandem.trust import Trust
+
+SECRET = "secret-of-sixteen"
+
+
+@dataclass
+class Fleet:
+    """A router's metrics page, and the workers on it."""
+
+    router: str
+    first: FakeWorker
+    second: FakeWorker
+
+
+@asynccontextmanager
+async def fleet() -> AsyncIterator[Fleet]:
+    async with (
+        FakeWorker(Role.DECODE, incarnation="abcd1111") as first,
+        FakeWorker(Role.PREFILL, incarnation="abcd2222") as second,
+    ):
+        lines = [f'tandem_fleet_pages{{role="x",worker="{each.info.address}"}} 1' for each in (first, second)]
+
+        async def metrics(request: web.Request) -> web.Response:
+            if request.headers.get("authorization") != f"Bearer {SECRET}":
+                return web.Response(status=401)
+            return web.Response(text="\n".join(["# TYPE tandem_fleet_pages gauge", *lines, ""]))
+
+        app = web.Application()
+        app.router.add_get("/metrics", metrics)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            yield Fleet(f"127.0.0.1:{runner.addresses[0][1]}", first, second)
+        finally:
+            await runner.cleanup()
+
+
+async def told(worker: str, router: str = "127.0.0.1:1", token: str | None = SECRET) -> str:
+    """What the command says."""
+    out = io.StringIO()
+    secret = None if token is None else SecretStr(token)
+    config = DrainConfig(worker=worker, router=router, token=secret)
+    await drained(config, Console(file=out, soft_wrap=True, highlight=False))
+    return out.getvalue()
+
+
+async def test_a_worker_is_named_by_its_address_without_any_router() -> None:
+    async with fleet() as made:
+        address = made.first.info.address
+        assert await told(address) == (
+            f"decode worker abcd1111 at {address} takes nothing more; what is under way gets 1 s\nit has ended\n"
+        )
+        assert (made.first.drained, made.second.drained) == (["abcd1111"], [])
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+async def test_a_worker_is_named_by_its_incarnation(scheme: str) -> None:
+    async with fleet() as made:
+        assert "prefill worker abcd2222" in await told("abcd2", scheme + made.router)
+        assert (made.first.drained, made.second.drained) == ([], ["abcd2222"])
+
+
+async def test_what_names_no_worker_or_several_ends_none() -> None:
+    async with fleet() as made:
+        for name, fault in (("abcd", "more than one incarnation"), ("ffff", "no worker's incarnation")):
+            said = f"^WORKER is {name}; {fault} begins so: abcd1111 .decode .*, abcd2222 .prefill "
+            with pytest.raises(BadRequest, match=said):
+                await told(name, made.router)
+        with pytest.raises(ConfigError, match=r"^WORKER is 'abc'; give host:port, or at least 4 characters"):
+            await told("abc", made.router)
+        assert made.first.drained == made.second.drained == []
+
+
+async def test_who_cannot_be_asked_is_named() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(Unavailable, match=f"^no worker answers at 127.0.0.1:{port}: "):
+        await told(f"127.0.0.1:{port}")
+    with pytest.raises(Unavailable, match=f"^--router is 127.0.0.1:{port}; no router answers there: "):
+        await told("abcd", f"127.0.0.1:{port}")
+    async with fleet() as made:
+        with pytest.raises(ConfigError, match="needs a key: set TANDEM_TOKEN"):
+            await told("abcd", made.router, token=None)
+
+
+async def test_a_wrong_token_is_named() -> None:
+    server = Trust(SECRET).server()
+    address = f"127.0.0.1:{Trust().listen(server, '127.0.0.1:0')}"
+    await server.start()
+    try:
+        with pytest.raises(ConfigError, match=f"^TANDEM_TOKEN: {address} knows another one; give its cluster's$"):
+            await told(address, token="another-of-sixteen")
+    finally:
+        await server.stop(None)
