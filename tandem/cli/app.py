@@ -19,6 +19,7 @@ from tandem.cli.options import command
 from tandem.cli.replay import replay
 from tandem.config import (
     DecodeConfig,
+    DrainConfig,
     PrefillConfig,
     RouterConfig,
     Settings,
@@ -83,6 +84,12 @@ def _train_draft(config: TrainDraftConfig) -> None:
     train_draft(config)
 
 
+def _drain(config: DrainConfig) -> None:
+    from tandem.cli.drain import drain
+
+    drain(config)
+
+
 def _doctor(
     model: Annotated[str, typer.Option("--model", help="folder or hub id of a model to check as well")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object in place of a tree")] = False,
@@ -131,6 +138,7 @@ def make_app() -> typer.Typer:
     settings(app, "decode", "Start one decode worker.", DecodeConfig, _decode)
     about = "Train a draft head for a model, for speculative decoding."
     settings(app, "train-draft", about, TrainDraftConfig, _train_draft)
+    settings(app, "drain", "End one worker once what it has under way is finished.", DrainConfig, _drain)
     app.command("replay", help="Simulate policies on a recorded load.")(replay)
     app.command("doctor", help="Check this machine: what is missing, and how to mend it.")(_doctor)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
