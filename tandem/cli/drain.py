@@ -11,6 +11,7 @@ from rich.console import Console
 from tandem.cluster import WorkerInfo
 from tandem.config import DrainConfig, client_key
 from tandem.errors import BadRequest, ConfigError, TandemError, Unavailable
+from tandem.obs import setup_logging
 from tandem.trust import Trust
 from tandem.wire import probe
 
@@ -24,6 +25,7 @@ SHORTEST = 4
 
 def drain(config: DrainConfig) -> None:
     """Returns when the worker has ended. Raises ConfigError, BadRequest, Unavailable, Fenced."""
+    setup_logging(config.log_level, config.log_format)
     asyncio.run(drained(config, Console(soft_wrap=True, highlight=False)))
 
 

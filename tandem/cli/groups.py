@@ -13,8 +13,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "host", "port", "metrics_port", "control_host", "control_port", "cors_*", "max_connections", "max_body_*",
     ),
     "Cluster": (
-        "prefill", "decode", "router", "worker", "workers", "workers_file", "processes", "cluster_key", "lease_s", "drain_s",
-        "on", "kubernetes*", "k8s*", "ray*",
+        "prefill", "decode", "router", "worker", "workers", "workers_file", "processes", "cluster_key", "lease_s",
+        "drain_s", "on", "kubernetes*", "k8s*", "ray*",
     ),
     "Trust": ("api_keys", "token", "metrics_token", "tls_*"),
     "Routing": ("policy", "replicas*", "index_*", "retries", "local_prefill_tokens"),
