@@ -289,8 +289,8 @@ def running_cluster(folder: Path, namespaces: bool = True) -> Iterator[tuple[Clu
         hosts = net.hosts if isinstance(net, Network) else {}
         decode = ["--local-prefill-tokens", "0", "--span-tokens", "64"]
         policy = ["--policy", "round_robin"]
-        secret = {"token": uuid.uuid4().hex}
-        yield stack.enter_context(cluster(model, folder, 2, 2, arguments, decode, policy, hosts=hosts, **secret)), net
+        secret = uuid.uuid4().hex
+        yield stack.enter_context(cluster(model, folder, 2, 2, arguments, decode, policy, secret, hosts)), net
 
 
 async def play(running: Cluster, net: Network | str, chosen: Sequence[Cell]) -> list[Outcome]:

@@ -68,6 +68,10 @@ class TokenSource(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer
         """Nothing is ever held."""
         return worker_pb2.AuditReply()
 
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainReply:
+        """It has nothing to finish, and goes when it is told by a signal."""
+        return worker_pb2.DrainReply()
+
     async def Watch(self, request: worker_pb2.WatchRequest, context: Context) -> AsyncIterator[worker_pb2.WorkerUpdate]:
         """An empty snapshot, then prompts and statuses."""
         queue: asyncio.Queue[WorkerUpdate] = asyncio.Queue()

@@ -34,9 +34,9 @@ async def serving(folder: Path, server: KubernetesEmulator) -> AsyncIterator[Clu
             server.put(pod(name, "127.0.0.1", process.port))
 
     model = make_checkpoint(folder / "llama", CheckpointSpec(family="llama", seed=1))
-    settings = {"router_args": ["--kubernetes-selector", "app=tandem"], "worker_args": ["--kv-mib", "16"]}
+    found, small = ["--kubernetes-selector", "app=tandem"], ["--kv-mib", "16"]
     with ExitStack() as stack:
-        made = cluster(model, folder, prefill=0, decode=2, announce=announce, **settings)
+        made = cluster(model, folder, prefill=0, decode=2, announce=announce, router_args=found, worker_args=small)
         running = await asyncio.to_thread(stack.enter_context, made)
         yield running
         await asyncio.to_thread(stack.close)

@@ -12,7 +12,8 @@ from router.control import ControlPlane
 from router.discovery.sources import FixedWorkers, WorkersFile
 from tandem.cluster import Role
 from tandem.config import RouterConfig
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, Fenced
+from tandem.ports import free_ports
 from tandem.testing.workers import FakeWorker
 
 
@@ -100,3 +101,52 @@ async def test_the_fleet_takes_workers_in_and_gives_those_that_are_unlisted_noth
             await eventually(lambda: usable() == {second.info.incarnation})
             await first.stop()
             await eventually(lambda: control.fleet.following() == {second.info.address})
+
+
+async def test_a_worker_that_registers_is_held_back_where_a_source_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeWorker(Role.DECODE) as worker, ControlPlane(RouterConfig(control_port=0)) as control:
+        fleet, address = control.fleet, worker.info.address
+
+        def draining() -> list[bool]:
+            return [view.draining for view in fleet.snapshot().decode]
+
+        fleet.unfollow(address)
+        fleet.register(worker.info, leaving=False)
+        await eventually(draining)
+        assert draining() == [True]
+        fleet.follow(address, Role.DECODE)
+        assert draining() == [False]
+        fleet.unfollow(address)
+        fleet.register(worker.info, leaving=False)
+        assert draining() == [True]
+        fleet.follow(address, Role.PREFILL)
+        assert draining() == [True]
+        mistake = "it is listed as a prefill worker and says that it is a decode worker"
+        assert f"worker at {address} cannot be used: {mistake}" in caplog.messages
+        with pytest.raises(Fenced, match=mistake):
+            fleet.register(worker.info, leaving=False)
+
+
+async def test_a_worker_of_another_role_than_listed_is_not_taken_in(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeWorker(Role.DECODE) as worker, ControlPlane(RouterConfig(control_port=0)) as control:
+        control.fleet.follow(worker.info.address, Role.PREFILL)
+        await eventually(lambda: "it is listed as a prefill worker" in caplog.text)
+        assert control.fleet.snapshot().decode == control.fleet.snapshot().prefill == ()
+        control.fleet.follow(worker.info.address, Role.DECODE)
+        await eventually(lambda: control.fleet.snapshot().decode)
+
+
+async def test_an_address_that_is_listed_again_while_its_link_ends_is_looked_at() -> None:
+    (port,) = free_ports(1)
+    async with ControlPlane(RouterConfig(control_port=0)) as control:
+        fleet, address = control.fleet, f"127.0.0.1:{port}"
+        fleet.follow(address)
+        task = fleet._tasks[address]
+        fleet.unfollow(address)
+        while not task.done():
+            await asyncio.sleep(0)
+        fleet.follow(address)
+        async with FakeWorker(Role.DECODE, port) as worker:
+            await eventually(
+                lambda: [view.info.incarnation for view in fleet.snapshot().decode] == [worker.info.incarnation]
+            )

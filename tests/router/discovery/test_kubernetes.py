@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from router.discovery.kubernetes_errors import ApiAway, ApiRefused
 from tandem.cluster import Role
 from tandem.errors import ConfigError, Unavailable
 from tandem.testing.kubernetes import KubernetesEmulator, pod
+from tests.security.rig import Authority
 
 SELECTOR = "app=tandem"
 
@@ -291,3 +293,31 @@ async def test_a_server_that_is_away_at_the_start_is_waited_for_and_given_up(
     await starting
     assert set(notes.now) == {"10.0.0.1:9000"}
     await source._api.close()
+
+
+async def test_in_a_pod_the_service_account_opens_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kubernetes.aio.config import incluster_config
+
+    mine = Authority().issue()
+    for file, content in (
+        ("ca.crt", mine.authority),
+        ("token", b"of-this-pod"),
+        ("namespace", b"serving\n"),
+        ("pem", mine.chain + mine.key),
+    ):
+        (tmp_path / file).write_bytes(content)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem")
+    async with KubernetesEmulator(token="of-this-pod", ssl=context) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+        monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+        monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+        lead_to(monkeypatch, KubernetesEmulator().kubeconfig(tmp_path / "kubeconfig"))  # the account comes first
+        server.put(pod("first", "10.0.0.1", 9000))
+        async with followed(server) as notes:
+            assert set(notes.now) == {"10.0.0.1:9000"}
+        (tmp_path / "ca.crt").write_bytes(Authority().issue().authority)
+        monkeypatch.setattr("router.discovery.kubernetes.START_S", 0.2)
+        with pytest.raises(Unavailable, match="certificate verify failed"):
+            await KubernetesPods("", SELECTOR, Notes()).start()
