@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tandem.errors import ConfigError, TandemError
 from tandem.parent import end_with
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ QUICK_S = 10.0
 MAX_QUICK = 5
 """So many of these in a row end the router: it would not get better."""
 RETRY_S = 0.5
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_SETTINGS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class _Supervisor:
                 if listener is not place.listener:
                     listener.close()
             status = self._serve(place)
+        except TandemError as error:
+            log.error("router process %d: %s", place.index, error)
+            status = EXIT_SETTINGS if isinstance(error, ConfigError) else EXIT_FAILED
         except BaseException:
             log.exception("router process %d failed", place.index)
         finally:
@@ -110,6 +114,10 @@ class _Supervisor:
         index, started = self._running.pop(pid)
         if self._stopping:
             self._status = self._status or max(status, 0)
+            return
+        if status == EXIT_SETTINGS:  # another try would find the same
+            self._status = status
+            self._stop()
             return
         quick = time.monotonic() - started < QUICK_S
         self._quick = self._quick + 1 if quick else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ class PodsApi:
 
         namespace: empty takes the pod's own, or that of the kubeconfig's context.
         """
+        logging.getLogger("kubernetes").setLevel(logging.ERROR)  # what it warns of is in the errors here
         configuration = client.Configuration()
         try:
             try:

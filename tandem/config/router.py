@@ -117,5 +117,5 @@ class RouterConfig(ProcessConfig):
             raise ValueError(f"--host is {self.host}; {OPEN_HTTP}")
         self.check_grpc("--control-host", self.control_host)
         if self.kubernetes_namespace and not self.kubernetes_selector:
-            raise ValueError("kubernetes_namespace is set; without kubernetes_selector it means nothing")
+            raise ValueError("--kubernetes-namespace is set; without --kubernetes-selector it means nothing")
         return self

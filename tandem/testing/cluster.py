@@ -202,19 +202,17 @@ def cluster(
         environment,
     )
     made = Cluster(router, token=token)
-    control_host = hosts.get("router", LOCAL).address
-    router.arguments += ["--control-host", control_host]
+    router.arguments += ["--control-host", control_host := hosts.get("router", LOCAL).address]
+    registered = ["--router", f"{control_host}:{control}"] if announce is None else []
     for name, port in zip(names, ports, strict=True):
-        role = name.split("-")[0]
-        host = hosts.get(name, LOCAL)
-        arguments = [role, str(model), "--port", str(port), "--threads", "1", "--host", host.address]
-        arguments += ["--router", f"{control_host}:{control}"] if announce is None else []
+        role, host = name.split("-")[0], hosts.get(name, LOCAL)
+        arguments = [role, str(model), "--port", str(port), "--threads", "1", "--host", host.address, *registered]
         arguments += [*worker_args, *(decode_args if role == "decode" else ())]
         made.workers[name] = Process(name, arguments, port, folder / f"{name}.log", environment, host=host)
     processes = [router, *made.workers.values()]
-    if announce is not None:
-        announce(made)
     try:
+        if announce is not None:
+            announce(made)
         for process in processes:
             process.start()
         made.wait_ready()

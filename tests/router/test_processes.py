@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -145,3 +146,19 @@ def test_pages_are_merged_by_family() -> None:
 def test_a_wrong_number_of_processes_is_refused(processes: int) -> None:
     with pytest.raises(ValidationError, match="processes"):
         RouterConfig(processes=processes)
+
+
+def test_wrong_settings_that_only_a_process_finds_end_all_at_once(tmp_path: Path) -> None:
+    settings = ("--port", "0", "--control-port", "0", "--processes", "2", "--kubernetes-selector", "app=tandem")
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem.cli", "router", *settings],
+        env=child_environment({"KUBECONFIG": str(tmp_path / "none"), "KUBERNETES_SERVICE_HOST": ""}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--kubernetes-selector is set; that needs a pod's service account" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "started again" not in done.stderr
