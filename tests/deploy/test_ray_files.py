@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -16,8 +17,8 @@ from tandem.cli.options import build
 from tandem.config import UpConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "ray"
-CLUSTERS = ("raycluster.yaml", "autoscaling.yaml")
-COMMANDS = {"rayjob.yaml": "raycluster.yaml", "autoscaling.yaml": "autoscaling.yaml"}
+CLUSTERS = ("raycluster.yaml", "autoscaling.yaml", "rayservice.yaml")
+COMMANDS = {name: name for name in CLUSTERS[1:]} | {"rayjob.yaml": "raycluster.yaml"}
 """Where a command stands, and the cluster that it is for."""
 
 
@@ -26,13 +27,21 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def cluster_spec(name: str) -> dict[str, Any]:
-    (found,) = [one["spec"] for one in documents(name) if one["kind"] == "RayCluster"]
+    (found,) = [one for one in documents(name) if one["kind"] in ("RayCluster", "RayService")]
+    assert found["apiVersion"] == "ray.io/v1" and found["metadata"]["name"] == "tandem"
+    return dict(found["spec"] if found["kind"] == "RayCluster" else found["spec"]["rayClusterConfig"])
+
+
+def serve_application() -> dict[str, Any]:
+    (found,) = yaml.safe_load(documents("rayservice.yaml")[0]["spec"]["serveConfigV2"])["applications"]
     return dict(found)
 
 
 def command(name: str) -> list[str]:
     """What stands behind `tandem up`, in a comment or in an entrypoint."""
     text = (FOLDER / name).read_text()
+    if name == "rayservice.yaml":  # the application adds where it runs
+        return [*shlex.split(serve_application()["args"]["command"]), "--on", "ray"]
     if name == "rayjob.yaml":
         text = documents(name)[0]["spec"]["entrypoint"]
     else:
@@ -65,9 +74,7 @@ def nodes(spec: dict[str, Any], most: bool) -> list[Node]:
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_clusters_are_as_kuberay_wants_them(name: str) -> None:
-    (cluster,) = [one for one in documents(name) if one["kind"] == "RayCluster"]
-    assert cluster["apiVersion"] == "ray.io/v1" and cluster["metadata"]["name"]
-    spec = cluster["spec"]
+    spec = cluster_spec(name)
     groups = spec["workerGroupSpecs"]
     assert len({group["groupName"] for group in groups}) == len(groups)
     image = f"tandem-ray:{spec['rayVersion']}"
@@ -96,8 +103,10 @@ def test_commands_are_real_and_their_cluster_has_what_they_ask_for(name: str, of
     assert config.ray_wait_s >= (300 if grows else 0)
     head = spec["headGroupSpec"]["template"]["spec"]
     assert config.drain_s < head["terminationGracePeriodSeconds"]
-    (service,) = [one["spec"] for one in documents(of) if one["kind"] == "Service"]
-    assert service["ports"][0]["targetPort"] == config.port
+    services = [one["spec"] for one in documents(of) if one["kind"] == "Service"]
+    assert [service["ports"][0]["targetPort"] for service in services] == (
+        [] if name == "rayservice.yaml" else [config.port]
+    )
     assert config.port in {port["containerPort"] for port in head["containers"][0]["ports"]}
     secrets = {entry["name"] for entry in head["containers"][0]["env"]}
     assert secrets == {"TANDEM_TOKEN", "TANDEM_METRICS_TOKEN"}
@@ -108,6 +117,11 @@ def test_the_job_finds_its_cluster() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     (cluster,) = [one for one in documents("raycluster.yaml") if one["kind"] == "RayCluster"]
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+
+
+def test_the_service_names_a_real_application() -> None:
+    module, _, name = serve_application()["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_what_the_readme_names_is_there() -> None:

@@ -105,8 +105,11 @@ class OnRay:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            known = isinstance(error, TandemError)
-            self._fail(str(error) if known else repr(error), 2 if isinstance(error, ConfigError) else 1)
+            if isinstance(error, self._errors.RayError):
+                self._fail(f"an actor {lost(error)}")
+            else:
+                said = str(error) if isinstance(error, TandemError) else repr(error)
+                self._fail(said, 2 if isinstance(error, ConfigError) else 1)
 
     @property
     def _units(self) -> list[Unit]:
@@ -197,8 +200,10 @@ class OnRay:
             else:
                 unit.info = await until(partial(describe, unit.address, self._trust), unit.name)
                 unit.pid = unit.info.pid
+        except self._errors.RayActorError:  # its actor is lost, which `_run` hears as well
+            return
         except (TandemError, self._errors.RayError) as error:
-            self._fail(" ".join(str(error).split()))
+            self._fail(f"{unit.name}: {' '.join(str(error).split())}")
             return
         if unit.lost_at is not None:
             seconds = asyncio.get_running_loop().time() - unit.lost_at

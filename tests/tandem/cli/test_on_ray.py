@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from tandem.cli.on_ray.connect import bootstrap_address, check_reachable, connec
 from tandem.cli.on_ray.launch import lost
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.on_ray.resources import Node, amounts, demands, lacking
+from tandem.cli.on_ray.serve import Launcher, application
 from tandem.cli.on_ray.targets import targets, write
 from tandem.cli.options import build
 from tandem.config import UpConfig, own_settings, search_path
@@ -210,3 +212,18 @@ def test_every_metrics_page_that_stands_is_listed(tmp_path: Path) -> None:
     ]
     assert targets(units[:1], "127.0.0.1")[0]["targets"] == ["127.0.0.1:8000"]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_serve_hears_of_a_launcher_that_ended(tmp_path: Path) -> None:
+    replica = Launcher(f"{tmp_path}/none --ray-wait-s -1", "127.0.0.2:1")
+    deadline = time.monotonic() + 60
+    with pytest.raises(RuntimeError, match=r"^tandem up ended with status 2; its log is this replica's$"):
+        while time.monotonic() < deadline:
+            replica.check_health()
+            time.sleep(0.05)
+
+
+def test_what_serve_is_given_must_be_a_command() -> None:
+    for given in ({}, {"commands": "demo"}, {"command": "demo", "more": "1"}):
+        with pytest.raises(ConfigError, match=r"^args are .*; they must be `command`"):
+            application(given)
