@@ -46,6 +46,11 @@ class Launcher:
             start_new_session=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """Of `tandem up`."""
+        return self._process.pid
+
     def check_health(self) -> None:
         """Raises RuntimeError once `tandem up` has ended: Serve then makes another replica."""
         status = self._process.poll()
@@ -54,7 +59,7 @@ class Launcher:
 
     async def __call__(self, request: object) -> dict[str, int]:
         """Whom Serve's own HTTP port answers: there is nothing but the launcher's process id to tell."""
-        return {"launcher": self._process.pid}
+        return {"launcher": self.pid}
 
     def __del__(self) -> None:
         """Serve calls it when the replica is to end: SIGTERM, so that what is under way ends in order."""
