@@ -45,8 +45,9 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     tenants = [{"name": "first", "keys": [FIRST]}, {"name": "second", "keys": [SECOND]}]
     keys.write_text(json.dumps({"tenants": tenants}))
     settings = ["--kv-mib", "4", "--log-level", "debug"]
-    asked = ["--api-keys", str(keys), "--log-level", "debug"]
-    with cluster(model, folder, worker_args=settings, router_args=asked, token=TOKEN) as running:
+    # A second decode worker is what a client could want to be sent to; who has the prefix is where it should go.
+    asked = ["--api-keys", str(keys), "--log-level", "debug", "--policy", "longest_prefix"]
+    with cluster(model, folder, 1, 2, worker_args=settings, router_args=asked, token=TOKEN) as running:
         yield Secured(running, folder)
 
 
@@ -88,8 +89,10 @@ def test_bind_all(secured: Secured) -> None:
         if name == "router":
             assert ports == {secured.running.router.port, control}
         else:
-            # gRPC, metrics, and the transport's own, where it has one
-            assert secured.running.workers[name].port in ports and 2 <= len(ports) <= 3
+            # gRPC, metrics, and the transport's own for each peer, where it has one
+            role = name.split("-")[0]
+            peers = sum(not other.startswith(role) for other in secured.running.workers)
+            assert secured.running.workers[name].port in ports and 2 <= len(ports) <= 2 + peers
 
 
 def canaries(folder: Path) -> list[bytes]:
@@ -150,16 +153,28 @@ def test_cross_tenant_explanations(secured: Secured) -> None:
     assert (explained(FIRST, name), explained(SECOND, name), explained(SECOND, "0" * 32)) == (200, 404, 404)
 
 
+def decode_worker(answer: httpx.Response) -> str:
+    """The short id of the one that answered."""
+    return answer.headers["x-tandem-route"].split(";")[0].removeprefix("decode=")
+
+
 def test_client_controlled_headers(secured: Secured) -> None:
-    """vllm #47843: no header of a client's steers anything."""
-    usual = secured.ask(FIRST)
-    headers = {"authorization": f"Bearer {FIRST}", "tandem-token": "x", "x-tandem-request-id": "1" * 32}
-    headers |= {"x-tandem-route": "decode=0", "x-tandem-tenant": "second", "x-prefiller-host-port": "127.0.0.1:1"}
-    body = {"prompt": PROMPT, "max_tokens": 2}
-    answer = httpx.post(secured.running.url + "/v1/completions", json=body, headers=headers)
-    assert answer.status_code == 200
-    assert answer.headers["x-request-id"] != "1" * 32 and "x-tandem-request-id" not in answer.headers
-    assert answer.headers["x-tandem-route"].split(";")[0] == usual.headers["x-tandem-route"].split(";")[0]
+    """vllm #47843: no header of a client's steers anything, though there is another worker to be steered to."""
+    secured.ask(FIRST)
+    usual = decode_worker(secured.ask(FIRST))
+    # Prompts that nobody has go to either.
+    seen = (decode_worker(secured.ask(FIRST, prompt=[number] * 70)) for number in range(20, 60))
+    other = next(name for name in seen if name != usual)
+    address = f"127.0.0.1:{secured.running.workers['decode-0'].port}"
+    for steers in ("x-tandem-route", "x-tandem-decode", "x-decode-worker", "x-gateway-destination-endpoint"):
+        for value in (f"decode={other}", other, address):
+            headers = {"authorization": f"Bearer {FIRST}", "tandem-token": "x", "x-tandem-request-id": "1" * 32}
+            headers |= {steers: value, "x-tandem-tenant": "second", "x-prefiller-host-port": "127.0.0.1:1"}
+            body = {"prompt": PROMPT, "max_tokens": 2}
+            answer = httpx.post(secured.running.url + "/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 200
+            assert answer.headers["x-request-id"] != "1" * 32 and "x-tandem-request-id" not in answer.headers
+            assert decode_worker(answer) == usual and cached(answer)[0] >= 128, (steers, value)
 
 
 def test_secrets_are_written_nowhere(secured: Secured) -> None:
