@@ -5,6 +5,7 @@
 #   make check    formatting, lint, types, import rules, structure rules
 #   make bench    two forms side by side, and the hand-over beside plain writes
 #   make faults   what clients see when processes are killed and links cut: docs/faults.md; as root, half an hour
+#   make dashboards  regenerate deploy/grafana/dashboards, and the copies of dashboards and rules in the chart
 #   make docs     regenerate the tables of docs/models.md, and what of the chart is generated
 #   make helm-test  the chart alone: lint, render, every object against three Kubernetes versions, policies (CRD_DIR)
 #   make proto    regenerate tandem/wire/v1 from proto/
@@ -37,7 +38,7 @@ test bench faults check: export OMP_NUM_THREADS := 1
 test bench faults check: export TOKENIZERS_PARALLELISM := false
 test check helm-test: export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench faults docs proto clean helm-test helm-files
+.PHONY: help demo test check bench faults dashboards docs proto clean helm-test helm-files
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -98,6 +99,10 @@ bench: $(DEV_READY)
 
 faults: $(DEV_READY)
 	@$(BIN)/python -m benchmarks.faults --out docs/faults.md
+
+dashboards: $(DEV_READY)
+	@$(BIN)/python -m deploy.grafana.generate
+	@$(BIN)/python -m tandem.testing.chart_schema
 
 docs: $(DEV_READY) helm-files
 	@$(BIN)/python -m tandem.testing.model_table docs/models.md

@@ -48,7 +48,7 @@ class DecodeServices:
         self._writes = WriteRate()
         self._moves = MoveLedger(parts.info.incarnation)
         self._budget = SlabBudget(int(config.slabs_max_mib * MIB))
-        metrics = HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
+        metrics = HandOverMetrics(*parts.metrics.of_hand_overs)
         hooks = metrics.receiver(self._moves.add)
         settings = InboundSettings.of(config)
         self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, self._budget, settings, hooks))

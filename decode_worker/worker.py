@@ -321,6 +321,7 @@ class DecodeWorker:
         # First, so that nothing more is submitted. A router that comes back gets a new outbox, and hears of the end.
         del self._outboxes[router_id]
         self.dispatches.pop(router_id, None)
+        self._metrics.lease_expiries.labels("router").inc()
         orphans = [r for r in self._requests.values() if r.router_id == router_id and not r.finished]
         if orphans:
             log.warning("router %s is silent for its lease: %d requests end", router_id, len(orphans))

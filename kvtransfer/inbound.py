@@ -387,11 +387,10 @@ class PairClient:
 
     async def _read(self, call: _Call) -> None:
         try:
-            while isinstance(message := await call.read(), pb.ToReceiver):
-                if not self._lease.renew(self.peer):
-                    return self._shut("the sender was silent for longer than lease_s")
+            while isinstance(message := await call.read(), pb.ToReceiver) and self._lease.renew(self.peer):
                 self._on_message(message)
-            self._shut("the sender ended the stream")
+            if not self._lease.ran_out(self.peer):  # else `_tick` says so
+                self._shut("the sender ended the stream")
         except grpc.aio.AioRpcError as error:
             self._shut(f"the stream broke: {error.details() or error.code().name}")
 
@@ -419,6 +418,7 @@ class PairClient:
                 if late := fetch.state.expired(now):
                     self._fail(fetch, *late)
             await asyncio.sleep(min(lease / 6, 0.1))
+        self._hooks.failed("lease")
         return self._shut(f"the sender was silent for lease_s = {lease:g}")
 
     def _send(self, **body: object) -> None:

@@ -34,10 +34,13 @@ class WriteRate:
 
 
 class HandOverMetrics:
-    """What both ends of a worker's hand-overs hold now. Failures go to the worker's own counter, by kind."""
+    """What both ends of a worker's hand-overs hold now.
 
-    def __init__(self, registry: CollectorRegistry, failures: Counter) -> None:
-        self._failures = failures
+    Failures go to the worker's own counters: leases that ran out, and by kind all else.
+    """
+
+    def __init__(self, registry: CollectorRegistry, failures: Counter, lease_expiries: Counter) -> None:
+        self._failures, self._lease_expiries = failures, lease_expiries
         self._tickets = Gauge("tandem_kv_open_tickets", "Hand-overs under way, by end", ["end"], registry=registry)
         self._sends = Gauge("tandem_kv_pending_sends", "Spans posted and not yet complete", registry=registry)
         self._quarantined = Gauge(
@@ -46,7 +49,7 @@ class HandOverMetrics:
 
     def failed(self, kind: str) -> None:
         """One failure."""
-        self._failures.labels(kind).inc()
+        (self._lease_expiries.labels("peer") if kind == "lease" else self._failures.labels(kind)).inc()
 
     def receiver(self, moved: Moved) -> Hooks:
         """Hooks for the end that asks for KV."""

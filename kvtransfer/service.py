@@ -170,7 +170,7 @@ class HandOverService(rpc.HandOverServicer):
         try:
             async for message in messages:
                 if not self._leases.renew(pair.peer):
-                    return pair.shut("the receiver was silent for longer than lease_s")
+                    return  # `_tick` says so
                 pair.on_message(message)
             pair.shut("the receiver ended the stream")
         except grpc.aio.BaseError as error:
@@ -183,6 +183,7 @@ class HandOverService(rpc.HandOverServicer):
                 next_ping = now + lease_s / 3
                 pair.outbox.put_nowait(pb.ToReceiver(ping=pb.Ping()))
             await asyncio.sleep(min(lease_s / 6, 1.0))
+        self._sender.hooks.failed("lease")
         pair.shut(f"the receiver was silent for lease_s = {lease_s:g}")
 
     async def _drop(self, pair: OutboundPair, reason: str) -> None:

@@ -38,7 +38,7 @@ class PrefillServices:
         self._draining = False
         self._transfers = TransferThread()
         self._transfers.start()
-        me, metrics = Identity.of(parts.info), HandOverMetrics(parts.metrics.registry, parts.metrics.failures)
+        me, metrics = Identity.of(parts.info), HandOverMetrics(*parts.metrics.of_hand_overs)
         sending = metrics.sender(self._writes.add)
         if parts.traces is not None:
             sending = replace(sending, watch=parts.traces.watch)

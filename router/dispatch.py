@@ -99,20 +99,20 @@ class Dispatcher:
         self._recorder = recorder
         self._clock = clock
         self._quotas = quotas
-        self._pairs = PairHealth(clock)
+        self.pairs = PairHealth(clock)
         self._quarantine = Quarantine(clock)
-        self._admission = Admission(config.max_inflight, config.max_queued, config.queue_s, self._room, clock)
+        self.admission = Admission(config.max_inflight, config.max_queued, config.queue_s, self._room, clock)
         self._streams: dict[Incarnation, WorkerStream] = {}
         self._cancels = Cancels(fleet)
-        self._requests = OpenRequests(fleet, self._admission, self._cancels, self.tails, ladder, clock)
+        self._requests = OpenRequests(fleet, self.admission, self._cancels, self.tails, ladder, clock)
         bounds = Bounds(config.replicas if config.policy == "cost" else 0, config.replicas_mib_s * MIB)
-        self._replicator = Replicator(bounds, fleet, self._pairs, recorder, copy, clock)
+        self._replicator = Replicator(bounds, fleet, self.pairs, recorder, copy, clock)
         self._placer = Placer(
             config.retries,
             fleet,
             index,
             self.tails,
-            self._pairs,
+            self.pairs,
             policy,
             recorder,
             ladder,
@@ -134,7 +134,7 @@ class Dispatcher:
     @property
     def inflight(self) -> int:
         """Requests admitted and not yet ended."""
-        return self._admission.inflight
+        return self.admission.inflight
 
     def address_of(self, incarnation: Incarnation) -> str | None:
         """host:port of a worker; None when it is gone."""
@@ -154,7 +154,7 @@ class Dispatcher:
         self._quarantine.check(request)
         story = self._recorder.begin(request)
         try:
-            await self._admission.enter(request.request_id, request.priority, request.tenant)
+            await self.admission.enter(request.request_id, request.priority, request.tenant)
         except BaseException as error:
             story.error, story.ended_s = str(error), self._clock()
             raise
@@ -164,7 +164,7 @@ class Dispatcher:
         self._requests.add(record)
         try:
             plan, reply = await self._placer.place(record)
-            self._admission.placed(request.request_id)
+            self.admission.placed(request.request_id)
         except BaseException as error:
             record.story.error = str(error)
             self._requests.close(record)
@@ -222,15 +222,15 @@ class Dispatcher:
     def worker_reported(self, status: Status) -> None:
         """A worker has told its load, and what tenants use of it."""
         self._quotas.observe(status)
-        self._pairs.observe(status)
-        self._admission.wake()
+        self.pairs.observe(status)
+        self.admission.wake()
 
     def worker_gone(self, incarnation: Incarnation, reason: str) -> None:
         """What it ran goes on elsewhere. What it had not answered yet does so when its call fails."""
         self._quotas.forget(incarnation)
-        self._pairs.forget(incarnation)
+        self.pairs.forget(incarnation)
         self._replicator.worker_gone(incarnation)
-        self._admission.wake()
+        self.admission.wake()
         self.tails.drop(incarnation)
         stream = self._streams.pop(incarnation, None)
         if stream is not None:
@@ -264,8 +264,8 @@ class Dispatcher:
 
     def _counters(self) -> dict[str, int]:
         return {
-            "requests in flight": self._admission.inflight,
-            "requests waiting": self._admission.queued,
+            "requests in flight": self.admission.inflight,
+            "requests waiting": self.admission.queued,
             "bookings": self.fleet.bookings(),
             "predictions": len(self._index.predictions),
             "calls under way": len(self._cancels),

@@ -20,10 +20,10 @@ from router.http.api import Api
 from router.http.app import create_app
 from router.http.http_limits import LimitedHttp
 from router.metrics import RouterMetrics
+from router.monitoring.monitor import monitored
 from router.requests.texts import ModelTexts
 from router.siblings import Siblings
 from router.supervisor import Place, supervise
-from router.workers.fleet_metrics import FleetMetrics
 from router.workers.registry import Relay
 from tandem.config import RouterConfig
 from tandem.obs import setup_logging
@@ -88,11 +88,7 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
     if place is not None:
         relay = Relay(place.folder, place.index, place.count, Trust.of(config))
         siblings = Siblings(place.folder, place.index, place.count)
-    async with ControlPlane(config, relay) as control:
-        metrics.add_collector(FleetMetrics(control.fleet).collect)
-        metrics.add_collector(control.dispatcher.collect)
-        metrics.add_collector(control.ladder.collect)
-        metrics.add_collector(control.quotas.collect)
+    async with ControlPlane(config, relay) as control, monitored(config, control, metrics):
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         timers = control.traces.start if control.traces is not None else None
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings, timers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -15,6 +16,7 @@ from prometheus_client.utils import floatToGoString
 from router.admission.quota import Visit
 from router.requests.job import Job
 from tandem import obs
+from tandem.errors import NotFound
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -22,11 +24,21 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is said at `/metrics` or below it."""
+
+    media_type: str
+    make: Callable[[], bytes]
+
+
 class RouterMetrics:
-    """All metrics of one router; `page()` is what Prometheus scrapes."""
+    """All metrics of one router; `page().make()` is what Prometheus scrapes."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.pages = {"": Page(CONTENT_TYPE, lambda: generate_latest(self.registry))}
+        """Prometheus', and what others find at `/metrics/NAME`."""
         counter, histogram, gauge = self._counter, self._histogram, self._gauge
         self.requests = counter(obs.REQUESTS_TOTAL, "HTTP requests by end", "endpoint", "outcome")
         self.failures = counter(obs.FAILURES_TOTAL, "requests that ended in an error, by kind", "kind")
@@ -46,9 +58,11 @@ class RouterMetrics:
         """Adds families that `collect` makes at each scrape: what the fleet reports, for instance."""
         self.registry.register(_Called(collect))
 
-    def page(self) -> bytes:
-        """Prometheus' text format."""
-        return generate_latest(self.registry)
+    def page(self, name: str = "") -> Page:
+        """One of the pages, by the last part of its path. Raises NotFound."""
+        if name not in self.pages:
+            raise NotFound(f"there is no page {name[:64]!r} of metrics; there are {', '.join(sorted(self.pages)[1:])}")
+        return self.pages[name]
 
     def start(self, endpoint: str) -> RequestTimer:
         """A request has been received."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from tandem.errors import Overloaded, Unavailable
 
 MAX_RETRY_S = 60.0
+REFUSALS = ("full", "late")
+"""The queue had no place, or its deadline passed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +46,10 @@ class Admission:
         room: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
-        self._max_inflight = max_inflight
-        self._max_queued = max_queued
+        self.max_inflight = max_inflight
+        self.max_queued = max_queued
+        self.refused: Counter[str] = Counter()
+        """Requests refused here so far, by cause."""
         self._deadline_s = deadline_s
         self._room = room
         self._clock = clock
@@ -65,6 +69,11 @@ class Admission:
         """Requests waiting."""
         return len(self._queue)
 
+    @property
+    def oldest_s(self) -> float:
+        """How long the request that has waited longest has; 0 when none waits."""
+        return max((self._clock() - waiting.since for waiting in self._queue.values()), default=0.0)
+
     async def enter(self, request_id: str, priority: int = 0, tenant: str = "") -> None:
         """Returns when the request is admitted.
 
@@ -77,7 +86,7 @@ class Admission:
         future = asyncio.get_running_loop().create_future()
         me = _Waiting(request_id, priority, tenant, self._arrivals, self._clock(), future)
         self._queue[me.number] = me
-        if len(self._queue) > self._max_queued:
+        if len(self._queue) > self.max_queued:
             self._shed()
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
@@ -126,11 +135,12 @@ class Admission:
                 best.entered.set_result(None)
 
     def _late(self) -> Unavailable:
+        self.refused["late"] += 1
         text = f"the request waited {self._deadline_s:g} s, which is the most; the cluster is full"
         return Unavailable(text, retry_s=self._retry_s())
 
     def _open(self) -> bool:
-        return len(self._inside) < self._max_inflight and self._room() > len(self._unplaced)
+        return len(self._inside) < self.max_inflight and self._room() > len(self._unplaced)
 
     def _admit(self, request_id: str, tenant: str) -> None:
         self._inside[request_id] = tenant
@@ -145,19 +155,19 @@ class Admission:
         victim = max(level, key=lambda w: (counts[w.tenant], w.number))
         del self._queue[victim.number]
         if not victim.entered.done():
+            self.refused["full"] += 1
             retry = self._retry_s()
             text = f"{len(self._inside)} requests are in flight and {len(self._queue)} wait, which is the most"
             victim.entered.set_exception(Overloaded(f"{text}; try again in {retry:g} s", retry_s=retry))
 
     def _retry_s(self) -> float:
         """About how long the queue is: what its oldest has waited."""
-        oldest = min((waiting.since for waiting in self._queue.values()), default=self._clock())
-        return min(max(math.ceil(self._clock() - oldest), 1.0), MAX_RETRY_S)
+        return min(max(math.ceil(self.oldest_s), 1.0), MAX_RETRY_S)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a bound or a count is broken; for tests."""
-        assert len(self._inside) <= self._max_inflight
-        assert len(self._queue) <= self._max_queued
+        assert len(self._inside) <= self.max_inflight
+        assert len(self._queue) <= self.max_queued
         assert self._unplaced <= self._inside.keys()
         assert self._tenants == Counter(self._inside.values())
         assert all(not waiting.entered.done() for waiting in self._queue.values())

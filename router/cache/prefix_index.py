@@ -29,7 +29,7 @@ class PrefixIndex:
     """
 
     def __init__(self, max_blocks: int, max_age_s: float, clock: Callable[[], float]) -> None:
-        self._max_blocks = max_blocks
+        self.max_blocks = max_blocks
         self._max_age_s = max_age_s
         self._clock = clock
         self._tree = IndexTree(clock)
@@ -139,7 +139,7 @@ class PrefixIndex:
     def _bound(self) -> None:
         """Trims the oldest leaves until size and age are within their limits."""
         nodes = self._tree.nodes
-        excess = len(self._tree.table) - self._max_blocks
+        excess = len(self._tree.table) - self.max_blocks
         while excess > 0:
             leaf = nodes.oldest
             count = nodes.blocks(leaf)
@@ -161,7 +161,7 @@ class PrefixIndex:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if an invariant does not hold; for tests."""
-        assert len(self) <= self._max_blocks
+        assert len(self) <= self.max_blocks
         assert not self._sweeping & ~self._tree.bits.retired
         self._tree.check_integrity()
         self.predictions.check_integrity()

@@ -194,18 +194,20 @@ class Api:
         return _body(self._document[1])
 
     async def metrics_page(self, request: Request) -> Response:
-        """`GET /metrics`: of all processes of this router."""
+        """`GET /metrics` and what is below it: of all processes of this router."""
         self._callers.check_metrics(request.headers)
-        page = self._metrics.page()
-        if self._siblings is not None:
-            page = merged({self._siblings.index: page, **await self._siblings.ask("metrics")})
-        return Response(page, media_type=CONTENT_TYPE)
+        name = request.path_params.get("page", "")
+        page = self._metrics.page(name)
+        said = page.make()
+        if self._siblings is not None and page.media_type == CONTENT_TYPE:
+            said = merged({self._siblings.index: said, **await self._siblings.ask("metrics", name)})
+        return Response(said, media_type=page.media_type)
 
     async def tell_sibling(self, asked: list[str]) -> bytes:
         """What another process of this router wants to know."""
         match asked:
-            case ["metrics"]:
-                return self._metrics.page()
+            case ["metrics", name]:
+                return self._metrics.page(name).make()
             case ["explain", name, *tenant]:
                 return self._stories.told(name, tenant[0] if tenant else None, self._dispatcher.address_of) or b""
         raise ValueError(f"another process asked for {asked}")

@@ -31,6 +31,7 @@ def create_app(config: RouterConfig, api: Api) -> FastAPI:
         ("GET", "/health", api.health),
         ("GET", "/ready", api.ready),
         ("GET", "/metrics", api.metrics_page),
+        ("GET", "/metrics/{page}", api.metrics_page),
         ("GET", "/openapi.json", api.openapi),
     ):
         methods = ["GET", "HEAD"] if method == "GET" else [method]

@@ -135,6 +135,7 @@ def _paths(keys: bool) -> Json:
         "/health": get({JSON: _ref("State")}, "Whether the process lives", (500,)),
         "/ready": get({JSON: _ref("State")}, READY, (500,)),
         "/metrics": get({TEXT: STRING}, "For Prometheus", READING, locked=True),
+        "/metrics/{page}": get({TEXT: STRING, JSON: ANY}, "More for Prometheus", (*READING, 404), "page", True),
         "/openapi.json": get({JSON: ANY}, "This document", (500,)),
     }
 

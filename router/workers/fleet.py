@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from tandem.errors import Fenced
 from tandem.trust import Trust
 
 log = logging.getLogger(__name__)
+
+END_CAUSES = ("goodbye", "lost")
 
 
 class FleetListener(Protocol):
@@ -55,6 +58,9 @@ class Fleet(Members[Worker]):
         """The first worker ever known. All must share its model and layout: the router's tokeniser is that model's."""
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.ends: Counter[tuple[Role, str]] = Counter()
+        """Incarnations gone so far, by cause."""
+        self.lease_expiries: Counter[Role] = Counter()
         self._past_moves: dict[tuple[str, str, str], MoveStat] = {}
         self._known_as: dict[str, Role] = {}
         self._shunned: set[str] = set()
@@ -201,14 +207,19 @@ class Fleet(Members[Worker]):
         if update.status is not None and self.listener is not None:
             self.listener.worker_reported(update.status)
 
-    def suspend(self, worker: Worker, reason: str) -> None:
-        """Nothing new goes there, and nothing is believed of its cache, until it is found again."""
+    def suspend(self, worker: Worker, reason: str, silent: bool = False) -> None:
+        """Nothing new goes there, and nothing is believed of its cache, until it is found again.
+
+        silent: for a whole lease.
+        """
+        self.lease_expiries[worker.info.role] += silent
         log.warning("%s worker %s at %s: %s", worker.info.role.value, worker.incarnation, worker.info.address, reason)
         self.lose_sight(worker)
 
     def gone(self, worker: Worker, reason: str) -> None:
         """Forgets an incarnation and tells the listener."""
         self._past_moves.update(_by_pair(worker))
+        self.ends[worker.info.role, "goodbye" if worker.leaving else "lost"] += 1
         self.remove(worker)
         if self.listener is not None:
             self.listener.worker_gone(worker.incarnation, reason)

@@ -60,8 +60,8 @@ class LinkOwner(Protocol):
     def update(self, worker: Worker, update: WorkerUpdate) -> None:
         """The next message of its subscription."""
 
-    def suspend(self, worker: Worker, reason: str) -> None:
-        """Its connection broke; it may be back in a moment."""
+    def suspend(self, worker: Worker, reason: str, silent: bool = False) -> None:
+        """Its connection broke, or it was silent for a lease; it may be back in a moment."""
 
     def gone(self, worker: Worker, reason: str) -> None:
         """It will not be back."""
@@ -164,7 +164,7 @@ class Link:
             try:
                 await self._subscribe(worker, stub)
             except TimeoutError:
-                self._owner.suspend(worker, f"it was silent for {self._lease_s:g} s")
+                self._owner.suspend(worker, f"it was silent for {self._lease_s:g} s", silent=True)
                 await self._find_again(worker, stub)
             except grpc.aio.AioRpcError as failure:
                 if worker.leaving:

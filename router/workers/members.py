@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, TypeVar
 
 from router.cache.prefix_index import PrefixIndex
@@ -80,6 +80,10 @@ class Members(Generic[M]):
     def worker(self, incarnation: Incarnation) -> M | None:
         """The worker, unless it is gone."""
         return self._workers.get(incarnation)
+
+    def known(self) -> Collection[M]:
+        """All workers, those that cannot be used now, too."""
+        return self._workers.values()
 
     def snapshot(self) -> FleetSnapshot:
         """All usable workers as they are now."""

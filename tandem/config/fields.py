@@ -14,6 +14,8 @@ from tandem.text.formats.registry import REASONING_PARSERS, TOOL_PARSERS
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "bfloat16", "float32"]
 Transport = Literal["auto", "nixl", "tcp"]
+MetricsAlias = Literal["none", "vllm"]
+METRICS_ALIAS_HELP = "vllm shows metrics under vLLM's names, too, at /metrics/vllm"
 
 
 def split_list(value: object) -> object:

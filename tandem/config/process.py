@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from tandem.config.environment import config_file, standard_otlp_endpoint
-from tandem.config.fields import OPEN_GRPC, PemFile, Secret, http_url
+from tandem.config.fields import METRICS_ALIAS_HELP, OPEN_GRPC, MetricsAlias, PemFile, Secret, http_url
 from tandem.errors import ConfigError
 from tandem.ports import is_loopback
 
@@ -99,6 +99,7 @@ class ProcessConfig(TracedSettings):
 
     token: Secret | None = Field(None, description="secret that all processes of a cluster share")
     metrics_token: Secret | None = Field(None, description="secret that readers of metrics show")
+    metrics_alias: MetricsAlias = Field("none", description=METRICS_ALIAS_HELP)
     tls_cert: PemFile | None = Field(None, description="PEM file with this process's certificate, for gRPC")
     tls_key: PemFile | None = Field(None, description="PEM file with its key")
     tls_ca: PemFile | None = Field(None, description="PEM file with who must have signed the others' certificates")

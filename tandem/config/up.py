@@ -14,6 +14,7 @@ from tandem.config.fields import (
     DRAFT_BRANCHES_HELP,
     DRAFT_MODEL_HELP,
     DRAFT_TOKENS_HELP,
+    METRICS_ALIAS_HELP,
     OPEN_HTTP,
     REASONING_PARSER_HELP,
     SPECULATIVE_HELP,
@@ -23,6 +24,7 @@ from tandem.config.fields import (
     DraftBranches,
     DraftTokens,
     Dtype,
+    MetricsAlias,
     Port,
     ReasoningParser,
     Secret,
@@ -111,6 +113,7 @@ class UpConfig(TracedSettings):
     draft_model: str | None = Field(None, description=DRAFT_MODEL_HELP)
     max_running: Annotated[int, Field(ge=1), COUNT] = Field(64, description="sequences in one step")
     kernels: Literal["auto", "native", "torch"] = Field("auto", description="what computes; see `tandem decode --help`")
+    metrics_alias: MetricsAlias = Field("none", description=METRICS_ALIAS_HELP)
     drain_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         2.0, description="seconds that requests under way get to end after Ctrl-C; a second one ends them at once"
     )

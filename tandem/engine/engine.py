@@ -315,6 +315,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """Load and cache now."""
         states = [seq.state for seq in self.seqs.values()]
+        arrivals = [s.arrival for s in self.seqs.values() if s.state in (SeqState.WAITING, SeqState.WAITING_KV)]
         return EngineStatus(
             running=states.count(SeqState.RUNNING),
             waiting=states.count(SeqState.WAITING) + states.count(SeqState.WAITING_KV),
@@ -328,6 +329,7 @@ class Engine:
             retractions=self._retractions,
             checked_pages=self.memory.checks.checked,
             corrupt_pages=self.memory.checks.corrupt,
+            oldest_s=self._clock() - min(arrivals) if arrivals else 0.0,
             timing=self._timing.fit(),
         )
 

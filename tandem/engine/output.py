@@ -96,5 +96,7 @@ class EngineStatus:
     """Cached pages whose digest was compared, since the start."""
     corrupt_pages: int = 0
     """Those of them that had changed."""
+    oldest_s: float = 0.0
+    """How long the sequence that waits longest has; 0 when none waits."""
     timing: StepTiming | None = None
     """Of steps, once enough were run."""

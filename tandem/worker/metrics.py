@@ -14,13 +14,23 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    make_wsgi_app,
+)
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tandem.cluster import MoveStat
+from tandem import __version__
+from tandem.cluster import MoveStat, WorkerInfo
 from tandem.engine.output import DraftOutcome
 from tandem.trust import same_secret
+from tandem.types import FinishReason
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -33,6 +43,26 @@ CONNECTION_S = 10.0
 """From a connection's start to its end: who says nothing, or little, or reads nothing, does not keep a thread."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+FAILURE_KINDS = (
+    "bad_grant",
+    "digest",
+    "duplicate",
+    "duplicate_ticket",
+    "foreign",
+    "hand_over",
+    "link",
+    "pair",
+    "queue_deadline",
+    "quiesce_deadline",
+    "sender",
+    "sink",
+    "transfer_deadline",
+    "transport",
+)
+"""Of `tandem_worker_failures_total`: see docs/runbooks/TandemKvHandoverFailures.md."""
+
+ALIAS_PATH = "/metrics/vllm"
+
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64)
 
 
@@ -40,52 +70,90 @@ class WorkerMetrics:
     """All series of one worker, in a registry of its own. Base units; counters end in `_total`."""
 
     def __init__(self, moves: Callable[[], Iterable[MoveStat]]) -> None:
-        registry = self.registry = CollectorRegistry()
-        self.ttft = Histogram(
-            "tandem_worker_time_to_first_token_seconds",
-            "Admission here to the first token",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.inter_token = Histogram(
-            "tandem_worker_inter_token_seconds", "Between two tokens of a choice", buckets=SECONDS, registry=registry
-        )
-        self.end_to_end = Histogram(
-            "tandem_worker_request_seconds", "Admission here to the end", buckets=SECONDS, registry=registry
-        )
-        self.step = Histogram("tandem_worker_step_seconds", "One engine step", buckets=SECONDS, registry=registry)
-        self.step_tokens = Counter("tandem_worker_step_tokens", "Tokens computed", registry=registry)
-        self.running = Gauge("tandem_worker_running", "Sequences in the batch", registry=registry)
-        self.waiting = Gauge("tandem_worker_waiting", "Sequences not yet in the batch", registry=registry)
-        self.pages = Gauge("tandem_worker_pages", "KV pages by state", ["state"], registry=registry)
-        self.prompt_tokens = Counter("tandem_worker_prompt_tokens", "Prompt tokens admitted", registry=registry)
-        self.prefix_hits = Counter(
-            "tandem_worker_prefix_hit_tokens",
+        self.registry = CollectorRegistry()
+        self._make_latencies()
+        self._make_load()
+        counter = self._counter
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens admitted")
+        self.prefix_hits = counter(
+            "prefix_hit_tokens",
             "Prompt tokens found cached, by place: this worker's cache, or a prefill worker's",
-            ["place"],
-            registry=registry,
+            "place",
         )
-        self.retractions = Counter(
-            "tandem_worker_retractions", "Sequences put back for want of pages", registry=registry
-        )
-        self.checked_pages = Counter(
-            "tandem_worker_kv_checked_pages", "Cached KV pages compared with their digest", registry=registry
-        )
-        self.corrupt_pages = Counter(
-            "tandem_worker_kv_corrupt_pages", "Cached KV pages that had changed, and were dropped", registry=registry
-        )
+        self.retractions = counter("retractions", "Sequences put back for want of pages")
+        self.checked_pages = counter("kv_checked_pages", "Cached KV pages compared with their digest")
+        self.corrupt_pages = counter("kv_corrupt_pages", "Cached KV pages that had changed, and were dropped")
         self._compared = (0, 0)
-        self.forced_tokens = Counter(
-            "tandem_worker_forced_tokens", "Output tokens that a grammar left no choice for", registry=registry
-        )
-        self.drafts = DraftMetrics(registry)
-        self.requests = Counter("tandem_worker_requests", "Requests ended, by outcome", ["outcome"], registry=registry)
-        self.failures = Counter("tandem_worker_failures", "Failures by kind", ["kind"], registry=registry)
-        registry.register(MoveCollector(moves))
+        self.forced_tokens = counter("forced_tokens", "Output tokens that a grammar left no choice for")
+        self.drafts = DraftMetrics(self.registry)
+        self.requests = counter("requests", "Requests ended, by outcome", "outcome")
+        self.failures = counter("failures", "Failures by kind", "kind")
+        self.lease_expiries = counter("lease_expiries", "Others silent for a whole lease: peer, router", "of")
+        self.probes = counter("probes", "Pages sent to itself over its transport, by outcome", "outcome")
+        self.registry.register(MoveCollector(moves))
+        ProcessCollector(registry=self.registry)
+        self._start_at_nought()
         self.ready: Callable[[], bool] = lambda: False
         """Whether the worker takes requests: what `/ready` says, on a thread of its own."""
+        self._gauge("ready", "1 while it takes requests").set_function(lambda: float(self.ready()))
+        self.alias: Callable[[], bytes] | None = None
+        """The page under vLLM's names, where it is wanted."""
         self._page: WSGIServer | None = None
         self._host = ""
+
+    def _make_latencies(self) -> None:
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"tandem_worker_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+        self.ttft = histogram("time_to_first_token", "Admission here to the first token")
+        self.inter_token = histogram("inter_token", "Between two tokens of a choice")
+        self.end_to_end = histogram("request", "Admission here to the end")
+        self.step = histogram("step", "One engine step")
+
+    def _make_load(self) -> None:
+        self.step_tokens = self._counter("step_tokens", "Tokens computed")
+        self.running = self._gauge("running", "Sequences in the batch")
+        self.waiting = self._gauge("waiting", "Sequences not yet in the batch")
+        self.queued_tokens = self._gauge("queued_tokens", "Prompt tokens still to be computed here")
+        self.oldest = self._gauge("oldest_waiting_seconds", "How long the oldest waiting sequence has waited")
+        self.pages = self._gauge("pages", "KV pages by state", "state")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tandem_worker_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"tandem_worker_{name}", text, labels, registry=self.registry)
+
+    def _start_at_nought(self) -> None:
+        """Makes children exist before they are first counted: a rate then sees the step from nought."""
+        for counter, values in (
+            (self.pages, ("available", "cached", "used")),
+            (self.prefix_hits, ("decode", "prefill")),
+            (self.requests, [reason.value for reason in FinishReason]),
+            (self.failures, FAILURE_KINDS),
+            (self.lease_expiries, ("peer", "router")),
+            (self.probes, ("arrived", "lost")),
+        ):
+            for value in values:
+                counter.labels(value)
+
+    @property
+    def of_hand_overs(self) -> tuple[CollectorRegistry, Counter, Counter]:
+        """What hand-overs are counted in: registry, failures by kind, lease expiries."""
+        return self.registry, self.failures, self.lease_expiries
+
+    def about(self, info: WorkerInfo) -> None:
+        """Shows what this worker is."""
+        labels = {
+            "role": info.role.value,
+            "model_name": info.model.name,
+            "version": __version__,
+            "incarnation": info.incarnation,
+            "transport": info.transport,
+            "kv_dtype": info.kv_dtype,
+            "page_size": str(info.page_size),
+        }
+        Gauge("tandem_worker_info", "This worker", list(labels), registry=self.registry).labels(**labels).set(1)
 
     def compared(self, checked: int, corrupt: int) -> None:
         """How many cached pages were compared so far, and had changed."""
@@ -100,12 +168,24 @@ class WorkerMetrics:
 
         token: what readers must show as a bearer token, if not empty.
         """
-        page = self._with_state(make_wsgi_app(self.registry), token)
+        page = self._with_state(self._with_alias(make_wsgi_app(self.registry)), token)
         kind = _PageV6 if ":" in host else _Page
         self._page = make_server(host, port, page, kind, _Quiet)
         threading.Thread(target=self._page.serve_forever, name="metrics", daemon=True).start()
         self._host = host
         return int(self._page.server_port)
+
+    def _with_alias(self, metrics: WSGIApplication) -> WSGIApplication:
+        def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            if environ.get("PATH_INFO") != ALIAS_PATH:
+                return metrics(environ, start_response)
+            if self.alias is None:
+                start_response("404 Not Found", [("content-type", "text/plain")])
+                return [b"not shown here: set metrics_alias to vllm\n"]
+            start_response("200 OK", [("content-type", CONTENT_TYPE_LATEST)])
+            return [self.alias()]
+
+        return serve
 
     def _with_state(self, metrics: WSGIApplication, token: str) -> WSGIApplication:
         metrics = guarded(metrics, token) if token else metrics

@@ -35,6 +35,7 @@ from tandem.worker.publish import Publisher
 from tandem.worker.register import Registrar
 from tandem.worker.self_probe import SelfProbe, Transport
 from tandem.worker.service import WorkerService, attach, server_options
+from tandem.worker.vllm_page import vllm_page
 
 if TYPE_CHECKING:
     from tandem.worker.tracing import WorkerTraces
@@ -149,6 +150,9 @@ class WorkerProcess:
         model = loaded.info(name, config.max_context)
         self.info = self._describe(model, self.engine.layout, port, threads)
         self._traces = _traces(config, self.info)
+        self.metrics.about(self.info)
+        if config.metrics_alias == "vllm":
+            self.metrics.alias = vllm_page(self.metrics.registry, self.info, config.prefix_cache)
         root = HashRoot(config.cluster_key, model.fingerprint, self.info.kv_dtype)
         self.publisher = Publisher(self.info.incarnation, self.engine, self.thread, self._compose)
         parts = Parts(
@@ -180,7 +184,9 @@ class WorkerProcess:
         """Sends a first page over the transport; returns what will go on doing so. Raises Unavailable."""
         if self._probed is None or not self.config.probe_s:
             return []
-        self._probe = SelfProbe(self._probed, self.config.probe_s, self.publisher.poke, self._give_up)
+        self._probe = SelfProbe(
+            self._probed, self.config.probe_s, self.publisher.poke, self._give_up, counted=self.metrics.probes
+        )
         await self._probe.check()
         return [asyncio.create_task(self._probe.run())]
 
@@ -252,6 +258,8 @@ class WorkerProcess:
     def _status(self, report: Report, engine: EngineStatus) -> Status:
         self.metrics.running.set(engine.running)
         self.metrics.waiting.set(engine.waiting + report.waiting)
+        self.metrics.queued_tokens.set(engine.queued_tokens)
+        self.metrics.oldest.set(engine.oldest_s)
         self.metrics.compared(engine.checked_pages, engine.corrupt_pages)
         cached = engine.cached_pages
         self.metrics.pages.labels("available").set(engine.free_pages)

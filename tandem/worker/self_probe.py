@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
+from prometheus_client import Counter
 
 from tandem.cluster import new_id
 from tandem.errors import Unavailable
@@ -82,7 +83,7 @@ def _arrive(landing: Any, link: Any, handle: Any, limit_s: float) -> list[bytes]
 class SelfProbe:
     """Probes once with `check`, then for ever with `run`. All methods run on the event loop.
 
-    changed: told when `ready` changes. give_up: told why the worker must end.
+    changed: told when `ready` changes. give_up: told why the worker must end. counted: probes by outcome.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class SelfProbe:
         changed: Callable[[], None],
         give_up: Callable[[str], None],
         retry_s: float = RETRY_S,
+        counted: Counter | None = None,
     ) -> None:
         self.ready = False
         """Whether the last page arrived."""
@@ -100,6 +102,7 @@ class SelfProbe:
         self._changed = changed
         self._give_up = give_up
         self._retry_s = retry_s
+        self._counted = counted
 
     async def check(self) -> None:
         """Sends a page. Raises Unavailable when it does not arrive, for whatever reason."""
@@ -121,9 +124,15 @@ class SelfProbe:
                 await asyncio.shield(asyncio.wrap_future(future))
         except Exception as error:
             self.ready = False
+            self._count("lost")
             reason = " ".join(str(error).split()) or type(error).__name__
             raise Unavailable(f"the KV transport {self._transport.name} moves no page: {reason}") from error
         self.ready = True
+        self._count("arrived")
+
+    def _count(self, outcome: str) -> None:
+        if self._counted is not None:
+            self._counted.labels(outcome).inc()
 
     async def run(self) -> None:
         """Probes rarely; ends by giving up."""

@@ -97,6 +97,7 @@ class Rig:
     settings: InboundSettings
     budget: SlabBudget = field(default_factory=lambda: SlabBudget(1 << 24))
     failures: list[str] = field(default_factory=list)
+    sender_failures: list[str] = field(default_factory=list)
     gauges: dict[str, int] = field(default_factory=dict)
     moved: list[tuple[str, str, int, float]] = field(default_factory=list)
     receiver: Identity = field(init=False)
@@ -176,11 +177,13 @@ async def make_rig(
         thread = TransferThread("sending")
         thread.start()
         stack.callback(thread.close)
-        service = HandOverService(me, source, [senders or backend], thread, OutboundSettings(staging_mib))
+        refused: list[str] = []
+        sent = Hooks(failed=refused.append)
+        service = HandOverService(me, source, [senders or backend], thread, OutboundSettings(staging_mib), sent)
         stack.push_async_callback(service.close)
         server = grpc.aio.server()
         rpc.add_HandOverServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         stack.push_async_callback(server.stop, None)
-        yield Rig(backend, layout, source, service, me, f"127.0.0.1:{port}", stack, settings)
+        yield Rig(backend, layout, source, service, me, f"127.0.0.1:{port}", stack, settings, sender_failures=refused)

@@ -402,6 +402,7 @@ async def test_a_silent_sender_is_given_up(backend: Backend, monkeypatch: pytest
         client = await rig.connected(lease_s=0.5)
         result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
         assert "lease_s = 0.5" in result.error
+        assert rig.failures.count("lease") == 1
         await eventually(lambda: not client.leaks())
 
 
@@ -415,6 +416,7 @@ async def test_a_silent_receiver_is_given_up(backend: Backend, monkeypatch: pyte
         client = await rig.connected(lease_s=0.5)
         result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
         assert "the receiver was silent" in result.error
+        assert rig.sender_failures.count("lease") == 1
         await eventually(lambda: not rig.service.leaks())
         assert not rig.source.prompts
 

@@ -10,7 +10,8 @@ from kvtransfer.measure import HandOverMetrics, WriteRate
 
 def test_each_hook_moves_its_own_series() -> None:
     registry = CollectorRegistry()
-    metrics = HandOverMetrics(registry, Counter("failures", "Failures", ["kind"], registry=registry))
+    leases = Counter("leases", "Leases", ["of"], registry=registry)
+    metrics = HandOverMetrics(registry, Counter("failures", "Failures", ["kind"], registry=registry), leases)
     moved: list[tuple[str, str, int, float]] = []
     written: list[tuple[str, str, int, float]] = []
     receiver, sender = (
@@ -26,6 +27,7 @@ def test_each_hook_moves_its_own_series() -> None:
     sender.open_tickets(1)
     sender.pending_sends(1)
     sender.failed("digest")
+    sender.failed("lease")
     assert moved == [("p0", "nixl", 7, 0.5)]
     assert written == [("d0", "nixl", 9, 0.25)]
     assert registry.get_sample_value("tandem_kv_open_tickets", {"end": "receiver"}) == 1
@@ -33,6 +35,8 @@ def test_each_hook_moves_its_own_series() -> None:
     assert registry.get_sample_value("tandem_kv_quarantined_bytes") == 4096
     assert registry.get_sample_value("tandem_kv_pending_sends") == 1
     assert registry.get_sample_value("failures_total", {"kind": "digest"}) == 1
+    assert registry.get_sample_value("failures_total", {"kind": "lease"}) is None
+    assert registry.get_sample_value("leases_total", {"of": "peer"}) == 1
 
 
 def test_the_rate_follows_recent_writes() -> None:

@@ -86,6 +86,7 @@ async def test_a_full_queue_sheds_the_newest_of_the_lowest_priority() -> None:
     assert refused.value.retry_s == 1.0
     with pytest.raises(Overloaded):
         await admission.enter("low3", 0)
+    assert admission.refused == {"full": 2}
     admission.check_integrity()
     admission.leave("in")
     await waiting["high"]
@@ -130,6 +131,7 @@ async def test_who_waits_too_long_leaves_with_503() -> None:
         await admission.enter("late")
     assert refused.value.retry_s
     assert (admission.inflight, admission.queued) == (1, 0)
+    assert admission.refused == {"late": 1} and admission.oldest_s == 0.0
 
 
 async def test_requests_wait_for_room_at_workers() -> None:

@@ -120,6 +120,7 @@ async def test_a_silent_worker_is_given_up_after_its_lease() -> None:
             await eventually(lambda: made.listener.gone)
             assert "reports nothing" in made.listener.gone[0][1]
             assert made.listener.up == []
+            assert made.fleet.lease_expiries[Role.DECODE] >= 1
             worker.watchable = True
             await eventually(lambda: made.listener.up)
 
@@ -143,6 +144,7 @@ async def test_a_restarted_worker_is_another_one() -> None:
         async with FakeWorker(Role.PREFILL, port=first.port) as second:
             await eventually(lambda: made.listener.up == [first.info.incarnation, second.info.incarnation])
             assert [incarnation for incarnation, _ in made.listener.gone] == [first.info.incarnation]
+            assert made.fleet.ends == {(Role.PREFILL, "lost"): 1}
             assert made.index.match(BLOCKS) == {}
 
 
@@ -241,6 +243,7 @@ async def test_a_goodbye_keeps_new_requests_away_and_ends_the_link() -> None:
         await worker.stop()
         await eventually(lambda: made.listener.gone)
         assert made.listener.gone == [(worker.info.incarnation, "it said goodbye and has ended")]
+        assert made.fleet.ends == {(Role.DECODE, "goodbye"): 1}
         async with FakeWorker(Role.DECODE, port=worker.port) as later:
             await register(port, later.info)
             await eventually(lambda: later.info.incarnation in made.listener.up)

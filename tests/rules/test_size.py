@@ -14,6 +14,7 @@ BUDGETS = {
     "router/admission/": 600,
     "router/discovery/": 600,
     "router/explain/": 600,
+    "router/monitoring/": 400,
     "router/replication/": 400,
     "router/simulation/": 1200,
     "router/tracing/": 300,

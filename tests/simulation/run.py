@@ -252,7 +252,7 @@ def _watch_plans(cluster: Cluster, plan: Scenario) -> Callable[[], None]:
             cluster.wrong.append(f"I7: {request.request_id} was sent to a draining worker")
         control = cluster.control
         if control is not None:
-            broken = control.dispatcher._pairs.broken()
+            broken = control.dispatcher.pairs.broken()
             sound = [each for each in decided.candidates if (each.prefill, each.decode) not in broken]
             if (decided.prefill, decided.decode) in broken and any(each.prefill != decided.prefill for each in sound):
                 cluster.wrong.append(f"I7: {request.request_id} was sent to a broken pair")

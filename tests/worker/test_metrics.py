@@ -13,9 +13,12 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tandem.cluster import Role
 from tandem.engine.output import DraftOutcome
+from tandem.testing.workers import fake_info
 from tandem.worker import metrics as metrics_module
 from tandem.worker.metrics import DraftMetrics, WorkerMetrics
+from tandem.worker.vllm_page import vllm_page
 
 
 def test_drafts_are_counted_by_drafter() -> None:
@@ -38,6 +41,57 @@ def port() -> Iterator[int]:
     metrics = WorkerMetrics(list)
     yield metrics.serve("127.0.0.1", 0)
     metrics.close()
+
+
+def get(port: int, path: str) -> httpx.Response:
+    return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=20)
+
+
+def test_counters_are_there_before_they_count(port: int) -> None:
+    page = get(port, "/metrics").text
+    for series in (
+        'tandem_worker_failures_total{kind="transfer_deadline"} 0.0',
+        'tandem_worker_lease_expiries_total{of="peer"} 0.0',
+        'tandem_worker_requests_total{outcome="error"} 0.0',
+        'tandem_worker_probes_total{outcome="lost"} 0.0',
+        "tandem_worker_ready 0.0",
+    ):
+        assert f"\n{series}\n" in page
+    assert get(port, "/metrics/vllm").status_code == 404
+
+
+def test_a_worker_has_a_page_under_vllms_names() -> None:
+    metrics = WorkerMetrics(list)
+    info = fake_info(Role.DECODE, total_pages=200)
+    metrics.about(info)
+    metrics.alias = vllm_page(metrics.registry, info, prefix_cache=True)
+    metrics.running.set(3)
+    metrics.waiting.set(2)
+    metrics.pages.labels("used").set(50)
+    metrics.prompt_tokens.inc(100)
+    metrics.prefix_hits.labels("decode").inc(32)
+    metrics.prefix_hits.labels("prefill").inc(16)
+    metrics.requests.labels("length").inc()
+    metrics.requests.labels("cancelled").inc(2)
+    metrics.drafts.add(DraftOutcome("head", 4, 3))
+    try:
+        page = get(metrics.serve("127.0.0.1", 0), "/metrics/vllm").text
+    finally:
+        metrics.close()
+    of = 'engine="0",model_name="fake"'
+    for line in (
+        f"vllm:num_requests_running{{{of}}} 3.0",
+        f"vllm:num_requests_waiting{{{of}}} 2.0",
+        f"vllm:kv_cache_usage_perc{{{of}}} 0.25",
+        f"vllm:prefix_cache_queries_total{{{of}}} 100.0",
+        f"vllm:prefix_cache_hits_total{{{of}}} 48.0",
+        'vllm:request_success_total{engine="0",finished_reason="length",model_name="fake"} 1.0',
+        'vllm:request_success_total{engine="0",finished_reason="abort",model_name="fake"} 2.0',
+        f"vllm:spec_decode_num_accepted_tokens_total{{{of}}} 3.0",
+        f"vllm:time_to_first_token_seconds_count{{{of}}} 0.0",
+    ):
+        assert f"\n{line}\n" in page, line
+    assert 'block_size="16"' in page and 'num_gpu_blocks="200"' in page
 
 
 def connect(port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Counter
 
 from decode_worker.services import build
 from kvtransfer.backends import Chosen
@@ -98,7 +99,15 @@ async def test_a_transport_that_hangs_holds_nobody_up(monkeypatch: pytest.Monkey
 
 async def test_it_is_not_ready_meanwhile_and_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     transport, told, given_up = Faulty(), asyncio.Queue[bool](), asyncio.Queue[str]()
-    probe = SelfProbe(transport, 0.001, lambda: told.put_nowait(probe.ready), given_up.put_nowait, retry_s=0.001)
+    counted = Counter("probes", "Probes", ["outcome"], registry=CollectorRegistry())
+    probe = SelfProbe(
+        transport,
+        0.001,
+        lambda: told.put_nowait(probe.ready),
+        given_up.put_nowait,
+        retry_s=0.001,
+        counted=counted,
+    )
     await probe.check()
     running = asyncio.create_task(probe.run())
     transport.fault = "change"
@@ -109,6 +118,8 @@ async def test_it_is_not_ready_meanwhile_and_gives_up_in_the_end(monkeypatch: py
     assert await told.get() is False
     assert await given_up.get() == f"{LAST} pages in a row did not arrive over the KV transport inproc"
     assert given_up.empty() and not probe.ready
+    lost, arrived = (counted.labels(outcome)._value.get() for outcome in ("lost", "arrived"))
+    assert lost >= LAST + 1 and arrived >= 2
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 
