@@ -45,6 +45,8 @@ class InboundSettings:
     handshake_deadline_s: float = 10.0
     quiesce_s: float = 5.0
     trust: Trust = ANYONE
+    warm_bytes: int = WARM_BYTES
+    warm_writes: int = 1
 
     @classmethod
     def of(cls, config: WorkerConfig) -> InboundSettings:
@@ -101,6 +103,8 @@ class PairClient:
         self._channel: grpc.aio.Channel | None = None
         self._slab_key: int | None = None
         self._shutting: asyncio.Task[None] | None = None
+        self.transport, self.warm_bytes, self.warm_s = backend.name, 0, list[float]()
+        """Of the warm-up writes: what they went over, bytes of one, and how long each took."""
         self.reason = "not connected"
         """Why no fetch can be made; empty while the pair is connected."""
 
@@ -221,23 +225,26 @@ class PairClient:
             raise Fenced(f"the sender is {sender}; {self.peer} is expected")
         limit = message.welcome.max_span_bytes
         self._span_tokens = span_limit(me.layout, self._settings.span_tokens, size, limit)
-        await self._warm_up(call, min(size, WARM_BYTES, limit))
+        self.warm_bytes = min(size, self._settings.warm_bytes, limit)
+        for _ in range(self._settings.warm_writes):
+            self.warm_s.append(await self._warm_write(call, self.warm_bytes))
+        await call.write(pb.ToSender(warmed=pb.Warmed()))
         if self.closed:
             raise Unavailable(self.reason)
         self._lease.grant(self.peer, self._settings.lease_s)
         self.reason = ""
         self._tasks = [asyncio.create_task(work) for work in (self._read(call), self._write(call), self._tick())]
 
-    async def _warm_up(self, call: _Call, length: int) -> None:
-        """Grants the start of the slab and waits for the write: connections are made before they count."""
+    async def _warm_write(self, call: _Call, length: int) -> float:
+        """Grants the start of the slab, waits for the write, and says how long it took: connections are made by it."""
         assert self._arrivals is not None
-        self._warm = asyncio.get_running_loop().create_future()
+        self._warm, started = asyncio.get_running_loop().create_future(), self._clock()
         self._arrivals.expect(Expected(WARM_TICKET, 0, 0, 0, 0, 0, length))
         self._thread.wake()
         await call.write(pb.ToSender(grants=pb.Grants(grants=[pb.Grant(ticket_id=WARM_TICKET, length=length)])))
         await self._warm
         self._arrivals.forget(WARM_TICKET)
-        await call.write(pb.ToSender(warmed=pb.Warmed()))
+        return self._clock() - started
 
     def _explain(self, cause: Exception) -> TandemError:
         if isinstance(cause, TandemError):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvtransfer.backends import Chosen
-from kvtransfer.base import MIB, Identity
-from kvtransfer.inbound import InboundSettings
+from kvtransfer.base import MIB, Hooks, Identity
+from kvtransfer.inbound import InboundSettings, PairClient
 from kvtransfer.measure import HandOverMetrics, WriteRate
 from kvtransfer.pairs import PairPool, pair_maker
 from kvtransfer.replicas import ReplicationService
@@ -16,12 +16,14 @@ from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from prefill_worker.source import PromisingSource
+from tandem.cluster import new_id
 from tandem.config import PrefillConfig
 from tandem.engine.output import StepOutput
 from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.moves import MoveLedger
 from tandem.worker.process import Parts, Report, RoleServices
+from tandem.worker.transfer_probe import SLAB_MIB, WRITES, ProbingService
 
 
 class PrefillServices:
@@ -53,14 +55,25 @@ class PrefillServices:
         )
         self._handover.attach(parts.server)
         # Nobody hands prompts over to a prefill worker; prefixes that are asked for often come from others.
-        budget, settings = SlabBudget(int(config.slabs_max_mib * MIB)), InboundSettings.of(config)
+        self._budget, settings = SlabBudget(int(config.slabs_max_mib * MIB)), InboundSettings.of(config)
         hooks = metrics.receiver(self._moves.add)
-        self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, budget, settings, hooks))
+        self._pairs = PairPool(pair_maker(me, transports.preferred, self._transfers, self._budget, settings, hooks))
         sinks = cache_sinks(parts.engine, parts.thread, parts.root)
         self._replicas = ReplicationService(
             me, self._pairs, sinks, config.queue_deadline_s, config.transfer_deadline_s, parts.publisher.poke
         )
         self._replicas.attach(parts.server)
+        root, draining = parts.root.digest(), lambda: self._draining
+        self._inbound = me, transports.preferred, settings
+        self._probing = ProbingService(me.incarnation, root, self._probe_pair, draining)
+        self._probing.attach(parts.server)
+
+    def _probe_pair(self, sender: str, address: str) -> PairClient:
+        """A pair under an incarnation of its own: that which requests use is not touched."""
+        me, backend, settings = self._inbound
+        stranger, large = replace(me, incarnation=new_id()), min(SLAB_MIB, settings.slab_mib)
+        settings = replace(settings, slab_mib=large, warm_bytes=int(large * MIB), warm_writes=WRITES)
+        return pair_maker(stranger, backend, self._transfers, self._budget, settings, Hooks())(sender, address)
 
     def on_step(self, output: StepOutput) -> None:
         """Passes on how far each prompt has come."""
@@ -99,7 +112,7 @@ class PrefillServices:
     def leaks(self) -> list[str]:
         """Tickets, staging and pages still held."""
         sending = self._handover.leaks() + self._engine_source.leaks()
-        return sending + self._pairs.leaks() + self._replicas.leaks()
+        return sending + self._pairs.leaks() + self._replicas.leaks() + self._probing.leaks()
 
 
 def build(config: PrefillConfig, transports: Chosen) -> Callable[[Parts], RoleServices]:
