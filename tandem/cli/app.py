@@ -15,12 +15,13 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from tandem.cli.find_help import epilog, find
-from tandem.cli.options import command
+from tandem.cli.options import build, command
 from tandem.cli.replay import replay
 from tandem.config import (
     DecodeConfig,
     DrainConfig,
     PrefillConfig,
+    ProcessConfig,
     RouterConfig,
     Settings,
     TrainDraftConfig,
@@ -30,6 +31,7 @@ from tandem.config import (
 )
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
+from tandem.units import IN_SECONDS
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_CHECKPOINT = 1, 2, 3
 
@@ -90,13 +92,39 @@ def _drain(config: DrainConfig) -> None:
     drain(config)
 
 
+Routers = Annotated[
+    list[str] | None, typer.Option("--router", help="HOST:PORT of a router's HTTP port (default: 127.0.0.1:8000)")
+]
+HERE = ["127.0.0.1:8000"]
+
+
 def _doctor(
     model: Annotated[str, typer.Option("--model", help="folder or hub id of a model to check as well")] = "",
+    cluster: Annotated[bool, typer.Option("--cluster", help="check a running cluster, not this machine")] = False,
+    router: Routers = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object in place of a tree")] = False,
 ) -> None:
-    from tandem.cli.doctor import doctor
+    from tandem.cli.doctor import doctor, doctor_of_cluster
 
-    raise typer.Exit(doctor(model, as_json))
+    if not cluster and router:
+        raise ConfigError("--router: it is for --cluster; without, this machine is checked")
+    if cluster and model:
+        raise ConfigError("--model: it is checked on a machine, not with --cluster")
+    config = build(ProcessConfig, {})
+    raise typer.Exit(doctor_of_cluster(router or HERE, config, as_json) if cluster else doctor(model, as_json))
+
+
+def _top(
+    router: Annotated[str, typer.Option("--router", help="HOST:PORT of the router's HTTP port")] = HERE[0],
+    every: Annotated[str, typer.Option("--every", metavar="<duration>", help="between two pictures")] = "2s",
+    once: Annotated[bool, typer.Option("--once", help="one picture as text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one picture as a JSON object")] = False,
+) -> None:
+    from tandem.cli.fleet_client import FleetClient
+    from tandem.cli.top import top
+
+    client = FleetClient(router, build(ProcessConfig, {}))
+    top(client, seconds(every, "--every"), once, as_json)
 
 
 def _explain(
@@ -116,6 +144,17 @@ def _with_folder(config: W) -> W:
     drafter = None if config.draft_model is None else resolve_drafter(config.draft_model)
     folders = {"model": resolve_model(config.model), "draft_model": drafter}
     return config.model_copy(update={**folders, "served_model_name": name})
+
+
+def seconds(text: str, flag: str) -> float:
+    """A duration of a command line. Raises ConfigError naming the flag."""
+    try:
+        value = float(str(IN_SECONDS.parse(text)))
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error} (got {text!r})") from None
+    if value <= 0:
+        raise ConfigError(f"{flag}: must be more than 0 (got {text!r})")
+    return value
 
 
 def settings(app: typer.Typer, name: str, text: str, schema: type[S], run: Callable[[S], None]) -> None:
@@ -140,7 +179,8 @@ def make_app() -> typer.Typer:
     settings(app, "train-draft", about, TrainDraftConfig, _train_draft)
     settings(app, "drain", "End one worker once what it has under way is finished.", DrainConfig, _drain)
     app.command("replay", help="Simulate policies on a recorded load.")(replay)
-    app.command("doctor", help="Check this machine: what is missing, and how to mend it.")(_doctor)
+    app.command("doctor", help="Check this machine, or a running cluster, and say how to mend it.")(_doctor)
+    app.command("top", help="Watch a running cluster: workers, pairs, queue, first tokens.")(_top)
     app.command("explain", help="Say why a request went where it went, or where cache hits are lost.")(_explain)
     return app
 

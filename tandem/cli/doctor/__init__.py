@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from tandem.cli.doctor.machine import check_machine
 from tandem.cli.doctor.packages import check_packages
 from tandem.cli.doctor.report import Group, as_json, failed, show
 from tandem.cli.doctor.settings import check_ports
+from tandem.config import ProcessConfig
 
 
 def examine(model: str = "") -> list[Group]:
@@ -31,6 +33,13 @@ def examine(model: str = "") -> list[Group]:
 def doctor(model: str, json_wanted: bool) -> int:
     """Prints the report of this machine; returns the exit code: 1 where something is wrong."""
     return tell("this machine", examine(model), json_wanted)
+
+
+def doctor_of_cluster(routers: Sequence[str], config: ProcessConfig, json_wanted: bool) -> int:
+    """Prints the report of a running cluster; returns the exit code."""
+    from tandem.cli.doctor.cluster import examine_cluster
+
+    return tell(f"cluster of {', '.join(routers)}", examine_cluster(routers, config), json_wanted)
 
 
 def tell(title: str, groups: list[Group], json_wanted: bool) -> int:

@@ -1,0 +1,66 @@
+"""The fleet as this router sees it, one worker after the other: for `tandem top` and `tandem doctor --cluster`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from router.workers.fleet import Fleet
+from router.workers.fleet_link import Worker
+from router.workers.pairs import Pair
+from tandem.cluster import MoveStat
+from tandem.config import RouterConfig
+from tandem.kv import HashRoot
+from tandem.ports import authority
+
+
+def fleet_page(config: RouterConfig, fleet: Fleet, broken: Collection[Pair]) -> bytes:
+    """As JSON: all workers known, those that are silent too, and every pair that moved KV. broken: pairs to avoid."""
+    reference = fleet.reference
+    root = None if reference is None else HashRoot(
+        config.cluster_key, reference.model.fingerprint, reference.kv_dtype
+    )  # fmt: skip
+    said = {
+        "object": "tandem.fleet",
+        "router": fleet.router_id,
+        "policy": config.policy,
+        "lease_s": fleet.lease_s,
+        "hash_root": "" if root is None else root.digest().hex(),
+        "workers": [_worker(worker) for worker in fleet.known()],
+        "pairs": list(_pairs(fleet.moves(), broken)),
+    }
+    return json.dumps(said).encode()
+
+
+def _worker(worker: Worker) -> dict[str, Any]:
+    info, status = worker.info, worker.status
+    host = info.address.rpartition(":")[0].strip("[]")
+    return {
+        "incarnation": info.incarnation,
+        "address": info.address,
+        "role": info.role.value,
+        "state": "silent" if not worker.usable else "draining" if worker.view().draining else "ready",
+        "model": info.model.name,
+        "transport": info.transport,
+        "metrics": authority(host, info.metrics_port) if info.metrics_port else None,
+        "running": status.running,
+        "waiting": status.waiting,
+        "queued_tokens": status.queued_tokens,
+        "free_pages": status.free_pages,
+        "total_pages": status.total_pages,
+    }
+
+
+def _pairs(moves: Iterable[MoveStat], broken: Collection[Pair]) -> Iterable[dict[str, Any]]:
+    for move in moves:
+        yield {
+            "sender": move.sender,
+            "receiver": move.receiver,
+            "transport": move.transport,
+            "bytes": move.bytes,
+            "seconds": move.seconds,
+            "tickets": move.tickets,
+            "failures": move.failures,
+            "avoided": (move.sender, move.receiver) in broken,
+        }
