@@ -14,12 +14,12 @@ from tandem.cli.app import run
 from tandem.cli.frame import Reading, frame_between, series_of
 from tandem.cli.top import picture
 
-WORKERS = [
+WORKERS: list[dict[str, Any]] = [
     {"incarnation": "p" * 32, "address": "10.0.0.1:1", "role": "prefill", "state": "ready", "metrics": "10.0.0.1:9"},
     {"incarnation": "d" * 32, "address": "10.0.0.2:1", "role": "decode", "state": "draining", "metrics": None},
 ]
 LOAD = {"running": 3, "waiting": 2, "queued_tokens": 700, "free_pages": 25, "total_pages": 100}
-PAIR = {"sender": "p" * 32, "receiver": "g" * 32, "transport": "nixl", "seconds": 1.0, "tickets": 4, "failures": 1}
+PAIR: dict[str, Any] = {"sender": "p" * 32, "receiver": "g" * 32, "transport": "nixl", "seconds": 1.0, "tickets": 4, "failures": 1}
 
 
 def reading(at_s: float, moved: int, finished: int, slow: int, steps: int) -> Reading:
