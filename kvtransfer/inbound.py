@@ -320,9 +320,7 @@ class PairClient:
         assert self._arrivals is not None
         name, sequence = state.ticket_id, state.grant(taken, self._clock())
         length = self._bytes(state, span)
-        self._arrivals.expect(
-            Expected(name, state.attempt, sequence, span.start, span.count, taken.offset, length)
-        )  # fmt: skip
+        self._arrivals.expect(Expected(name, state.attempt, sequence, span.start, span.count, taken.offset, length))
         return pb.Grant(
             ticket_id=name, sequence=sequence, start=span.start, count=span.count, offset=taken.offset, length=length
         )

@@ -177,11 +177,9 @@ class OutboundPair:
         del self._tickets[state.ticket_id]
         self._sender.hooks.open_tickets(-1)
         sending.watch.ended(state.error or ("cancelled" if state.cancelled else ""))
+        gone = self._closing is not None
         quiesced = pb.Quiesced(
-            ticket_id=state.ticket_id,
-            spans_sent=len(state.sent),
-            error=state.error,
-            link_failed=self._closing is not None,
+            ticket_id=state.ticket_id, spans_sent=len(state.sent), error=state.error, link_failed=gone
         )
         self.outbox.put_nowait(pb.ToReceiver(quiesced=quiesced))
 
@@ -192,19 +190,10 @@ class OutboundPair:
         def on_progress(computed: int) -> None:
             self._loop.call_soon_threadsafe(self._progress, sending, computed)
 
-        tokens = tuple(message.tokens)
-        opening = asyncio.ensure_future(
-            self._sender.source.open(
-                ticket,
-                tokens,
-                message.salt,
-                message.adapter,
-                message.priority,
-                on_progress,
-                message.tenant,
-                message.cached_only,
-            )
-        )
+        tokens, root, cached_only = tuple(message.tokens), (message.salt, message.adapter), message.cached_only
+        source, priority, tenant = self._sender.source, message.priority, message.tenant
+        accepting = source.open(ticket, tokens, *root, priority, on_progress, tenant, cached_only)
+        opening = asyncio.ensure_future(accepting)
         opening.add_done_callback(lambda _: sending.changed.set())
         while not opening.done() and not state.over:
             await self._changed(sending)
