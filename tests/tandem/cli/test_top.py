@@ -19,7 +19,8 @@ WORKERS: list[dict[str, Any]] = [
     {"incarnation": "d" * 32, "address": "10.0.0.2:1", "role": "decode", "state": "draining", "metrics": None},
 ]
 LOAD = {"running": 3, "waiting": 2, "queued_tokens": 700, "free_pages": 25, "total_pages": 100}
-PAIR: dict[str, Any] = {"sender": "p" * 32, "receiver": "g" * 32, "transport": "nixl", "seconds": 1.0, "tickets": 4, "failures": 1}
+ENDS = {"sender": "p" * 32, "receiver": "g" * 32, "transport": "nixl"}
+PAIR: dict[str, Any] = {**ENDS, "seconds": 1.0, "tickets": 4, "failures": 1}
 
 
 def reading(at_s: float, moved: int, finished: int, slow: int, steps: int) -> Reading:
