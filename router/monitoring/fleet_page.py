@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from router.control import ControlPlane
+from router.metrics import Page, RouterMetrics
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from router.workers.pairs import Pair
@@ -13,6 +15,12 @@ from tandem.cluster import MoveStat
 from tandem.config import RouterConfig
 from tandem.kv import HashRoot
 from tandem.ports import authority
+
+
+def add_fleet_page(metrics: RouterMetrics, config: RouterConfig, control: ControlPlane) -> None:
+    """Puts it beside Prometheus' page, as `/metrics/fleet`."""
+    pairs = control.dispatcher.pairs
+    metrics.pages["fleet"] = Page("application/json", lambda: fleet_page(config, control.fleet, pairs.broken()))
 
 
 def fleet_page(config: RouterConfig, fleet: Fleet, broken: Collection[Pair]) -> bytes:
