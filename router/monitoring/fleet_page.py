@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 from router.control import ControlPlane
 from router.metrics import Page, RouterMetrics
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
-from router.workers.pairs import Pair
 from tandem.cluster import MoveStat
 from tandem.config import RouterConfig
 from tandem.kv import HashRoot
@@ -19,12 +18,11 @@ from tandem.ports import authority
 
 def add_fleet_page(metrics: RouterMetrics, config: RouterConfig, control: ControlPlane) -> None:
     """Puts it beside Prometheus' page, as `/metrics/fleet`."""
-    pairs = control.dispatcher.pairs
-    metrics.pages["fleet"] = Page("application/json", lambda: fleet_page(config, control.fleet, pairs.broken()))
+    metrics.pages["fleet"] = Page("application/json", partial(fleet_page, config, control.fleet))
 
 
-def fleet_page(config: RouterConfig, fleet: Fleet, broken: Collection[Pair]) -> bytes:
-    """As JSON: all workers known, those that are silent too, and every pair that moved KV. broken: pairs to avoid."""
+def fleet_page(config: RouterConfig, fleet: Fleet) -> bytes:
+    """As JSON: all workers known, those that are silent too, and every pair that moved KV."""
     reference = fleet.reference
     root = None if reference is None else HashRoot(
         config.cluster_key, reference.model.fingerprint, reference.kv_dtype
@@ -36,7 +34,7 @@ def fleet_page(config: RouterConfig, fleet: Fleet, broken: Collection[Pair]) -> 
         "lease_s": fleet.lease_s,
         "hash_root": "" if root is None else root.digest().hex(),
         "workers": [_worker(worker) for worker in fleet.known()],
-        "pairs": list(_pairs(fleet.moves(), broken)),
+        "pairs": [_pair(move) for move in fleet.moves()],
     }
     return json.dumps(said).encode()
 
@@ -60,15 +58,13 @@ def _worker(worker: Worker) -> dict[str, Any]:
     }
 
 
-def _pairs(moves: Iterable[MoveStat], broken: Collection[Pair]) -> Iterable[dict[str, Any]]:
-    for move in moves:
-        yield {
-            "sender": move.sender,
-            "receiver": move.receiver,
-            "transport": move.transport,
-            "bytes": move.bytes,
-            "seconds": move.seconds,
-            "tickets": move.tickets,
-            "failures": move.failures,
-            "avoided": (move.sender, move.receiver) in broken,
-        }
+def _pair(move: MoveStat) -> dict[str, Any]:
+    return {
+        "sender": move.sender,
+        "receiver": move.receiver,
+        "transport": move.transport,
+        "bytes": move.bytes,
+        "seconds": move.seconds,
+        "tickets": move.tickets,
+        "failures": move.failures,
+    }
