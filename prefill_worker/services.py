@@ -23,7 +23,7 @@ from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.moves import MoveLedger
 from tandem.worker.process import Parts, Report, RoleServices
-from tandem.worker.transfer_probe import SLAB_MIB, WRITES, ProbingService
+from tandem.worker.transfer_probe.service import SLAB_MIB, WRITES, ProbingService
 
 
 class PrefillServices:

@@ -21,7 +21,7 @@ from tandem.types import SamplingParams
 from tandem.wire.failures import error_of_rpc
 from tandem.wire.v1 import probing_pb2, probing_pb2_grpc
 from tandem.worker.process import WorkerProcess
-from tandem.worker.transfer_probe import SLAB_MIB, WRITES, ProbingService
+from tandem.worker.transfer_probe.service import SLAB_MIB, WRITES, ProbingService
 
 MIB = 1 << 20
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 
-from tandem.cli.doctor.cluster_calls import Answered, Measured, ask_workers, measure_pairs
 from tandem.cli.doctor.report import Check, Group, State, ok_or
 from tandem.cli.fleet_client import FleetClient
 from tandem.cluster import Role
 from tandem.config import ProcessConfig
 from tandem.errors import TandemError
 from tandem.trust import Trust
+from tandem.wire.probe import Answered, Measured, ask_workers, measure_pairs
 
 MIB = 1 << 20
 CLOCK_S = 2.0

@@ -15,11 +15,11 @@ import pytest
 from tandem.cli.app import run
 from tandem.cli.doctor import cluster
 from tandem.cli.doctor.cluster import examine_cluster
-from tandem.cli.doctor.cluster_calls import Answered, Measured
 from tandem.cli.doctor.report import Check, State
 from tandem.cluster import Role
 from tandem.config import ProcessConfig
 from tandem.testing.workers import fake_info
+from tandem.wire.probe import Answered, Measured
 
 P, D = "127.0.0.1:1001", "127.0.0.1:1002"
 MIB = 1 << 20
