@@ -70,6 +70,7 @@ def test_what_units_mean(quantity: Quantity, text: str, number: float) -> None:
         (DecodeConfig, {"kv_mib": "-1GiB"}, "--kv-mib: memory is expected"),
         (DecodeConfig, {"kv_mib": float("inf")}, "--kv-mib: memory is expected"),
         (DecodeConfig, {"lease_s": "5 minutes"}, "--lease-s: .*250ms, 30s, 5m.*plain numbers are seconds"),
+        (DecodeConfig, {"lease_s": ""}, "--lease-s: a duration is expected"),
         (DecodeConfig, {"inter_token_ms": "soon"}, "--inter-token-ms: .*plain numbers are milliseconds"),
         (DecodeConfig, {"lease_s": True}, "--lease-s: a duration is expected"),
         (RouterConfig, {"replicas_mib_s": "fast"}, "--replicas-mib-s: a rate is expected, such as 256MiB"),

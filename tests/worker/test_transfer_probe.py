@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,7 +59,10 @@ async def asks(workers: Pair) -> None:
 
 
 @pytest.mark.parametrize("backend", [InprocBackend, TcpBackend])
-async def test_bytes_travel_and_the_pair_of_requests_is_not_touched(backend: type[Backend], model: Path) -> None:
+async def test_bytes_travel_and_the_pair_of_requests_is_not_touched(
+    backend: type[Backend], model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvtransfer")
     async with pair(model, backend=backend()) as workers:
         (prefill,) = workers.prefill
         await asks(workers)
@@ -67,6 +71,9 @@ async def test_bytes_travel_and_the_pair_of_requests_is_not_touched(backend: typ
         assert len(reply.write_s) == WRITES
         assert all(seconds > 0 for seconds in reply.write_s)
         await workers.check_leaks()
+        closed = [record.getMessage() for record in caplog.records if "is closed" in record.getMessage()]
+        assert closed  # the probe's own
+        assert not [line for line in closed if f"to {workers.decode.info.incarnation}" in line]
         assert not workers.decode.services.report().moves[0].failures
         backwards = await probe(prefill, workers.decode)
         assert backwards.write_bytes == int(SLAB_MIB * MIB)
