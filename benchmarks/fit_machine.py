@@ -160,14 +160,21 @@ def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
     return background, max(float(request), 0.0), max(float(token), 0.0)
 
 
-def fit_crowding(timing: StepTiming, full: Spent, cores: int) -> float:
-    """How much longer steps take while all cores are busy, beyond what other processes take of their time.
+def fit_crowding(timing: StepTiming, full: Spent, host: tuple[float, float, float], cores: int) -> float:
+    """How much longer everything takes while all cores are busy, beyond waiting for a core: `Machine.crowding`.
 
-    timing: of steps alone. full: a load that left no core free.
+    timing: of steps alone. full: a load that left no core free. host: what `fit_host` found.
+
+    A step's time goes on while something else has its core, so that CPU time less steps' time says nothing of what ran
+    beside them: that follows from counts and from what each costs alone. It takes longer by crowding as steps do, and
+    steps have what it leaves of the cores:
+    alone * (1 + crowding) = steps * (1 - (background + beside * (1 + crowding)) / cores).
     """
+    background, request_ms, token_ms = host
     alone_s = (full.steps.steps * timing.base_ms + full.steps.tokens * timing.per_token_ms) / 1e3
-    beside = max(full.cpu_s - full.steps.seconds, 0.0) / (full.seconds * cores)
-    return max(0.0, full.steps.seconds / alone_s * (1 - min(beside, 1.0)) - 1)
+    beside = (full.requests * request_ms + full.tokens * token_ms) / 1e3 / full.seconds
+    left = full.steps.seconds * (1 - background / cores)
+    return max(0.0, left / (alone_s + full.steps.seconds * beside / cores) - 1)
 
 
 class Pages:
@@ -272,12 +279,12 @@ def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
     tokens = known[0][0] * PAGE_TOKENS
     kv_bytes = kv_mib * 2**20 / tokens
     around, hand_over, rate = fit_request(timing, [pair for _, pairs in short for pair in pairs], kv_bytes)
-    background, request, token = fit_host(idle, [spent for spent, _ in (*short, long)])
+    background, request, token = host = fit_host(idle, [spent for spent, _ in (*short, long)])
     return {
         "base_ms": timing.base_ms, "per_token_ms": timing.per_token_ms, "per_context_ms": 0.0,
         "overhead_ms": around, "hand_over_ms": hand_over, "link_bytes_per_ms": rate,
         "request_cpu_ms": request, "token_cpu_ms": token, "background_cores": background,
-        "crowding": fit_crowding(timing, full, len(os.sched_getaffinity(0))),
+        "crowding": fit_crowding(timing, full, host, len(os.sched_getaffinity(0))),
         "kv_bytes": kv_bytes, "kv_tokens": tokens, "max_batch_tokens": BATCH_TOKENS, "max_running": RUNNING,
     }  # fmt: skip
 

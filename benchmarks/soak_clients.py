@@ -78,7 +78,11 @@ class Reply:
 
 
 class Clients:
-    """Draws requests and judges their ends. The same seed draws the same requests."""
+    """Draws requests and judges their ends.
+
+    The seed decides what is drawn, but chats go on from what was answered, and how many there are to go on with
+    depends on when: two runs of one seed are alike, not the same.
+    """
 
     def __init__(self, urls: Sequence[str], model: str, mix: str, seed: int) -> None:
         # A small receive buffer lets a slow reader be slow for the router too.
@@ -121,10 +125,10 @@ class Clients:
         try:
             async with asyncio.timeout(leaves if leaves is not None else ANSWER_S):
                 cause = await self._read(client, path, body, reply, SLOW_READ_S if kind == "slow" else 0.0, stalls)
-            if stalls:
-                outcome = "left"
-            elif cause:
+            if cause:
                 outcome = "error"
+            elif stalls:
+                outcome = "left"
             elif cause := self._wrong(kind, body, reply):
                 outcome = "lost"
         except TimeoutError:
@@ -147,7 +151,7 @@ class Clients:
                 reply.take(line)
                 if stalls:
                     await asyncio.sleep(STALL_S)
-                    return ""
+                    return reply.error
                 if pause_s and line:
                     await asyncio.sleep(pause_s)
         return reply.error

@@ -16,6 +16,8 @@ from benchmarks.fit_machine import (
     fit_steps,
     workers,
 )
+from router.simulation.clock import Clock
+from router.simulation.cores import Cores
 from tandem.cluster import StepTiming
 
 TIMING = StepTiming(base_ms=2.0, per_token_ms=0.1)
@@ -55,15 +57,46 @@ def test_what_processes_spend_beside_steps_is_found_again() -> None:
     assert fit_host(Spent(4.0, 0.4, Counts()), loads) == pytest.approx((0.1, 12.0, 0.3))
 
 
-@pytest.mark.parametrize(("crowding", "beside"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.0, 0.25)])
-def test_crowding_is_what_other_processes_do_not_explain(crowding: float, beside: float) -> None:
-    """Two cores for 10 s: a quarter is taken by others, the rest by steps, which take longer than alone."""
-    alone_s = 20.0 * (1 - beside) / (1 + crowding)
-    steps = 100
-    tokens = (alone_s * 1e3 - steps * TIMING.base_ms) / TIMING.per_token_ms
-    # A step's time goes on while others have its core.
-    full = Spent(10.0, 20.0 + 20.0 * beside, Counts(steps, 20.0, tokens))
-    assert fit_crowding(TIMING, full, 2) == pytest.approx(crowding)
+@pytest.mark.parametrize("crowding", [0.0, 0.5])
+@pytest.mark.parametrize("beside", [0, 1, 3])
+@pytest.mark.parametrize("background", [0.0, 0.3])
+def test_crowding_is_what_the_simulators_cores_were_given(crowding: float, beside: int, background: float) -> None:
+    """Two cores that run steps, and so many requests' work beside them, as `Cores` plays it: none is counted twice."""
+    clock, request_ms, step_tokens = Clock(), 12.0, 100
+    cores = Cores(clock, 2, background, crowding)
+    alone_s = (TIMING.base_ms + step_tokens * TIMING.per_token_ms) / 1e3
+    steps: list[float] = []
+    requests = 0
+
+    def step() -> None:
+        began = clock.now
+
+        def end() -> None:
+            steps.append(clock.now - began)
+            if clock.now < 10.0:
+                step()
+
+        cores.run(alone_s, end)
+
+    def request() -> None:
+        def end() -> None:
+            nonlocal requests
+            requests += 1
+            if clock.now < 10.0:
+                request()
+
+        cores.run(request_ms / 1e3, end)
+
+    for _ in range(2):
+        step()
+    for _ in range(beside):
+        request()
+    clock.run()
+    cpu_s = 2 * clock.now  # not a second more: nobody has more than the cores
+    full = Spent(clock.now, cpu_s, Counts(len(steps), sum(steps), len(steps) * step_tokens), requests)
+    assert fit_crowding(TIMING, full, (background, request_ms, 0.0), 2) == pytest.approx(crowding, abs=0.02)
+    halves = Spent(clock.now, cpu_s, full.steps, requests // 2, requests * 10)
+    assert fit_crowding(TIMING, halves, (background, 12.0, 0.6), 2) == pytest.approx(crowding, abs=0.02)
 
 
 def test_counters_are_read_from_a_workers_page() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import httpx
 import pytest
 
+from benchmarks import soak_clients
 from benchmarks.soak import Fault, Report
 from benchmarks.soak_clients import Clients, End, Reply
 from benchmarks.soak_watch import Sample, slope, theil_sen
@@ -75,4 +77,29 @@ async def test_a_clean_end_must_be_a_whole_answer(lines: list[str], wrong: str) 
         reply.take(line)
     found = clients._wrong("known", {"ignore_eos": True, "prompt": "it"}, reply)
     assert found.startswith(wrong) and bool(found) == bool(wrong)
+    await clients.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "outcomes"),
+    [
+        (503, '{"error":{"code":"no_decode_worker"}}', {"error"}),
+        (200, 'data: {"error":{"code":"worker_lost"}}\n\n', {"error"}),
+        (200, 'data: {"choices":[{"index":0,"text":"a","finish_reason":"length"}]}\n\ndata: [DONE]\n\n', None),
+    ],
+)
+async def test_an_error_told_to_a_slow_reader_is_one(
+    monkeypatch: pytest.MonkeyPatch, status: int, text: str, outcomes: set[str] | None
+) -> None:
+    """Of slow readers some only stall and leave: what they were told before counts as it does for everybody."""
+    monkeypatch.setattr(soak_clients, "STALL_S", 0.0)
+    monkeypatch.setattr(soak_clients, "SLOW_READ_S", 0.0)
+    clients = Clients(["http://127.0.0.1:9"], "model", "even", 1)
+    await clients.close()
+    clients._mix = {"slow": 1.0}
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=text))
+    clients._narrow = [httpx.AsyncClient(transport=transport, base_url="http://router")]
+    ends = [await clients.ask() for _ in range(20)]
+    assert {end.outcome for end in ends} == (outcomes or {"answered", "left"})
+    assert Report(ends, []).unexplained() == (ends if outcomes else [])
     await clients.close()
