@@ -5,8 +5,8 @@ Times are those of the engine's steps and of the event loop, all of the monotoni
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tandem.cluster import TicketWatch
@@ -62,8 +62,10 @@ class StepLog:
 class WorkerTraces:
     """What one worker traces with. All methods but `close` run on the event loop."""
 
-    def __init__(self, tracer: Tracer, role: str) -> None:
+    def __init__(self, tracer: Tracer, role: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: that of steps and of the event loop."""
         self.tracer = tracer
+        self.clock = clock
         self.steps = StepLog()
         self._role = role
 
@@ -83,7 +85,7 @@ class TicketSpans(TicketWatch):
     def __init__(self, traces: WorkerTraces, name: str, ticket_id: str, parent: Carried) -> None:
         self._traces = traces
         self._ticket_id = ticket_id
-        self._clock = asyncio.get_running_loop().time
+        self._clock = traces.clock
         self._opened = self._clock()
         self._span = traces.tracer.begin(name, self._opened, parent, kind=SpanKind.SERVER)
         self._accepted: float | None = None

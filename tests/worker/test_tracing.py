@@ -49,14 +49,18 @@ def test_steps_are_bounded() -> None:
 
 
 async def test_a_ticket_is_a_queue_chunks_and_a_transfer(received: Collector) -> None:
-    traces = WorkerTraces(Tracer(received.url, 0.0, "tandem-prefill", "i"), "prefill")
+    now = 100.0
+    traces = WorkerTraces(Tracer(received.url, 0.0, "tandem-prefill", "i"), "prefill", lambda: now)
     ticket = traces.watch("t", f"00-{TRACE}-{SPAN}-01", "")
-    now = ticket._clock()
+    now = 100.5
     ticket.accepted(5)
-    traces.steps.on_step(step("t", now + 1.0, now + 2.0, 8))
-    traces.steps.on_step(step("t", now + 2.5, now + 3.0, 9))
+    traces.steps.on_step(step("t", 101.0, 102.0, 8))
+    traces.steps.on_step(step("t", 102.5, 103.0, 9))
+    now = 103.25
     ticket.wrote(0.25, 100)
+    now = 104.0
     ticket.wrote(0.5, 10)
+    now = 104.5
     ticket.ended("")
     failed = traces.watch("u", f"00-{TRACE}-{SPAN}-01", "")
     failed.ended("the way is broken")
@@ -67,8 +71,10 @@ async def test_a_ticket_is_a_queue_chunks_and_a_transfer(received: Collector) ->
     assert top.attributes["tandem.cached_tokens"] == 5
     below = {span.name: span for span in received.spans if span.parent_id == top.span_id}
     assert sorted(below) == ["prefill", "queue", "transfer"]
-    assert below["queue"].seconds == pytest.approx(1.0, abs=0.1)
+    assert top.seconds == pytest.approx(4.5, abs=1e-5)
+    assert below["queue"].seconds == pytest.approx(1.0, abs=1e-5)
     assert below["prefill"].seconds == pytest.approx(2.0, abs=1e-5)
+    assert below["transfer"].seconds == pytest.approx(1.0, abs=1e-5)
     assert below["transfer"].attributes == {
         "tandem.moved_bytes": 110,
         "tandem.kv_spans": 2,
