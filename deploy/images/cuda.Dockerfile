@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1.7
 # Workers with GPUs: torch with CUDA's libraries, NIXL over RDMA or TCP, and a compiler, which Triton needs when it starts.
-# The driver is the node's: the NVIDIA container toolkit mounts it.
+# The driver is the node's: the NVIDIA container toolkit mounts it. FlashInfer is left out: it compiles its kernels with
+# nvcc when they are first used, and CUDA's compiler is gigabytes. `kernels: flashinfer` needs an image of your own.
 #   docker build -f deploy/images/cuda.Dockerfile -t tandem-cuda:0.1.0 .
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 # sha256:... of that image; a release gives it.
@@ -14,7 +15,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/tandem
 ENV PATH=/opt/tandem/bin:$PATH
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] + [r for e in ('engine', 'nixl', 'cuda', 'otel') for r in p['optional-dependencies'][e]]))" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] + [r for e in ('engine', 'nixl', 'cuda', 'otel') for r in p['optional-dependencies'][e] if not r.startswith('flashinfer')]))" > requirements.txt \
     && pip install --extra-index-url ${TORCH_INDEX} -r requirements.txt
 COPY README.md LICENSE ./
 COPY tandem tandem

@@ -55,7 +55,7 @@ class ModelClaim(Values):
 class ModelImage(Values):
     """A model in an OCI image or artefact, mounted as an image volume."""
 
-    reference: str = Field("", description="image, best with a digest; needs Kubernetes 1.33 or newer")
+    reference: str = Field("", description="image, best with a digest; the cluster needs the feature gate ImageVolume")
     pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="when it is pulled")
     path: str = Field("", description="folder of the model in it; empty is the image's root")
 
@@ -141,7 +141,9 @@ class Autoscaling(Values):
     page_use: Annotated[float, Field(ge=0, le=1)] = Field(
         0.85, description="share of KV pages in use, above which more are started; 0 ignores it"
     )
-    scale_down_seconds: Seconds = Field(600, description="time that fewer must have been enough")
+    scale_down_seconds: Annotated[Seconds, Field(le=3600)] = Field(
+        600, description="time that fewer must have been enough, an hour at most"
+    )
     keda: Keda = Field(Keda(), description="where KEDA asks")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from os import defpath
 from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -71,6 +74,9 @@ def test_an_image_is_as_it_must_be(file: Path) -> None:
     assert faults(text, context()) == []
     listed = re.search(r"for e in \(([^)]*)\)", text)
     assert listed is not None and set(re.findall(r"'(\w+)'", listed[1])) == EXTRAS[file.stem]
+    left_out = re.search(r"if not r.startswith\('(\w+)'\)", text)
+    # FlashInfer compiles its kernels with nvcc when they are first used, and no image has that.
+    assert (left_out is not None and left_out[1] == "flashinfer") == ("cuda" in EXTRAS[file.stem])
     assert dict(instructions(text))["ENTRYPOINT"] == '["tandem"]'
 
 
@@ -96,6 +102,12 @@ def test_a_wrong_image_is_caught(old: str, new: str, said: str) -> None:
     assert old in text and any(said in fault for fault in faults(text.replace(old, new), context()))
 
 
+def commands() -> list[str]:
+    """What the compose file's head says to type."""
+    lines = [line[4:] for line in COMPOSE.read_text().splitlines() if line.startswith("#   ")]
+    return [line for line in lines if not line.startswith(("docker", "curl", "export"))]
+
+
 def compose() -> dict[str, Any]:
     """The compose file with its variables filled in."""
     text = re.sub(r"\$\{(\w+)(?::\?[^}]*)?\}", lambda match: SECRETS[match[1]], COMPOSE.read_text())
@@ -103,11 +115,76 @@ def compose() -> dict[str, Any]:
     return loaded
 
 
+def mounts(described: dict[str, Any], service: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Files of this machine and where a service's container has them, named volumes left out."""
+    for volume in service.get("volumes", ()):
+        source, target, *_ = volume.split(":")
+        if source not in described["volumes"]:
+            yield source, target
+    for each in service.get("configs", ()):
+        source = described["configs"][each["source"]].get("file")
+        if source is not None:
+            yield source, each["target"]
+
+
+def unmountable(described: dict[str, Any], made: set[str]) -> list[str]:
+    """Why containers would not be made. made: files that the head's commands make.
+
+    Compose mounts `file`s and copies `content` into the container once it is made, which a read-only root refuses, and
+    a read-only volume too (docker/compose issue 12031).
+    """
+    found = []
+    for name, service in described["services"].items():
+        closed = [each.split(":")[1] for each in service.get("volumes", ()) if each.endswith(":ro")]
+        closed += ["/"] if service.get("read_only") else []
+        for each in service.get("configs", ()):
+            copied = "file" not in described["configs"][each["source"]]
+            if copied and any(Path(each["target"]).is_relative_to(folder) for folder in closed):
+                found.append(f"{name} gets {each['target']}, which cannot be written")
+        for source, _ in mounts(described, service):
+            if source not in made and not (COMPOSE.parent / source).exists():
+                found.append(f"{name} mounts {source}, which is not there")
+    return found
+
+
+def test_every_container_of_the_compose_file_can_be_made() -> None:
+    assert unmountable(compose(), {"./keys.yaml"}) == []
+
+
+def test_a_container_that_cannot_be_made_is_caught() -> None:
+    copied, below, gone = compose(), compose(), compose()
+    copied["configs"]["keys"] = {"content": "tenants: []"}
+    below["services"]["prometheus"]["volumes"].append("./prometheus:/etc/prometheus:ro")
+    gone["services"]["grafana"]["volumes"].append("./grafana/gone:/gone:ro")
+    assert unmountable(copied, set()) == ["router gets /etc/tandem/keys.yaml, which cannot be written"]
+    assert unmountable(below, {"./keys.yaml"}) == [
+        "prometheus gets /etc/prometheus/targets/routers.yaml, which cannot be written"
+    ]
+    assert unmountable(gone, {"./keys.yaml"}) == ["grafana mounts ./grafana/gone, which is not there"]
+
+
+def test_prometheus_has_the_files_that_its_configuration_names() -> None:
+    described = compose()
+    service = described["services"]["prometheus"]
+    places = {target for _, target in mounts(described, service)} | {each["target"] for each in service["configs"]}
+    configuration = next(flag.partition("=")[2] for flag in service["command"] if flag.startswith("--config.file="))
+    (source,) = (source for source, target in mounts(described, service) if target == configuration)
+    read = yaml.safe_load((COMPOSE.parent / source).read_text())
+    wanted = [f"/etc/prometheus/{name}" for name in read["rule_files"]]
+    for job in read["scrape_configs"]:
+        wanted.append(job["authorization"]["credentials_file"])
+        wanted += [f"/etc/prometheus/{name}" for each in job.get("file_sd_configs", ()) for name in each["files"]]
+    assert len(wanted) >= 5
+    assert [each for each in wanted if not any(Path(each).is_relative_to(place) for place in places)] == []
+
+
 def test_every_process_of_the_compose_file_would_start(tmp_path: Path) -> None:
     described = compose()
-    keys = tmp_path / "keys.yaml"
-    keys.write_text(described["configs"]["keys"]["content"])
+    (tmp_path / "deploy").mkdir()
+    run(["bash", "-ec", "\n".join(commands())], cwd=tmp_path, env={**SECRETS, "PATH": defpath}, check=True)
+    keys = tmp_path / "deploy" / described["configs"]["keys"]["file"]
     assert read_keys(keys).tenant(f"Bearer {SECRETS['TANDEM_API_KEY']}", None).operator
+    assert SECRETS["TANDEM_API_KEY"] not in keys.read_text()
     started: dict[str, Any] = {}
     for name in PROCESSES:
         service = described["services"][name]

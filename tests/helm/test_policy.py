@@ -305,6 +305,21 @@ def test_clients_may_be_named() -> None:
         assert reaches(release, source, router, "http")
 
 
+@pytest.mark.parametrize("monitoring", [[], [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]])
+@pytest.mark.parametrize("clients", [[], [{"podSelector": {"matchLabels": {"app": "shell"}}}]])
+def test_peers_may_be_left_out(clients: list[Object], monitoring: list[Object]) -> None:
+    release = render({"networkPolicy": {"clients": clients, "monitoring": monitoring}})
+    router, worker = release.routers(), release.workers()[0]
+    assert reaches(release, STRANGER, router, "http")
+    assert reaches(release, (NAMESPACE, {"app": "other"}), router, "http") == (not clients)
+    assert reaches(release, (NAMESPACE, labels_of(release.routers())), worker, "grpc")
+    rules = [rule for each in release.of("NetworkPolicy") for rule in each["spec"]["ingress"]]
+    assert sum(monitoring[0] in rule.get("from", ()) for rule in rules if monitoring) == bool(monitoring) + bool(
+        clients and monitoring
+    )
+    assert all(rule["from"] for rule in rules if "from" in rule), "an empty list lets everybody in"
+
+
 def test_an_open_policy_is_caught() -> None:
     release = render({"networkPolicy": {"enabled": False}})
     assert all(reaches(release, STRANGER, worker, "grpc") for worker in release.workers())

@@ -81,6 +81,49 @@ def test_a_wrong_object_is_caught() -> None:
         assert len(faults(Release({}, [wrong], ""), VERSIONS[1])) == 1, kind
 
 
+CRD = """
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+spec:
+  group: keda.sh
+  names: {kind: ScaledObject}
+  versions:
+    - name: v1alpha1
+      schema:
+        openAPIV3Schema:
+          type: object
+          properties:
+            apiVersion: {type: string}
+            kind: {type: string}
+            metadata: {type: object}
+            spec:
+              type: object
+              required: [scaleTargetRef, patience]
+              properties:
+                patience: {x-kubernetes-int-or-string: true, type: string}
+                scaleTargetRef: {type: object, x-kubernetes-preserve-unknown-fields: true}
+"""
+
+
+def test_objects_are_held_against_crds_where_there_are_some(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "crd.yaml").write_text(f"kind: Namespace\n---{CRD}")
+
+    def said(kind: str = "ScaledObject", **spec: Any) -> list[str]:
+        version = "keda.sh/v1alpha1" if kind == "ScaledObject" else "monitoring.coreos.com/v1"
+        described = {"apiVersion": version, "kind": kind, "metadata": {"name": "a"}, "spec": spec}
+        return [fault.partition(": ")[2] for fault in faults(Release({}, [described], ""), VERSIONS[1], tmp_path)]
+
+    target = {"name": "b", "whatever": 1}
+    assert said(scaleTargetRef=target, patience=3) == said(scaleTargetRef=target, patience="3s") == []
+    assert said(scaleTargetRef=target) == ["$.spec 'patience' is a required property"]
+    assert "'replicass' was unexpected" in said(scaleTargetRef=target, patience=3, replicass=1)[0]
+    assert "[] is not valid" in said(scaleTargetRef=target, patience=[])[0]
+    assert said("ServiceMonitor") == [
+        f"CRD_DIR is {tmp_path}; it has no CRD of monitoring.coreos.com/v1 ServiceMonitor"
+    ]
+
+
 def test_names_are_unique_and_short() -> None:
     release = render(everything(), name="a-release-with-a-name-that-is-fairly-long-indeed")
     names = [(each["kind"], each["metadata"]["name"]) for each in release.objects]

@@ -79,6 +79,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"workers": {"autoscaling": {"kind": "hpa", "minReplicas": 5}}},
         r"autoscaling\.minReplicas is 5, above maxReplicas 4",
     ),
+    "a scaler that never scales down": (
+        {"workers": {"autoscaling": {"scaleDownSeconds": 3601}}},
+        r"/workers/autoscaling/scaleDownSeconds'.*maximum: got 3,601, want 3,600",
+    ),
     "a route to no gateway": ({"gateway": {"enabled": True}}, r"gateway\.parentRefs is empty"),
     "a pool without a picker": (
         {"gateway": {"inferencePool": {"enabled": True}}},

@@ -50,6 +50,28 @@ matchExpressions:
 {{ include "tandem.fullname" .root }}-{{ .pool.name }}
 {{- end -}}
 
+{{/* The workload of a pool as it runs, as YAML; {} where there is none or no cluster to ask. Takes root and pool. */}}
+{{- define "tandem.pool.live" -}}
+{{- $version := ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" (eq .pool.workload "LeaderWorkerSet") -}}
+{{- lookup $version .pool.workload .root.Release.Namespace (include "tandem.pool.fullname" .) | toYaml -}}
+{{- end -}}
+
+{{/*
+How many workers of a pool the chart asks for, or nothing where a scaler alone says. Takes root and pool.
+A field that leaves the chart is reset by Helm, to 1. So a pool whose number the chart once gave, which an annotation
+tells, keeps the number that it has when a scaler takes over.
+*/}}
+{{- define "tandem.pool.replicas" -}}
+{{- if eq .pool.autoscaling.kind "none" -}}
+{{- .pool.replicas -}}
+{{- else -}}
+{{- $live := fromYaml (include "tandem.pool.live" .) -}}
+{{- if eq "chart" (default "" (dig "metadata" "annotations" "tandem-replicas" "" $live)) -}}
+{{- int (dig "spec" "replicas" .pool.autoscaling.minReplicas $live) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Image of a map with repository, tag and digest. Takes root and image. */}}
 {{- define "tandem.image" -}}
 {{- if .image.digest -}}

@@ -106,6 +106,14 @@ livenessProbe:
   failureThreshold: {{ div (add (int .probes.livenessSeconds) 9) 10 }}
 {{- end -}}
 
+{{/* What goes before SIGTERM: a sleep. One of no length is left out, because Kubernetes refuses it before 1.33. */}}
+{{- define "tandem.lifecycle" -}}
+{{- if gt (int .) 0 -}}
+lifecycle:
+  preStop: {sleep: {seconds: {{ . }}}}
+{{- end -}}
+{{- end -}}
+
 {{/* Where pods go. Takes pod (values) and selector. */}}
 {{- define "tandem.placement" -}}
 {{- with .pod.priorityClassName }}
@@ -189,8 +197,7 @@ spec:
         - {name: grpc, containerPort: {{ $root.Values.ports.worker }}}
         - {name: metrics, containerPort: {{ $root.Values.ports.metrics }}}
       {{- include "tandem.probes" (dict "port" "metrics" "starts" "/ready" "probes" $pool.probes) | nindent 6 }}
-      lifecycle:
-        preStop: {sleep: {seconds: {{ $pool.preStopSeconds }}}}
+      {{- include "tandem.lifecycle" $pool.preStopSeconds | nindent 6 }}
       resources:
         {{- include "tandem.worker.resources" $pool | nindent 8 }}
       securityContext:
