@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from helm_python import chart as helm_chart
 from kubernetes_validate import utils
 
-from tests.helm.chart import CHART, EXAMPLES, NAMES, Release, everything, example, render
+from tests.helm.chart import CHART, EXAMPLES, NAMES, ROOT, Release, everything, example, render
 from tests.helm.custom import GROUPS, check
 
 VERSIONS = ("1.31", "1.34", "1.37")
@@ -122,6 +123,15 @@ def test_objects_are_held_against_crds_where_there_are_some(tmp_path: Path) -> N
     assert said("ServiceMonitor") == [
         f"CRD_DIR is {tmp_path}; it has no CRD of monitoring.coreos.com/v1 ServiceMonitor"
     ]
+
+
+def test_the_values_that_the_guide_gives_are_taken(crds: Path | None) -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    (block,) = re.findall(r"```yaml\n(# my-values\.yaml\n.*?)```", text, flags=re.DOTALL)
+    release = render(yaml.safe_load(block), name="tandem")
+    pools = {each["metadata"]["name"]: each["spec"]["replicas"] for each in release.of("Deployment")}
+    assert pools == {"tandem-router": 1, "tandem-prefill": 4, "tandem-decode": 2}
+    assert faults(release, VERSIONS[1], crds) == []
 
 
 def test_names_are_unique_and_short() -> None:

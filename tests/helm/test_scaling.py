@@ -15,8 +15,8 @@ from helm_python import Chart
 from tandem.worker.metrics import WorkerMetrics
 from tests.helm.chart import CHART, NAMESPACE, Object, Release, render, selects
 
-KEDA = {"kind": "keda", "keda": {"serverAddress": "http://prometheus:9090"}}
-POOLS = [
+KEDA: Object = {"kind": "keda", "keda": {"serverAddress": "http://prometheus:9090"}}
+POOLS: list[Object] = [
     {"name": "p", "role": "prefill", "replicas": 3},
     {"name": "d", "role": "decode", "workload": "LeaderWorkerSet"},
 ]
