@@ -14,14 +14,13 @@ from decode_worker.service import attach
 from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Hooks, Identity
-from kvtransfer.inbound import InboundSettings, PairClient
+from kvtransfer.inbound import InboundSettings
 from kvtransfer.measure import HandOverMetrics, WriteRate
-from kvtransfer.pairs import PairPool, pair_maker
+from kvtransfer.pairs import PairPool, pair_maker, probe_pair_maker
 from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
-from tandem.cluster import new_id
 from tandem.config import DecodeConfig
 from tandem.engine.grammar.compiler import CompilerSettings
 from tandem.engine.output import StepOutput
@@ -30,7 +29,7 @@ from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.moves import MoveLedger
 from tandem.worker.process import Parts, Report, RoleServices
-from tandem.worker.transfer_probe.service import SLAB_MIB, WRITES, ProbingService
+from tandem.worker.transfer_probe.service import ProbingService
 
 if TYPE_CHECKING:
     from decode_worker.tracing import RequestSpans
@@ -88,16 +87,9 @@ class DecodeServices:
         )
         self._replicas.attach(parts.server)
         root, draining = parts.root.digest(), lambda: self.worker.draining
-        self._inbound = me, transports.preferred, settings
-        self._probing = ProbingService(me.incarnation, root, self._probe_pair, draining)
+        probe_pair = probe_pair_maker(me, transports.preferred, self._transfers, self._budget, settings)
+        self._probing = ProbingService(me.incarnation, root, probe_pair, draining)
         self._probing.attach(parts.server)
-
-    def _probe_pair(self, sender: str, address: str) -> PairClient:
-        """A pair under an incarnation of its own: that which requests use is not touched."""
-        me, backend, settings = self._inbound
-        stranger, large = replace(me, incarnation=new_id()), min(SLAB_MIB, settings.slab_mib)
-        settings = replace(settings, slab_mib=large, warm_bytes=int(large * MIB), warm_writes=WRITES)
-        return pair_maker(stranger, backend, self._transfers, self._budget, settings, Hooks())(sender, address)
 
     def on_step(self, output: StepOutput) -> None:
         """Tokens to the outboxes, progress to tickets."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvtransfer.base import Backend, Hooks, Identity
+from kvtransfer.base import MIB, Backend, Hooks, Identity
 from kvtransfer.inbound import InboundSettings, PairClient
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
-from tandem.cluster import Incarnation
+from tandem.cluster import Incarnation, new_id
 from tandem.errors import TandemError
 
 log = logging.getLogger(__name__)
+
+PROBE_SLAB_MIB = 8.0
+"""Large enough for the bulk path, small enough to be no burden; less where slabs are smaller."""
+PROBE_WRITES = 5
 
 MakePair = Callable[[Incarnation, str], PairClient]
 """(incarnation, address) -> a pair not yet connected."""
@@ -29,18 +33,27 @@ class Target:
 
 
 def pair_maker(
-    me: Identity,
-    backend: Backend,
-    thread: TransferThread,
-    budget: SlabBudget,
-    settings: InboundSettings,
-    hooks: Hooks,
+    me: Identity, backend: Backend, thread: TransferThread, budget: SlabBudget, settings: InboundSettings, hooks: Hooks
 ) -> MakePair:
     """Makes the pairs of one receiver."""
 
     def make(incarnation: Incarnation, address: str) -> PairClient:
         clock = asyncio.get_running_loop().time
         return PairClient(me, address, incarnation, backend, thread, budget, settings, hooks, clock)
+
+    return make
+
+
+def probe_pair_maker(
+    me: Identity, backend: Backend, thread: TransferThread, budget: SlabBudget, settings: InboundSettings
+) -> MakePair:
+    """Makes pairs under incarnations of their own, to measure with: those that requests use are not touched."""
+    large = min(PROBE_SLAB_MIB, settings.slab_mib)
+    settings = replace(settings, slab_mib=large, warm_bytes=int(large * MIB), warm_writes=PROBE_WRITES)
+
+    def make(incarnation: Incarnation, address: str) -> PairClient:
+        stranger = replace(me, incarnation=new_id())
+        return pair_maker(stranger, backend, thread, budget, settings, Hooks())(incarnation, address)
 
     return make
 

@@ -20,7 +20,6 @@ from router.http.api import Api
 from router.http.app import create_app
 from router.http.http_limits import LimitedHttp
 from router.metrics import RouterMetrics
-from router.monitoring.fleet_page import add_fleet_page
 from router.monitoring.monitor import monitored
 from router.requests.texts import ModelTexts
 from router.siblings import Siblings
@@ -93,7 +92,6 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
         timers = control.traces.start if control.traces is not None else None
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings, timers)
-        add_fleet_page(metrics, config, control)
         server = HttpServer(create_app(config, api), config.drain_s, allow_descriptors(config.max_connections))
         host, port = listener.getsockname()[:2]
         router_id = control.fleet.router_id

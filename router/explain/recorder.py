@@ -6,13 +6,10 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
 
 from router.explain.story import AddressOf, Copy, Story, explanation
 from tandem.cluster import Incarnation, Plan
 from tandem.types import GenerateRequest
-
-Page: TypeAlias = bytes
 
 
 class Recorder:
@@ -36,8 +33,8 @@ class Recorder:
         return len(self._stories)
 
     @property
-    def bytes(self) -> int:
-        """What they take up, about."""
+    def weight(self) -> int:
+        """Bytes that they take up, about."""
         return self._bytes
 
     def begin(self, request: GenerateRequest) -> Story:
@@ -78,7 +75,7 @@ class Recorder:
         others = (self._seen(sibling, tenant) for sibling in first.siblings)
         return [first, *(story for story in others if story is not None)]
 
-    def told(self, request_id: str, tenant: str | None, address_of: AddressOf) -> Page | None:
+    def told(self, request_id: str, tenant: str | None, address_of: AddressOf) -> bytes | None:
         """What `find` finds as JSON; None when that is nothing. Addresses are for those who see all."""
         found = self.find(request_id, tenant)
         if not found:

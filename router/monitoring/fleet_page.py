@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
-from router.control import ControlPlane
-from router.metrics import Page, RouterMetrics
+from router.monitoring.targets import metrics_address
 from router.workers.fleet import Fleet
 from router.workers.fleet_link import Worker
 from tandem.cluster import MoveStat
 from tandem.config import RouterConfig
 from tandem.kv import HashRoot
-from tandem.ports import authority
-
-
-def add_fleet_page(metrics: RouterMetrics, config: RouterConfig, control: ControlPlane) -> None:
-    """Puts it beside Prometheus' page, as `/metrics/fleet`."""
-    metrics.pages["fleet"] = Page("application/json", partial(fleet_page, config, control.fleet))
 
 
 def fleet_page(config: RouterConfig, fleet: Fleet) -> bytes:
@@ -41,7 +33,6 @@ def fleet_page(config: RouterConfig, fleet: Fleet) -> bytes:
 
 def _worker(worker: Worker) -> dict[str, Any]:
     info, status = worker.info, worker.status
-    host = info.address.rpartition(":")[0].strip("[]")
     return {
         "incarnation": info.incarnation,
         "address": info.address,
@@ -49,7 +40,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "state": "silent" if not worker.usable else "draining" if worker.view().draining else "ready",
         "model": info.model.name,
         "transport": info.transport,
-        "metrics": authority(host, info.metrics_port) if info.metrics_port else None,
+        "metrics": metrics_address(info),
         "running": status.running,
         "waiting": status.waiting,
         "queued_tokens": status.queued_tokens,

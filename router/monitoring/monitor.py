@@ -13,6 +13,7 @@ from router.control import ControlPlane
 from router.metrics import CONTENT_TYPE, Page, RouterMetrics
 from router.monitoring.control import ControlMetrics
 from router.monitoring.fleet import FleetMetrics
+from router.monitoring.fleet_page import fleet_page
 from router.monitoring.loop_lag import LoopLag
 from router.monitoring.targets import JSON_TYPE, targets
 from router.monitoring.vllm import VllmPage
@@ -44,6 +45,7 @@ async def monitored(config: RouterConfig, control: ControlPlane, metrics: Router
     for source in (FleetMetrics(fleet), own, dispatcher, control.ladder, control.quotas):
         metrics.add_collector(source.collect)
     metrics.pages["targets"] = Page(JSON_TYPE, partial(targets, fleet, name))
+    metrics.pages["fleet"] = Page(JSON_TYPE, partial(fleet_page, config, fleet))
     if config.metrics_alias == "vllm":
         alias = VllmPage(metrics.registry, fleet, dispatcher.admission, name)
         metrics.pages["vllm"] = Page(CONTENT_TYPE, alias.page)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from tandem.cli.fleet_client import FleetClient
 from tandem.cluster import WorkerInfo
-from tandem.config import DrainConfig, client_key
-from tandem.errors import BadRequest, ConfigError, TandemError, Unavailable
+from tandem.config import DrainConfig
+from tandem.errors import BadRequest, ConfigError, Fenced, Unavailable
 from tandem.obs import setup_logging
 from tandem.trust import Trust
 from tandem.wire import probe
 
-TIMEOUT_S = 10.0
 POLL_S = 0.1
 EXIT_S = 15.0
 """Between the end of what was under way and the process's own."""
@@ -58,39 +56,15 @@ async def _by_incarnation(config: DrainConfig, trust: Trust) -> WorkerInfo:
     if len(wanted) < SHORTEST:
         text = f"WORKER is {wanted!r}; give host:port, or at least {SHORTEST} characters of an incarnation"
         raise ConfigError(text, "worker")
-    addresses = await _addresses(config, trust)
-    found = await asyncio.gather(*(probe.identify(each, trust) for each in addresses), return_exceptions=True)
-    refused = [each for each in found if isinstance(each, ConfigError)]
-    if refused:
-        raise refused[0]
-    workers = [each for each in found if isinstance(each, WorkerInfo)]
-    matching = [each for each in workers if each.incarnation.startswith(wanted)]
-    if len(matching) == 1:
-        return matching[0]
-    fault = "no worker's incarnation begins so" if not matching else "more than one incarnation begins so"
-    known = ", ".join(f"{each.incarnation[:8]} ({each.role.value} {each.address})" for each in matching or workers)
-    raise BadRequest(f"WORKER is {wanted}; {fault}: {known or 'the router knows of no worker'}", "worker")
-
-
-async def _addresses(config: DrainConfig, trust: Trust) -> list[str]:
-    """Of the workers on a router's metrics page."""
-    url = config.router if "://" in config.router else f"http://{config.router}"
-    secret = client_key() or trust.token
-    headers = {"authorization": f"Bearer {secret}"} if secret else {}
-    try:
-        async with httpx.AsyncClient(headers=headers, timeout=TIMEOUT_S, trust_env=False) as client:
-            answer = await client.get(url.rstrip("/") + "/metrics")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unavailable(f"--router is {config.router}; no router answers there: {error}", "router") from None
-    if answer.status_code != httpx.codes.OK:
-        raise _refused(config, answer)
-    families = text_string_to_metric_families(answer.text)
-    samples = (sample for family in families if family.name == "tandem_fleet_pages" for sample in family.samples)
-    return sorted({sample.labels["worker"] for sample in samples})
-
-
-def _refused(config: DrainConfig, answer: httpx.Response) -> TandemError:
-    if answer.status_code == httpx.codes.UNAUTHORIZED:
-        need = "set TANDEM_TOKEN to the cluster's, or TANDEM_API_KEY to an operator's"
-        return ConfigError(f"--router is {config.router}; its /metrics needs a key: {need}", "router")
-    return BadRequest(f"--router is {config.router}; its /metrics answers {answer.status_code}", "router")
+    workers = (await asyncio.to_thread(FleetClient(config.router, config).fleet))["workers"]
+    matching = [each for each in workers if each["incarnation"].startswith(wanted)]
+    if len(matching) != 1:
+        fault = "no worker's incarnation begins so" if not matching else "more than one incarnation begins so"
+        listed = (f"{each['incarnation'][:8]} ({each['role']} {each['address']})" for each in matching or workers)
+        known = ", ".join(listed) or "the router knows of no worker"
+        raise BadRequest(f"WORKER is {wanted}; {fault}: {known}", "worker")
+    incarnation, address = matching[0]["incarnation"], matching[0]["address"]
+    worker = await probe.identify(address, trust)
+    if worker.incarnation != incarnation:
+        raise Fenced(f"{incarnation} is no more; {worker.incarnation} answers at {address}")
+    return worker

@@ -31,7 +31,11 @@ class FleetClient:
 
     def fleet(self) -> dict[str, Any]:
         """The router's `/metrics/fleet`. Raises Unavailable, BadRequest, ConfigError."""
-        found: dict[str, Any] = self.get("/metrics/fleet").json()
+        path = "/metrics/fleet"
+        try:
+            found: dict[str, Any] = self.get(path).json()
+        except ValueError:
+            raise BadRequest(f"--router: {self.url}{path} is no JSON; is it a Tandem router?") from None
         return found
 
     def get(self, path: str) -> httpx.Response:

@@ -21,12 +21,10 @@ ANSWER_S = 2.0
 
 async def describe(address: str, trust: Trust = Trust()) -> WorkerInfo | None:
     """What the worker at `address` is; None when nobody answers."""
-    async with trust.channel(address) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        try:
-            return codec.worker_info_from_wire(await stub.Describe(worker_pb2.DescribeRequest(), timeout=ANSWER_S))
-        except grpc.aio.AioRpcError:
-            return None
+    try:
+        return await identify(address, trust)
+    except (ConfigError, Unavailable):
+        return None
 
 
 async def identify(address: str, trust: Trust = Trust()) -> WorkerInfo:
@@ -41,7 +39,7 @@ async def identify(address: str, trust: Trust = Trust()) -> WorkerInfo:
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise ConfigError(f"TANDEM_TOKEN: {address} knows another one; give its cluster's", "token") from None
-            raise Unavailable(f"no worker answers at {address}: {failure.details() or failure.code().name}") from None
+            raise Unavailable(f"no worker answers at {address}: {_reason(failure)}") from None
 
 
 async def audit(address: str, trust: Trust = Trust()) -> list[str] | None:
@@ -68,7 +66,6 @@ async def drain(worker: WorkerInfo, trust: Trust = Trust()) -> float:
             raise error_of_rpc(failure) from None
 
 
-WORKER_S = 3.0
 PROBE_S = 30.0
 """More than the handshake's deadline: the worker itself says why it took too long."""
 AT_ONCE = 32
@@ -123,14 +120,16 @@ async def ask_workers(addresses: Sequence[str], trust: Trust) -> tuple[dict[str,
 
 
 async def _ask(address: str, trust: Trust) -> Answered | str:
+    try:
+        info = await identify(address, trust)
+    except (ConfigError, Unavailable) as error:
+        return str(error)
     async with trust.channel(address) as channel:
-        stub, probing = worker_pb2_grpc.WorkerStub(channel), probing_pb2_grpc.ProbingStub(channel)
+        nothing = probing_pb2.ProbeRequest(incarnation=info.incarnation)
         try:
-            info = codec.worker_info_from_wire(await stub.Describe(worker_pb2.DescribeRequest(), timeout=WORKER_S))
-            nothing = probing_pb2.ProbeRequest(incarnation=info.incarnation)
-            reply = await probing.Probe(nothing, timeout=WORKER_S)
+            reply = await probing_pb2_grpc.ProbingStub(channel).Probe(nothing, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as failure:
-            return _reason(failure)
+            return f"it does not tell its cluster: {_reason(failure)}"
         return Answered(address, info, reply.hash_root)
 
 

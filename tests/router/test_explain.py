@@ -68,7 +68,7 @@ def test_the_oldest_goes_first_and_one_too_large_does_not_stay() -> None:
     first, second, third = (recorder.begin(request()) for _ in range(3))
     assert [bool(recorder.find(story.request_id, None)) for story in (first, second, third)] == [False, True, True]
     recorder.planned(third, plan(1000), {})
-    assert len(recorder) == recorder.bytes == 0
+    assert len(recorder) == recorder.weight == 0
     recorder.planned(third, plan(1), {})
     recorder.check_integrity()
 
@@ -92,7 +92,7 @@ def test_stories_weigh_what_they_are_said_to() -> None:
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert recorder.bytes / 2 <= taken <= recorder.bytes * 1.2
+    assert recorder.weight / 2 <= taken <= recorder.weight * 1.2
 
 
 def test_requests_that_came_as_one_are_found_together_but_for_those_of_others() -> None:

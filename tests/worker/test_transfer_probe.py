@@ -15,6 +15,7 @@ import pytest
 from kvtransfer.backends.inproc import InprocBackend
 from kvtransfer.backends.tcp import TcpBackend
 from kvtransfer.base import Backend
+from kvtransfer.pairs import PROBE_SLAB_MIB, PROBE_WRITES
 from tandem.errors import Fenced, Overloaded, TandemError, Unavailable
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.pair import Pair, pair
@@ -22,7 +23,7 @@ from tandem.types import SamplingParams
 from tandem.wire.failures import error_of_rpc
 from tandem.wire.v1 import probing_pb2, probing_pb2_grpc
 from tandem.worker.process import WorkerProcess
-from tandem.worker.transfer_probe.service import SLAB_MIB, WRITES, ProbingService
+from tandem.worker.transfer_probe.service import ProbingService
 
 MIB = 1 << 20
 
@@ -67,8 +68,8 @@ async def test_bytes_travel_and_the_pair_of_requests_is_not_touched(
         (prefill,) = workers.prefill
         await asks(workers)
         reply = await probe(workers.decode, prefill)
-        assert (reply.transport, reply.write_bytes) == (backend().name, int(SLAB_MIB * MIB))
-        assert len(reply.write_s) == WRITES
+        assert (reply.transport, reply.write_bytes) == (backend().name, int(PROBE_SLAB_MIB * MIB))
+        assert len(reply.write_s) == PROBE_WRITES
         assert all(seconds > 0 for seconds in reply.write_s)
         await workers.check_leaks()
         closed = [record.getMessage() for record in caplog.records if "is closed" in record.getMessage()]
@@ -76,7 +77,7 @@ async def test_bytes_travel_and_the_pair_of_requests_is_not_touched(
         assert not [line for line in closed if f"to {workers.decode.info.incarnation}" in line]
         assert not workers.decode.services.report().moves[0].failures
         backwards = await probe(prefill, workers.decode)
-        assert backwards.write_bytes == int(SLAB_MIB * MIB)
+        assert backwards.write_bytes == int(PROBE_SLAB_MIB * MIB)
 
 
 async def test_without_a_sender_it_tells_its_hash_root_alone(model: Path) -> None:

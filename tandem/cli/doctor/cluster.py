@@ -117,7 +117,7 @@ def _worker(incarnation: str, worker: Fleet, answer: Answered | None, error: str
     name = f"{worker['role']} {worker['address']}"
     if answer is None:
         fix = "is it running, and may this machine reach its gRPC port? TANDEM_TOKEN or --tls-* must be the cluster's"
-        return Check(name, f"does not answer: {error}", State.ERROR, fix)
+        return Check(name, error, State.ERROR, fix)
     if answer.info.incarnation != incarnation:
         found = f"the router knows {incarnation[:SHORT_ID]}, {answer.info.incarnation[:SHORT_ID]} answers"
         return Check(name, found, State.WARNING, "it was restarted; the router follows within a lease, else look there")
@@ -137,7 +137,9 @@ def _metrics(worker: Fleet, client: FleetClient) -> list[Check]:
     if page is None:
         fix = "let Prometheus, and this machine, reach the worker's --metrics-port"
         return [Check(name, "not reached", State.WARNING, fix)]
-    return [Check(name, f"answers {page.status_code}"), _clock(f"clock of {worker['address']}", page)]
+    fix = "something else listens there: does a proxy stand before the worker's --metrics-port?"
+    answers = ok_or(f"answers {page.status_code}", name, page.status_code == httpx.codes.OK, fix)
+    return [answers, _clock(f"clock of {worker['address']}", page)]
 
 
 # Agreement ----------------------------------------------------------------------------------------------------------

@@ -241,7 +241,8 @@ class OnRay:
 
     def _list_targets(self) -> None:
         if self._config.ray_targets is not None:
-            targets.write(self._config.ray_targets, targets.targets(self._units, self._config.host))
+            groups = targets.targets(self._units, self._config.host, self._commands.served_name)
+            targets.write(self._config.ray_targets, groups)
 
     async def _end(self) -> None:
         """SIGTERM to every process, and the end of every actor; nothing stays placed."""

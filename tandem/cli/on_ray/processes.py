@@ -62,7 +62,8 @@ class Commands:
         self._closed = {"TANDEM_METRICS_TOKEN": secrets.token_urlsafe(SECRET_BYTES)}
         folder = Path(config.model)
         self.model = str(folder.absolute()) if folder.exists() else config.model
-        self._common = ["--served-model-name", config.served_model_name or served_name(config.model)]
+        self.served_name = config.served_model_name or served_name(config.model)
+        self._common = ["--served-model-name", self.served_name]
 
     def router(self, unit: Unit) -> tuple[list[str], dict[str, str]]:
         """Arguments and environment of a router. Workers register at its node's address."""

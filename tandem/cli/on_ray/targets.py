@@ -7,25 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from router.monitoring.targets import worker_group
 from tandem.cli.on_ray.processes import Unit
 from tandem.ports import authority
 
 
-def targets(units: Sequence[Unit], http_host: str) -> list[dict[str, Any]]:
-    """One group for each process that stands, with labels `role`, `process` and `node`.
+def targets(units: Sequence[Unit], http_host: str, model_name: str) -> list[dict[str, Any]]:
+    """One group for each process that stands, with the labels of a router's `/metrics/targets`, and `node`.
 
-    http_host: what routers listen on; where that is every address, the node's stands here.
+    http_host: what routers listen on; where that is every address, the node's stands here. model_name: as clients use
+    it.
     """
     found = []
     for unit in units:
         if unit.lost_at is not None or not unit.pid:
             continue
-        if unit.role == "router":
-            host, port = unit.host if http_host in ("0.0.0.0", "::") else http_host, unit.http_port
+        if unit.info is not None:
+            group = worker_group(unit.info, model_name)
         else:
-            host, port = unit.host, unit.info.metrics_port if unit.info is not None else 0
-        labels = {"role": unit.role, "process": unit.name, "node": unit.host}
-        found.append({"targets": [authority(host, port)], "labels": labels})
+            host = unit.host if http_host in ("0.0.0.0", "::") else http_host
+            labels = {"component": unit.role, "model": model_name}
+            group = {"targets": [authority(host, unit.http_port)], "labels": labels}
+        if group is not None:
+            found.append({**group, "labels": {**group["labels"], "node": unit.host}})
     return found
 
 

@@ -19,10 +19,6 @@ from tandem.wire.failures import abort_with
 from tandem.wire.v1 import probing_pb2 as pb
 from tandem.wire.v1 import probing_pb2_grpc as rpc
 
-SLAB_MIB = 8.0
-"""Large enough for the bulk path, small enough to be no burden; less where slabs are smaller."""
-WRITES = 5
-
 
 class ProbePair(Protocol):
     """See `kvtransfer.inbound.PairClient`: the part that is used here."""

@@ -126,7 +126,7 @@ async def test_prometheus_finds_the_workers_pages(tmp_path: Path) -> None:
 
 async def test_targets_and_aliases_are_guarded_as_metrics_are() -> None:
     async with watched(metrics_token="a-token-for-metrics", metrics_alias="vllm") as made:
-        for path in ("/metrics", "/metrics/targets", "/metrics/vllm"):
+        for path in ("/metrics", "/metrics/targets", "/metrics/fleet", "/metrics/vllm"):
             assert (await made.http.get(path)).status_code == 401
             shown = {"authorization": "Bearer a-token-for-metrics"}
             assert (await made.http.get(path, headers=shown)).status_code == 200
@@ -176,7 +176,7 @@ async def test_without_the_setting_there_is_no_alias() -> None:
     async with watched() as made:
         answer = await made.http.get("/metrics/vllm")
         assert answer.status_code == 404
-        assert answer.json()["error"]["message"] == "there is no page 'vllm' of metrics; there are targets"
+        assert answer.json()["error"]["message"] == "there is no page 'vllm' of metrics; there are fleet, targets"
 
 
 async def test_the_event_loops_lag_is_measured() -> None:

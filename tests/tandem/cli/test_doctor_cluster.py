@@ -49,9 +49,9 @@ class World:
         self.answers[address] = replace(self.answers[address], info=replace(self.answers[address].info, **fields))
 
 
-def dated(seconds: float) -> httpx.Response:
+def dated(seconds: float, status: int = 200) -> httpx.Response:
     """An answer of a machine whose clock is ahead by so much."""
-    answer = httpx.Response(200, headers={"date": format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))})
+    answer = httpx.Response(status, headers={"date": format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))})
     answer.elapsed = timedelta(0)
     return answer
 
@@ -105,16 +105,22 @@ def test_a_silent_and_a_draining_worker(world: World) -> None:
 
 def test_a_worker_that_is_not_reached(world: World) -> None:
     del world.answers[D]
-    world.silent[D] = "connection refused"
+    world.silent[D] = f"no worker answers at {D}: connection refused"
     world.page = lambda address: None
     found = wrong()
     assert found[f"decode {D}"] == Check(
         f"decode {D}",
-        "does not answer: connection refused",
+        f"no worker answers at {D}: connection refused",
         State.ERROR,
         "is it running, and may this machine reach its gRPC port? TANDEM_TOKEN or --tls-* must be the cluster's",
     )
     assert found[f"metrics {D}9"].state is State.WARNING
+
+
+def test_a_metrics_port_where_something_else_answers(world: World) -> None:
+    world.page = lambda address: dated(0, 404 if address.startswith(D) else 200)
+    (check,) = wrong().values()
+    assert (check.name, check.found, check.state) == (f"metrics {D}9", "answers 404", State.WARNING)
 
 
 def test_a_restarted_worker_and_a_stale_address(world: World) -> None:

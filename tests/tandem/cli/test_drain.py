@@ -15,21 +15,23 @@ from rich.console import Console
 from tandem.cli.drain import drained
 from tandem.cluster import Role
 from tandem.config import DrainConfig
-from tandem.errors import BadRequest, ConfigError, Unavailable
+from tandem.errors import BadRequest, ConfigError, Fenced, Unavailable
 from tandem.ports import free_ports
 from tandem.testing.workers import FakeWorker
 from tandem.trust import Trust
 
 SECRET = "secret-of-sixteen"
+READERS = "of-metrics-readers"
 
 
 @dataclass
 class Fleet:
-    """A router's metrics page, and the workers on it."""
+    """A router's fleet page, and the workers on it."""
 
     router: str
     first: FakeWorker
     second: FakeWorker
+    listed: list[dict[str, str]]
 
 
 @asynccontextmanager
@@ -38,30 +40,38 @@ async def fleet() -> AsyncIterator[Fleet]:
         FakeWorker(Role.DECODE, incarnation="abcd1111") as first,
         FakeWorker(Role.PREFILL, incarnation="abcd2222") as second,
     ):
-        lines = [f'tandem_fleet_pages{{role="x",worker="{each.info.address}"}} 1' for each in (first, second)]
+        listed = [
+            {"incarnation": each.info.incarnation, "role": each.info.role.value, "address": each.info.address}
+            for each in (first, second)
+        ]
 
-        async def metrics(request: web.Request) -> web.Response:
-            if request.headers.get("authorization") != f"Bearer {SECRET}":
+        async def page(request: web.Request) -> web.Response:
+            if request.headers.get("authorization") not in (f"Bearer {SECRET}", f"Bearer {READERS}"):
                 return web.Response(status=401)
-            return web.Response(text="\n".join(["# TYPE tandem_fleet_pages gauge", *lines, ""]))
+            return web.json_response({"workers": listed})
+
+        async def other(_: web.Request) -> web.Response:
+            return web.Response(text="<html>", content_type="text/html")
 
         app = web.Application()
-        app.router.add_get("/metrics", metrics)
+        app.router.add_get("/metrics/fleet", page)
+        app.router.add_get("/other/metrics/fleet", other)
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         try:
-            yield Fleet(f"127.0.0.1:{runner.addresses[0][1]}", first, second)
+            yield Fleet(f"127.0.0.1:{runner.addresses[0][1]}", first, second, listed)
         finally:
             await runner.cleanup()
 
 
-async def told(worker: str, router: str = "127.0.0.1:1", token: str | None = SECRET) -> str:
+async def told(worker: str, router: str = "127.0.0.1:1", token: str | None = SECRET, readers: str | None = None) -> str:
     """What the command says."""
     out = io.StringIO()
-    secret = None if token is None else SecretStr(token)
-    config = DrainConfig(worker=worker, router=router, token=secret)
+    secrets = {"token": token, "metrics_token": readers}
+    given = {name: SecretStr(secret) for name, secret in secrets.items() if secret is not None}
+    config = DrainConfig(worker=worker, router=router, **given)
     await drained(config, Console(file=out, soft_wrap=True, highlight=False))
     return out.getvalue()
 
@@ -97,11 +107,27 @@ async def test_who_cannot_be_asked_is_named() -> None:
     (port,) = free_ports(1)
     with pytest.raises(Unavailable, match=f"^no worker answers at 127.0.0.1:{port}: "):
         await told(f"127.0.0.1:{port}")
-    with pytest.raises(Unavailable, match=f"^--router is 127.0.0.1:{port}; no router answers there: "):
+    with pytest.raises(Unavailable, match=f"^--router: no router answers at http://127.0.0.1:{port}: "):
         await told("abcd", f"127.0.0.1:{port}")
     async with fleet() as made:
-        with pytest.raises(ConfigError, match="needs a key: set TANDEM_TOKEN"):
+        with pytest.raises(ConfigError, match="needs a key: set TANDEM_API_KEY"):
             await told("abcd", made.router, token=None)
+        with pytest.raises(BadRequest, match="/other/metrics/fleet is no JSON; is it a Tandem router"):
+            await told("abcd", f"{made.router}/other")
+
+
+async def test_who_may_read_metrics_may_ask_a_router() -> None:
+    async with fleet() as made:
+        assert "prefill worker abcd2222" in await told("abcd2", made.router, token=None, readers=READERS)
+        assert made.second.drained == ["abcd2222"]
+
+
+async def test_a_worker_that_was_started_again_meanwhile_is_left_alone() -> None:
+    async with fleet() as made:
+        made.listed[0]["incarnation"] = "eeee9999"
+        with pytest.raises(Fenced, match=f"^eeee9999 is no more; abcd1111 answers at {made.first.info.address}$"):
+            await told("eeee", made.router)
+        assert made.first.drained == []
 
 
 async def test_a_wrong_token_is_named() -> None:

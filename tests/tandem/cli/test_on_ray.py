@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +20,11 @@ from tandem.cli.on_ray.resources import Node, amounts, demands, lacking
 from tandem.cli.on_ray.serve import Launcher, application
 from tandem.cli.on_ray.targets import targets, write
 from tandem.cli.options import build
+from tandem.cluster import Role
 from tandem.config import UpConfig, own_settings, search_path
 from tandem.errors import ConfigError, Unavailable
 from tandem.ports import free_ports
+from tandem.testing.workers import fake_info
 
 SECRET = "a-secret-of-sixteen-characters"
 HEAD = Node("1", "10.0.0.1", {"CPU": 4, "GPU": 0}, True)
@@ -138,7 +139,7 @@ def test_settings_from_the_environment_travel_and_secrets_do_not(monkeypatch: py
 
 def test_children_import_what_their_actor_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/theirs")
-    assert search_path(Path("/work/tandem")) == {"PYTHONPATH": "/work/tandem:/theirs"}
+    assert search_path(Path("/srv/tandem")) == {"PYTHONPATH": "/srv/tandem:/theirs"}
     assert search_path(Path("/lib/site-packages")) == {}
 
 
@@ -197,7 +198,7 @@ def test_how_an_actor_was_lost_is_said_in_a_line() -> None:
 
 
 def test_every_metrics_page_that_stands_is_listed(tmp_path: Path) -> None:
-    info: Any = SimpleNamespace(metrics_port=9)
+    info = fake_info(Role.DECODE, address="10.0.0.2:6", metrics_port=9)
     units = [
         Unit("router", "router", 0, host="10.0.0.1", port=5, http_port=8000, pid=1),
         Unit("decode-0", "decode", 0, host="10.0.0.2", port=6, pid=2, info=info),
@@ -205,12 +206,14 @@ def test_every_metrics_page_that_stands_is_listed(tmp_path: Path) -> None:
         Unit("decode-2", "decode", 2),
     ]
     file = tmp_path / "targets.json"
-    write(file, targets(units, "0.0.0.0"))
-    assert json.loads(file.read_text()) == [
-        {"targets": ["10.0.0.1:8000"], "labels": {"role": "router", "process": "router", "node": "10.0.0.1"}},
-        {"targets": ["10.0.0.2:9"], "labels": {"role": "decode", "process": "decode-0", "node": "10.0.0.2"}},
-    ]
-    assert targets(units[:1], "127.0.0.1")[0]["targets"] == ["127.0.0.1:8000"]
+    write(file, targets(units, "0.0.0.0", "chat"))
+    router, decode = json.loads(file.read_text())
+    # What deploy/prometheus/rules and the dashboards select by.
+    labels = {"component": "router", "model": "chat", "node": "10.0.0.1"}
+    assert router == {"targets": ["10.0.0.1:8000"], "labels": labels}
+    labels = {"component": "decode", "model": "chat", "instance": "10.0.0.2:6", "node": "10.0.0.2"}
+    assert decode == {"targets": ["10.0.0.2:9"], "labels": labels}
+    assert targets(units[:1], "127.0.0.1", "chat")[0]["targets"] == ["127.0.0.1:8000"]
     assert list(tmp_path.iterdir()) == [file]
 
 
