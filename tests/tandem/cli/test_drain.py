@@ -69,9 +69,8 @@ async def fleet() -> AsyncIterator[Fleet]:
 async def told(worker: str, router: str = "127.0.0.1:1", token: str | None = SECRET, readers: str | None = None) -> str:
     """What the command says."""
     out = io.StringIO()
-    secrets = {"token": token, "metrics_token": readers}
-    given = {name: SecretStr(secret) for name, secret in secrets.items() if secret is not None}
-    config = DrainConfig(worker=worker, router=router, **given)
+    secret, reading = (None if each is None else SecretStr(each) for each in (token, readers))
+    config = DrainConfig(worker=worker, router=router, token=secret, metrics_token=reading)
     await drained(config, Console(file=out, soft_wrap=True, highlight=False))
     return out.getvalue()
 
