@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from decode_worker.grammars import MakeConstraint
 from tandem.engine.sequence import Seq
 from tandem.types import Delta, FinishReason, GenerateRequest, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from decode_worker.tracing import RequestSpans
+    from decode_worker.prefill_client import Outcome
+
+
+class RequestTrace(Protocol):
+    """Who is told how a traced request goes, and when, in seconds of the event loop (`decode_worker/tracing.py`)."""
+
+    def prepared(self, now: float) -> None:
+        """It was admitted, and its prompt's turn begins."""
+
+    def hand_over(self, now: float) -> tuple[str, str]:
+        """A prefill worker is asked. Returns what that worker's spans belong to: `traceparent`, `tracestate`."""
+
+    def landed(self, now: float, outcome: Outcome, moved_tokens: int) -> None:
+        """The hand-over has ended."""
+
+    def ended(self, record: Request, now: float) -> None:
+        """Every choice has ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +112,7 @@ class Request:
     hand_over_ms: float = 0.0
     first_token_at: float | None = None
     finished_at: float | None = None
-    spans: RequestSpans | None = None
+    spans: RequestTrace | None = None
     """Makes its trace; None where it is not traced."""
 
     @property

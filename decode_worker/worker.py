@@ -6,13 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from decode_worker.admission import Limits, check, wants_hand_over
 from decode_worker.grammars import Grammars
 from decode_worker.outbox import Outbox, ResumeAt
 from decode_worker.prefill_client import PrefillClient
-from decode_worker.requests import Choice, Request, make_request
+from decode_worker.requests import Choice, Request, RequestTrace, make_request
 from decode_worker.tenants import TenantLedger
 from kvtransfer.pairs import Target
 from tandem.cluster import WorkerInfo
@@ -28,9 +27,6 @@ from tandem.worker.kv_sink import PageSink, Reservations
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.promises import Promises
 from tandem.worker.publish import Publisher
-
-if TYPE_CHECKING:
-    from decode_worker.tracing import RequestSpans
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +49,7 @@ class DecodeWorker:
         grammars: Grammars,
     ) -> None:
         self.info = info
-        self.trace: Callable[[GenerateRequest, str, float], RequestSpans] | None = None
+        self.trace: Callable[[GenerateRequest, str, float], RequestTrace] | None = None
         """Of a traced request, the sequence that leads it, and when it came; None where nothing is traced."""
         self.dispatches: dict[str, int] = {}
         self.draining = False
