@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,18 +19,12 @@ from kvtransfer.transfer_thread import TransferThread
 from tandem.cluster import Ticket, new_id
 from tandem.kv import KvLayout
 from tandem.testing.kv import FakeSource, small_layout
+from tandem.testing.polling import eventually
 from tandem.types import TokenIds
 from tandem.wire.v1 import handover_pb2_grpc as rpc
 
 TOKENS: TokenIds = tuple(range(1000, 2337))
 SETTINGS = InboundSettings(slab_mib=0.125, span_tokens=32, lease_s=5.0, handshake_deadline_s=20.0, quiesce_s=5.0)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for something that another task or thread will make true."""
-    async with asyncio.timeout(15):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class FaultyBackend(InprocBackend):

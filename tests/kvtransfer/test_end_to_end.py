@@ -15,7 +15,8 @@ from tandem.cluster import Ticket, new_id
 from tandem.errors import Fenced, Overloaded, Unavailable
 from tandem.kv import Span
 from tandem.testing.kv import Buffer, FakeSink
-from tests.kvtransfer.rig import SETTINGS, TOKENS, FaultyBackend, eventually, make_rig
+from tandem.testing.polling import eventually
+from tests.kvtransfer.rig import SETTINGS, TOKENS, FaultyBackend, make_rig
 
 
 @pytest.fixture(params=[InprocBackend, TcpBackend])

@@ -21,7 +21,8 @@ from tandem.cluster import Ticket, new_id
 from tandem.config import child_environment
 from tandem.errors import ConfigError, Fenced, Unavailable
 from tandem.testing.kv import FakeSink, small_layout
-from tests.kvtransfer.rig import TOKENS, eventually
+from tandem.testing.polling import eventually
+from tests.kvtransfer.rig import TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = small_layout()

@@ -13,7 +13,8 @@ from kvtransfer.base import Buffer, Link, TransportError
 from kvtransfer.manifest import NO_DIGEST, Manifest, digest
 from kvtransfer.transfer_thread import TransferThread, in_thread
 from tandem.errors import Overloaded, Unavailable
-from tests.kvtransfer.rig import FaultyBackend, eventually
+from tandem.testing.polling import eventually
+from tests.kvtransfer.rig import FaultyBackend
 
 TICKET = "a" * 32
 STAGING: Buffer = np.arange(4096, dtype=np.uint64).view(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -11,16 +11,10 @@ from router.control import ControlPlane
 from router.dispatch import Accepted, Dispatcher
 from tandem.cluster import Role, new_id
 from tandem.config import RouterConfig
+from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.testing.workers import FakeWorker
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
-
-
-async def eventually(condition: Callable[[], object], what: str = "") -> None:
-    """Polls a condition of the router's, which has no event to wait for."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Cluster:

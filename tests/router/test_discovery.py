@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tandem.cluster import Role
 from tandem.config import RouterConfig
 from tandem.errors import ConfigError, Fenced
 from tandem.ports import free_ports
+from tandem.testing.polling import eventually
 from tandem.testing.workers import FakeWorker
 
 
@@ -75,12 +75,6 @@ async def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path: Path) -> 
     path.write_text("workers: {a: 1}")
     with pytest.raises(ConfigError, match="must be a list of host:port"):
         await WorkersFile(path, Names()).start()
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_the_fleet_takes_workers_in_and_gives_those_that_are_unlisted_nothing_more(tmp_path: Path) -> None:

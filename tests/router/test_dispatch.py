@@ -11,10 +11,11 @@ from tandem.cluster import CacheEvent, EventKind, MoveStat, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import BadRequest, ContextTooLong, Overloaded, Unavailable
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.testing.workers import MODEL, FakeWorker, answer
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
-from tests.router.dispatch_cluster import STOP, cluster, eventually, read, request
+from tests.router.dispatch_cluster import STOP, cluster, read, request
 
 
 async def test_a_request_goes_to_the_decode_worker_and_its_tokens_come_back() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tandem.testing.polling import eventually
 from tandem.testing.workers import answer
 from tandem.types import FinishReason
-from tests.router.dispatch_cluster import STOP, cluster, eventually, read, request
+from tests.router.dispatch_cluster import STOP, cluster, read, request
 
 
 async def test_a_worker_that_is_given_up_in_the_moment_of_its_answer_costs_only_a_retry(

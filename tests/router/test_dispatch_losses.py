@@ -12,10 +12,11 @@ import pytest
 from router.dispatch_submit import cost_of
 from tandem.cluster import Candidate, Role, new_id
 from tandem.errors import Quarantined, WorkerLost
+from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.testing.workers import FakeWorker, answer
 from tandem.types import FinishReason
-from tests.router.dispatch_cluster import STOP, cluster, eventually, read, request
+from tests.router.dispatch_cluster import STOP, cluster, read, request
 
 
 async def test_what_a_stream_that_broke_before_the_answer_carried_is_asked_for_again() -> None:

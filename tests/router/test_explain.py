@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,6 +20,7 @@ from tandem.cluster import CacheEvent, Candidate, EventKind, Plan, Role, new_id
 from tandem.config import RouterConfig
 from tandem.errors import Overloaded
 from tandem.kv import HashRoot, block_hashes
+from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.testing.workers import FakeWorker, answer
 from tandem.types import FinishReason, GenerateRequest, SamplingParams, Usage
@@ -163,13 +163,6 @@ def test_a_route_names_no_address_and_no_whole_id() -> None:
     assert route(made, 64, 200, None) == (
         f"decode={made.decode[:8]};prefill=local;cached=64;expected=64;prompt=200;policy=cost"
     )
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    """Polls a condition of the router's, which has no event to wait for."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

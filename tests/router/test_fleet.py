@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from router.workers.snapshot import Load
 from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, Status, WorkerInfo
 from tandem.errors import BadRequest, ConfigError, Fenced, TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane
+from tandem.testing.polling import eventually
 from tandem.testing.workers import MODEL, FakeWorker, fake_info
 from tandem.wire import codec
 from tandem.wire.failures import error_of_rpc
@@ -65,12 +66,6 @@ async def following(*addresses: str, lease_s: float = 5.0) -> AsyncIterator[Sett
     finally:
         await setting.fleet.close()
     assert setting.fleet.snapshot().decode == setting.fleet.snapshot().prefill == ()
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_snapshot_then_events_reach_the_index() -> None:

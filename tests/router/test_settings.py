@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +14,7 @@ from router.control import ControlPlane
 from tandem.cluster import CacheEvent, EventKind, Role, new_id
 from tandem.config import RouterConfig
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
+from tandem.testing.polling import eventually
 from tandem.testing.workers import MODEL, FakeWorker, fake_info
 from tandem.types import GenerateRequest, SamplingParams
 from tandem.wire import codec
@@ -22,12 +22,6 @@ from tandem.wire.v1 import worker_pb2, worker_pb2_grpc
 
 PROMPT = tuple(range(1, 4 * BLOCK_TOKENS + 2))
 HASHES = tuple(block_hashes(HashRoot("tandem", MODEL.fingerprint, "float32").digest(), PROMPT))
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

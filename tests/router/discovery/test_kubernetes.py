@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from router.discovery.kubernetes_errors import ApiAway, ApiRefused
 from tandem.cluster import Role
 from tandem.errors import ConfigError, Unavailable
 from tandem.testing.kubernetes import KubernetesEmulator, pod
+from tandem.testing.polling import eventually
 from tests.security.rig import Authority
 
 SELECTOR = "app=tandem"
@@ -40,12 +41,6 @@ class Notes:
 
     async def becomes(self, *addresses: str) -> None:
         await eventually(lambda: set(self.now) == set(addresses))
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

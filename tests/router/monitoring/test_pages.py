@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from router.monitoring.monitor import monitored
 from router.requests.texts import ModelTexts
 from tandem.cluster import CacheEvent, EventKind, MoveStat, Role, Status
 from tandem.config import RouterConfig
+from tandem.testing.polling import eventually
 from tandem.testing.workers import FakeWorker
 
 
@@ -46,12 +47,6 @@ async def watched(**settings: Any) -> AsyncIterator[Watched]:
         transport = httpx.ASGITransport(create_app(config, api))
         async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
             yield Watched(control, metrics, http)
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def addresses(*workers: FakeWorker) -> tuple[str, ...]:
