@@ -81,6 +81,8 @@ async def test_the_chart_serves(tmp_path: Path) -> None:
             router = release.routers()["name"]
             await until(client, f"http://127.0.0.1:{http}/ready", processes[router], roots[router] / "log")
             assert "Tandem" in await asked(release, f"127.0.0.1:{http}", tmp_path / "key")
+            told = await explained(client, f"http://127.0.0.1:{http}", secret)
+            assert POD_IPS["decode"] in told
         finally:
             for process in processes.values():
                 if process.returncode is None:
@@ -95,6 +97,19 @@ def described(template: Object, address: str) -> Object:
     conditions = [{"type": "Ready", "status": "False"}]
     status = {"phase": "Running", "podIP": address, "conditions": conditions}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"], "status": status}
+
+
+async def explained(client: httpx.AsyncClient, url: str, secret: Object) -> str:
+    """What `tandem explain` in a router's pod says of a request: the pod has the cluster's token and no API key."""
+    question = {"model": "tandem-demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    bearer = {"authorization": f"Bearer {secret_text(secret, 'api-key')}"}
+    answer = await client.post(f"{url}/v1/chat/completions", json=question, headers=bearer)
+    command = [sys.executable, "-m", "tandem.cli", "explain", answer.headers["x-request-id"], "--url", url, "--json"]
+    own = child_environment({"TANDEM_API_KEY": secret_text(secret, "token")})
+    process = await asyncio.create_subprocess_exec(*command, env=own, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+    assert process.returncode == 0
+    return said.decode()
 
 
 async def asked(release: Release, address: str, key: Path) -> str:
