@@ -33,6 +33,7 @@ from tandem.config.fields import (
     Transport,
     check_drafter,
     existing_file,
+    file_in_a_folder,
 )
 from tandem.config.process import TracedSettings
 from tandem.ports import is_loopback
@@ -134,7 +135,7 @@ class UpConfig(TracedSettings):
     ray_wait_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         10.0, description="seconds to wait for resources: with an autoscaler, as long as a node takes to come"
     )
-    ray_targets: Path | None = Field(
+    ray_targets: Annotated[Path, AfterValidator(file_in_a_folder)] | None = Field(
         None, description="file that is kept up to date with all metrics pages, for Prometheus' file_sd_configs"
     )
 

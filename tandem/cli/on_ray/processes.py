@@ -41,9 +41,13 @@ class Unit:
     info: WorkerInfo | None = None
     """What a worker that stands says of itself."""
     pid: int = 0
-    """Of a router's process, or a worker's."""
+    """Of its process once that has answered; 0 after it was told to end."""
     lost_at: float | None = None
-    """When it was lost last, on the launcher's monotonic clock; None while it stands."""
+    """Since when it does not stand, on the launcher's monotonic clock; None while it stands."""
+    losses: int = 0
+    """Since it stood last: actors lost or refused, processes ended."""
+    said: str = ""
+    """What people were told of it last, since it stood last."""
 
     @property
     def address(self) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from tandem.cli.app import run
 from tandem.cli.on_ray.connect import bootstrap_address, check_reachable, connect, explained
-from tandem.cli.on_ray.launch import lost
+from tandem.cli.on_ray.keeper import lost
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.on_ray.resources import Node, amounts, demands, lacking
 from tandem.cli.on_ray.serve import Launcher, application
@@ -53,6 +53,8 @@ def test_resources_are_names_and_amounts() -> None:
         ({"ray_prefill_resources": "CPU=0"}, "--ray-prefill-resources: nothing is asked for; CPU=1 is the default"),
         ({"on": "local", "ray_address": "a:1"}, "--ray-address is given; it needs --on ray"),
         ({"ray_wait_s": -1}, "--ray-wait-s: "),
+        ({"ray_targets": "/none/targets.json"}, "--ray-targets: there is no folder /none"),
+        ({"ray_targets": "/"}, "--ray-targets: this is a folder; give a file in it"),
     ],
 )
 def test_wrong_settings_are_named(given: dict[str, Any], line: str) -> None:
