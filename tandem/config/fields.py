@@ -45,15 +45,6 @@ def existing_file(path: Path) -> Path:
     return path
 
 
-def file_in_a_folder(path: Path) -> Path:
-    """Refuses paths at which no file can be made: their folder is missing, or they are one."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError("this is a folder; give a file in it")
-    return path
-
-
 def http_url(value: str) -> str:
     """Refuses what is neither empty nor the URL of a host; what is in it, command lines show."""
     try:

@@ -33,7 +33,6 @@ from tandem.config.fields import (
     Transport,
     check_drafter,
     existing_file,
-    file_in_a_folder,
 )
 from tandem.config.process import TracedSettings
 from tandem.ports import is_loopback
@@ -135,7 +134,7 @@ class UpConfig(TracedSettings):
     ray_wait_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         10.0, description="seconds to wait for resources: with an autoscaler, as long as a node takes to come"
     )
-    ray_targets: Annotated[Path, AfterValidator(file_in_a_folder)] | None = Field(
+    ray_targets: Path | None = Field(
         None, description="file that is kept up to date with all metrics pages, for Prometheus' file_sd_configs"
     )
 

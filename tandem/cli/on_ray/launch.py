@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import secrets
 import signal
+from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -37,9 +39,22 @@ def up_on_ray(config: UpConfig) -> int:
     config = config.model_copy(update={"token": config.token or SecretStr(secrets.token_urlsafe(SECRET_BYTES))})
     connection = connect(config.ray_address)
     try:
+        if config.ray_targets is not None:
+            check_listable(config.ray_targets)
         return asyncio.run(OnRay(config, connection).run())
     finally:
         connection.close()
+
+
+def check_listable(file: Path) -> None:
+    """Raises ConfigError where `--ray-targets` cannot be written. Looked at late: Ray itself makes /tmp/ray."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--ray-targets: there is no folder {folder}", "ray_targets")
+    if file.is_dir():
+        raise ConfigError(f"--ray-targets: {file} is a folder; give a file in it", "ray_targets")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--ray-targets: nothing can be written in {folder}", "ray_targets")
 
 
 class OnRay:

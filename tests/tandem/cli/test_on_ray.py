@@ -15,6 +15,7 @@ import pytest
 from tandem.cli.app import run
 from tandem.cli.on_ray.connect import bootstrap_address, check_reachable, connect, explained
 from tandem.cli.on_ray.keeper import lost
+from tandem.cli.on_ray.launch import check_listable, up_on_ray
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.on_ray.resources import Node, amounts, demands, lacking
 from tandem.cli.on_ray.serve import Launcher, application
@@ -53,8 +54,6 @@ def test_resources_are_names_and_amounts() -> None:
         ({"ray_prefill_resources": "CPU=0"}, "--ray-prefill-resources: nothing is asked for; CPU=1 is the default"),
         ({"on": "local", "ray_address": "a:1"}, "--ray-address is given; it needs --on ray"),
         ({"ray_wait_s": -1}, "--ray-wait-s: "),
-        ({"ray_targets": "/none/targets.json"}, "--ray-targets: there is no folder /none"),
-        ({"ray_targets": "/"}, "--ray-targets: this is a folder; give a file in it"),
     ],
 )
 def test_wrong_settings_are_named(given: dict[str, Any], line: str) -> None:
@@ -217,6 +216,26 @@ def test_every_metrics_page_that_stands_is_listed(tmp_path: Path) -> None:
     assert decode == {"targets": ["10.0.0.2:9"], "labels": labels}
     assert targets(units[:1], "127.0.0.1", "chat")[0]["targets"] == ["127.0.0.1:8000"]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_list_that_could_not_be_written_is_told_before_anything_starts(tmp_path: Path) -> None:
+    for file, why in (
+        (tmp_path / "none" / "targets.json", f"there is no folder {tmp_path}/none"),
+        (tmp_path, f"{tmp_path} is a folder; give a file in it"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--ray-targets: {why}$"):
+            check_listable(file)
+    check_listable(tmp_path / "targets.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_is_looked_at_once_ray_has_made_its_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    closed: list[bool] = []
+    connection = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr("tandem.cli.on_ray.launch.connect", lambda _: connection)
+    with pytest.raises(ConfigError, match=r"^--ray-targets: there is no folder"):
+        up_on_ray(settings(ray_targets=tmp_path / "none" / "targets.json"))
+    assert closed == [True]
 
 
 def test_serve_hears_of_a_launcher_that_ended(tmp_path: Path) -> None:
