@@ -20,8 +20,10 @@ from tandem.cli.on_ray import keeper as module
 from tandem.cli.on_ray.keeper import MAX_DELAY_S, Keeper, delay
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.options import build
+from tandem.cluster import Role, WorkerInfo
 from tandem.config import UpConfig
 from tandem.errors import ConfigError
+from tandem.testing.workers import fake_info
 
 LIMIT_S = 20.0
 PLACE = {"host": "10.0.0.2", "version": tandem.__version__, "port": 7, "http_port": 8000, "refusal": ""}
@@ -98,8 +100,8 @@ class Cluster:
             self.fail(repr(error))
 
 
-async def met(*_: Any) -> Any:
-    return SimpleNamespace(pid=9, metrics_port=6)
+async def met(*_: Any) -> WorkerInfo:
+    return fake_info(Role.DECODE, address="10.0.0.2:7", pid=9, metrics_port=6)
 
 
 @pytest.fixture(autouse=True)
