@@ -17,7 +17,7 @@ from router.admission.tenants import read_keys
 from tandem.cli.app import make_app
 from tandem.cli.options import build
 from tandem.config import DecodeConfig, PrefillConfig, ProcessConfig, RouterConfig
-from tests.helm.chart import ROOT
+from tests.deploy.monitoring import ROOT
 
 IMAGES = ROOT / "deploy" / "images"
 FILES = tuple(sorted(IMAGES.glob("*.Dockerfile")))
