@@ -27,7 +27,6 @@ from tandem.config import (
     TrainDraftConfig,
     UpConfig,
     WorkerConfig,
-    client_key,
 )
 from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.hub import resolve_drafter, resolve_model, served_name
@@ -134,8 +133,9 @@ def _explain(
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of tables")] = False,
 ) -> None:
     from tandem.cli.explain import explain
+    from tandem.cli.fleet_client import FleetClient
 
-    explain(request_id, url, ladder, client_key(), as_json)
+    explain(request_id, FleetClient(url, build(ProcessConfig, {}), "--url"), ladder, as_json)
 
 
 def _with_folder(config: W) -> W:

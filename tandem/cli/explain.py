@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from tandem.errors import BadRequest, ConfigError, TandemError, Unavailable
+from tandem.cli.fleet_client import FleetClient
+from tandem.errors import BadRequest, ConfigError
 
-TIMEOUT_S = 10.0
 LADDER = "tandem_hit_ladder_tokens"
 RUNGS = {
     "prompt": "tokens of whole blocks in prompts",
@@ -25,18 +24,11 @@ RUNGS = {
 SHORT_ID = 8
 
 
-def explain(request_id: str, url: str, ladder: bool, api_key: str, as_json: bool) -> None:
-    """Asks a router and prints. Raises ConfigError for wrong arguments, Unavailable when the router does not answer."""
+def explain(request_id: str, client: FleetClient, ladder: bool, as_json: bool) -> None:
+    """Asks a router and prints. Raises ConfigError for wrong arguments, and what `FleetClient.get` raises."""
     if bool(request_id) == ladder:
         raise ConfigError("give either the id of a request or --ladder")
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    path = "/metrics" if ladder else f"/v1/explain/{request_id}"
-    try:
-        response = httpx.get(url.rstrip("/") + path, headers=headers, timeout=TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unavailable(f"--url: the router at {url} does not answer: {error}") from None
-    if response.status_code != httpx.codes.OK:
-        raise _refusal(response)
+    response = client.get("/metrics" if ladder else f"/v1/explain/{request_id}")
     console = Console(soft_wrap=True)
     if ladder:
         rungs = ladder_of(response.text)
@@ -47,14 +39,6 @@ def explain(request_id: str, url: str, ladder: bool, api_key: str, as_json: bool
         for request in response.json()["requests"]:
             for part in story_tables(request):
                 console.print(part)
-
-
-def _refusal(response: httpx.Response) -> TandemError:
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = "no reason given"
-    return BadRequest(f"the router answers {response.status_code}: {message}")
 
 
 def ladder_of(page: str) -> dict[str, int]:

@@ -18,15 +18,17 @@ PAGES_AT_ONCE = 16
 
 
 class FleetClient:
-    """One router. Shows `TANDEM_API_KEY` or else the cluster's own secret to it, and the metrics' secret to workers."""
+    """One router. Shows `TANDEM_API_KEY` or else a secret of the cluster's own to it, and the metrics' to workers."""
 
-    def __init__(self, router: str, config: ProcessConfig) -> None:
-        """router: HOST:PORT of its HTTP port, or a URL. config: the secrets."""
+    def __init__(self, router: str, config: ProcessConfig, flag: str = "--router") -> None:
+        """router: HOST:PORT of its HTTP port, or a URL. config: the secrets. flag: names the router in errors."""
+        self._flag = flag
         self.url = (router if "://" in router else f"http://{router}").rstrip("/")
         cluster, metrics = (
             secret.get_secret_value() if secret is not None else "" for secret in (config.token, config.metrics_token)
         )
-        self._for_router = _bearer(client_key() or metrics or cluster)
+        self._for_pages = _bearer(client_key() or metrics or cluster)
+        self._for_requests = _bearer(client_key() or cluster)
         self._for_workers = _bearer(metrics)
 
     def fleet(self) -> dict[str, Any]:
@@ -35,21 +37,22 @@ class FleetClient:
         try:
             found: dict[str, Any] = self.get(path).json()
         except ValueError:
-            raise BadRequest(f"--router: {self.url}{path} is no JSON; is it a Tandem router?") from None
+            raise BadRequest(f"{self._flag}: {self.url}{path} is no JSON; is it a Tandem router?") from None
         return found
 
     def get(self, path: str) -> httpx.Response:
         """A page of the router. Raises Unavailable when nobody answers, ConfigError when the key does not open it."""
         try:
-            answer = httpx.get(self.url + path, headers=self._for_router, timeout=TIMEOUT_S, trust_env=False)
+            headers = self._for_pages if path.startswith("/metrics") else self._for_requests
+            answer = httpx.get(self.url + path, headers=headers, timeout=TIMEOUT_S, trust_env=False)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            text = f"--router: no router answers at {self.url}: {error}; start it, or give its HTTP address HOST:PORT"
-            raise Unavailable(text) from None
+            fix = "start it, or give its HTTP address HOST:PORT"
+            raise Unavailable(f"{self._flag}: no router answers at {self.url}: {error}; {fix}") from None
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             need = "set TANDEM_API_KEY to an operator's key, TANDEM_METRICS_TOKEN, or TANDEM_TOKEN to the cluster's"
-            raise ConfigError(f"--router: {self.url}{path} needs a key: {need}")
+            raise ConfigError(f"{self._flag}: {self.url}{path} needs a key: {need}")
         if answer.status_code != httpx.codes.OK:
-            raise BadRequest(f"--router: {self.url}{path} answers {answer.status_code}; is it a Tandem router?")
+            raise BadRequest(f"{self._flag}: {self.url}{path} answers {answer.status_code}{_reason(answer)}")
         return answer
 
     def worker_page(self, address: str, path: str = "/metrics") -> httpx.Response | None:
@@ -74,6 +77,14 @@ class FleetClient:
             for name, page in zip(where, pages, strict=True)
             if page is not None and page.status_code == httpx.codes.OK
         }
+
+
+def _reason(answer: httpx.Response) -> str:
+    """Of an answer that is none, as a router says it."""
+    try:
+        return f": {answer.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return "; is it a Tandem router?"
 
 
 def _bearer(secret: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from tandem.cli.app import run
 from tandem.cli.explain import ladder_of, ladder_table, story_tables
 from tandem.errors import BadRequest
+from tandem.ports import free_ports
 
 PAGE = """# TYPE tandem_hit_ladder_tokens_total counter
 tandem_hit_ladder_tokens_total{rung="prompt"} 1000.0
@@ -127,7 +128,24 @@ def test_the_command_asks_the_router(
     assert "perfect_routing" in capsys.readouterr().out
     assert asked == [(f"/v1/explain/{'a' * 32}", "Bearer k"), ("/metrics", None)]
     assert run(["explain", "b", "--url", url]) == 1
-    assert "404: not known" in capsys.readouterr().err
+    assert f"--url: {url}/v1/explain/b answers 404: not known" in capsys.readouterr().err
+
+
+def test_without_a_key_the_clusters_secrets_are_shown_where_they_count(
+    router: tuple[str, list[tuple[str, str | None]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = router
+    monkeypatch.setenv("TANDEM_TOKEN", "secret-of-sixteen")
+    monkeypatch.setenv("TANDEM_METRICS_TOKEN", "of-metrics-readers")
+    assert run(["explain", "a" * 32, "--url", url]) == 0
+    assert run(["explain", "--ladder", "--url", url]) == 0
+    assert [shown for _, shown in asked] == ["Bearer secret-of-sixteen", "Bearer of-metrics-readers"]
+
+
+def test_a_router_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    (port,) = free_ports(1)
+    assert run(["explain", "--ladder", "--url", f"http://127.0.0.1:{port}"]) == 1
+    assert capsys.readouterr().err.startswith(f"tandem: --url: no router answers at http://127.0.0.1:{port}: ")
 
 
 @pytest.mark.parametrize("arguments", [["explain"], ["explain", "a", "--ladder"]])
