@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from helm_python import Chart
+from helm_python import Chart, Config
 
 from tandem.testing import kubernetes
 
@@ -72,10 +72,13 @@ def _loaded() -> Chart:
     return Chart.load(CHART)
 
 
-def render(values: Mapping[str, Any] | None = None, name: str = "demo") -> Release:
-    """The chart with these values. Raises HelmError when they are refused."""
+def render(values: Mapping[str, Any] | None = None, name: str = "demo", config: Config | None = None) -> Release:
+    """The chart with these values. Raises HelmError when they are refused. config: a cluster for `lookup` to ask."""
     given = dict(values or {})
-    manifests = _loaded().render(given, name=name, namespace=NAMESPACE)
+    if config is None:
+        manifests = _loaded().render(given, name=name, namespace=NAMESPACE)
+    else:
+        manifests = config.render(_loaded(), given, name=name, namespace=NAMESPACE)
     notes = next(text for path, text in manifests.items() if path.endswith("NOTES.txt"))
     texts = [text for path, text in sorted(manifests.items()) if not path.endswith("NOTES.txt")]
     objects = [each for text in texts for each in yaml.safe_load_all(text) if each]

@@ -3,72 +3,88 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-import yaml
-from helm_python import Chart
+from helm_python.errors import HelmError
 
 from tandem.worker.metrics import WorkerMetrics
-from tests.helm.chart import CHART, NAMESPACE, Object, Release, render, selects
+from tests.helm.chart import NAMESPACE, Object, Release, render, selects
+from tests.helm.cluster import cluster
 
 KEDA: Object = {"kind": "keda", "keda": {"serverAddress": "http://prometheus:9090"}}
 POOLS: list[Object] = [
     {"name": "p", "role": "prefill", "replicas": 3},
     {"name": "d", "role": "decode", "workload": "LeaderWorkerSet"},
 ]
-Live = Callable[..., dict[str, Object]]
+NAMES = {"demo-tandem-p": "Deployment", "demo-tandem-d": "LeaderWorkerSet"}
 
 
-@pytest.fixture
-def upgraded(tmp_path: Path) -> Live:
-    """Workloads of the chart where `lookup`, which asks a cluster, finds one workload for every pool."""
-    folder = tmp_path / "chart"
-    shutil.copytree(CHART, folder)
-    helpers = folder / "templates" / "_helpers.tpl"
-    asks, answer = r"\{\{- lookup \$version [^}]*\}\}", "{{- .root.Values.live | toYaml -}}"
-    text, number = re.subn(asks, answer, helpers.read_text())
-    assert number == 1
-    helpers.write_text(text)
-    (folder / "values.schema.json").unlink()
-
-    def rendered(live: Object, autoscaling: Object) -> dict[str, Object]:
-        pools = [{**pool, "autoscaling": autoscaling} for pool in POOLS]
-        manifests = Chart.load(folder).render({"pools": pools, "live": live}, name="demo", namespace=NAMESPACE)
-        return _workloads(manifests[next(name for name in manifests if name.endswith("/pools.yaml"))])
-
-    return rendered
+def upgraded(live: Sequence[Object], autoscaling: Object) -> dict[str, Object]:
+    """The pools' workloads, as Helm renders them on a cluster that runs these."""
+    pools = [{**pool, "autoscaling": autoscaling} for pool in POOLS]
+    with cluster(*live) as api:
+        made = render({"pools": pools}, config=api)
+    return {each["metadata"]["name"]: each for each in made.objects if each["metadata"]["name"] in workloads(each)}
 
 
-def _workloads(text: str) -> dict[str, Object]:
-    return {each["metadata"]["name"]: each for each in yaml.safe_load_all(text) if each}
+def workloads(each: Object) -> set[str]:
+    """The pools' names, if this object is a workload."""
+    return {name for name, kind in NAMES.items() if each["kind"] == kind}
 
 
-@pytest.mark.parametrize("kind", ["hpa", "keda"])
-def test_a_pool_keeps_its_workers_when_a_scaler_takes_over(upgraded: Live, kind: str) -> None:
+def running(replicas: int, annotations: Mapping[str, str]) -> list[Object]:
+    """What a cluster says of both pools."""
+    found = []
+    for each in render({"pools": POOLS}).of("Deployment", "LeaderWorkerSet"):
+        if each["metadata"]["name"] in NAMES:
+            metadata = {**each["metadata"], "namespace": NAMESPACE, "annotations": dict(annotations)}
+            found.append({**each, "metadata": metadata, "spec": {**each["spec"], "replicas": replicas}})
+    return found
+
+
+def test_the_chart_marks_the_numbers_that_it_gives() -> None:
+    for each in render({"pools": POOLS}).of("Deployment", "LeaderWorkerSet"):
+        if each["metadata"]["name"] in NAMES:
+            assert each["metadata"]["annotations"] == {"tandem-replicas": "chart"}
+            assert each["spec"]["replicas"] == (3 if each["kind"] == "Deployment" else 1)
+
+
+@pytest.mark.parametrize(("kind", "replicas"), [("hpa", 3), ("keda", 0)])
+def test_a_pool_keeps_its_workers_when_a_scaler_takes_over(kind: str, replicas: int) -> None:
     """Helm resets a field that the chart no longer has: three workers would be one."""
-    before = {each["metadata"]["name"]: each for each in render({"pools": POOLS}).of("Deployment", "LeaderWorkerSet")}
-    live = before["demo-tandem-p"]
-    assert live["spec"]["replicas"] == 3
+    live = running(replicas, {"tandem-replicas": "chart"})
     for _ in range(2):  # and at every later upgrade
         after = upgraded(live, {**KEDA, "kind": kind, "minReplicas": 2})
-        assert {each["spec"]["replicas"] for each in after.values()} == {3}
-        live = {**after["demo-tandem-p"], "spec": {"replicas": 3}}
+        assert after.keys() == NAMES.keys() and {each["spec"]["replicas"] for each in after.values()} == {replicas}
+        live = list(after.values())
 
 
-def test_scaled_to_nothing_stays_so(upgraded: Live) -> None:
-    live = {"metadata": {"annotations": {"tandem-replicas": "chart"}}, "spec": {"replicas": 0}}
-    assert {each["spec"]["replicas"] for each in upgraded(live, KEDA).values()} == {0}
-
-
-@pytest.mark.parametrize("live", [{}, {"metadata": {"annotations": {"other": "x"}}, "spec": {"replicas": 7}}])
-def test_a_pool_that_was_always_scaled_has_no_number(upgraded: Live, live: Object) -> None:
+@pytest.mark.parametrize("live", [[], running(7, {"other": "x"})], ids=["new", "scaled"])
+def test_a_pool_that_was_always_scaled_has_no_number(live: list[Object]) -> None:
     """Another one than the scaler's would be set at each upgrade, and at a rollback."""
-    for each in upgraded(live, KEDA).values():
+    after = upgraded(live, KEDA)
+    assert after.keys() == NAMES.keys()
+    for each in after.values():
         assert "replicas" not in each["spec"] and "annotations" not in each["metadata"]
+
+
+def test_secrets_that_are_not_there_are_named() -> None:
+    account: Object = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+    secret: Object = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "mine"}}
+    values: Object = {"secrets": {"existingSecret": "mine"}}
+    with cluster(account) as api, pytest.raises(HelmError, match=f"is mine: namespace {NAMESPACE} has no such Secret"):
+        render(values, config=api)
+    with cluster(account, secret) as api:
+        assert render(values, config=api).of("Secret") == []
+
+
+def test_drawn_secrets_are_found_again() -> None:
+    (drawn,) = render().of("Secret")
+    with cluster(drawn) as api:
+        (again,) = render(config=api).of("Secret")
+    assert again["data"] == drawn["data"]
 
 
 # What KEDA asks Prometheus -------------------------------------------------------------------------------------------
