@@ -151,13 +151,18 @@ class Spent:
 def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
     """Cores busy without any request; milliseconds of CPU beside steps on a request, and on each token of its answer.
 
-    loads: at least two, with answers of different lengths, one request at a time: a step's time is its CPU then.
+    loads: at least two, with answers of different lengths, one request at a time: a step's time is its CPU then, unless
+    other programs keep the cores busy, which is seen when nothing is left for requests. Raises ValueError.
     """
     background = idle.cpu_s / idle.seconds
     known = np.array([[each.requests, each.tokens] for each in loads], dtype=float)
     beside = np.array([each.cpu_s - each.steps.seconds - background * each.seconds for each in loads]) * 1e3
     (request, token), *_ = np.linalg.lstsq(known, beside, rcond=None)
-    return background, max(float(request), 0.0), max(float(token), 0.0)
+    if request <= 0:
+        raise ValueError(
+            "steps took longer than the CPU time spent: other programs use the cores; fit when they do not"
+        )
+    return background, float(request), max(float(token), 0.0)
 
 
 def fit_crowding(timing: StepTiming, full: Spent, host: tuple[float, float, float], cores: int) -> float:

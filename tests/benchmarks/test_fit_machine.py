@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.client import Sample
@@ -55,6 +57,10 @@ def test_what_processes_spend_beside_steps_is_found_again() -> None:
 
     loads = [load(40, 640, 9.0, 1.5), load(10, 2560, 4.0, 3.0)]
     assert fit_host(Spent(4.0, 0.4, Counts()), loads) == pytest.approx((0.1, 12.0, 0.3))
+    # Steps waited for cores that something else had.
+    slow = [replace(each, steps=replace(each.steps, seconds=2 * each.steps.seconds)) for each in loads]
+    with pytest.raises(ValueError, match="other programs use the cores"):
+        fit_host(Spent(4.0, 0.4, Counts()), slow)
 
 
 @pytest.mark.parametrize("crowding", [0.0, 0.5])
