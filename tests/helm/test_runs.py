@@ -105,7 +105,7 @@ async def explained(client: httpx.AsyncClient, url: str, secret: Object) -> str:
     bearer = {"authorization": f"Bearer {secret_text(secret, 'api-key')}"}
     answer = await client.post(f"{url}/v1/chat/completions", json=question, headers=bearer)
     command = [sys.executable, "-m", "tandem.cli", "explain", answer.headers["x-request-id"], "--url", url, "--json"]
-    own = child_environment({"TANDEM_API_KEY": secret_text(secret, "token")})
+    own = child_environment({"TANDEM_TOKEN": secret_text(secret, "token")})
     process = await asyncio.create_subprocess_exec(*command, env=own, stdout=asyncio.subprocess.PIPE)
     said, _ = await process.communicate()
     assert process.returncode == 0
