@@ -210,7 +210,7 @@ class Dispatcher:
     def worker_up(self, worker: Worker) -> None:
         """Opens the token stream of a new decode worker."""
         if worker.info.role is Role.DECODE:
-            if self._model is None:
+            if not self._streams:  # the only one now: those before may have served something else
                 model, config = worker.info.model, self._config
                 self._model = replace(
                     model, name=config.served_model_name or model.name, path=config.model or model.path

@@ -20,7 +20,7 @@ class ApiRefused(Exception):
     @property
     def busy(self) -> bool:
         """Whether the same question may be answered later."""
-        return self.status in (429, 500, 502, 503)
+        return self.status in (408, 429) or self.status >= 500
 
 
 class Expired(Exception):

@@ -1,4 +1,4 @@
-"""The tokeniser of the model that the cluster serves, loaded once, off the event loop."""
+"""The tokeniser of the model that the cluster serves, loaded once for each model, off the event loop."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ class ModelTexts:
         self._use_defaults = use_defaults
         self._defaults = GenerationDefaults()
         self._loading: asyncio.Task[PromptTokenizer] | None = None
+        self._fingerprint = ""
+        """Of the model that it is, or was, loaded for."""
 
     async def get(self, model: ModelInfo) -> PromptTokenizer:
         """The tokeniser; the first caller loads it and all wait. Raises Unavailable when it cannot be loaded."""
-        if self._loading is None:
+        if self._loading is None or self._fingerprint != model.fingerprint:
+            self._fingerprint = model.fingerprint
             self._loading = asyncio.create_task(self._load(self._path or model.path))
         task = self._loading
         try:

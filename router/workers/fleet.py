@@ -55,7 +55,7 @@ class Fleet(Members[Worker]):
         self.lease_s = lease_s
         self.listener: FleetListener | None = None
         self.reference: WorkerInfo | None = None
-        """The first worker ever known. All must share its model and layout: the router's tokeniser is that model's."""
+        """The first worker known since there was none. All must share its model and layout, until the last is gone."""
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.ends: Counter[tuple[Role, str]] = Counter()
@@ -221,6 +221,8 @@ class Fleet(Members[Worker]):
         self._past_moves.update(_by_pair(worker))
         self.ends[worker.info.role, "goodbye" if worker.leaving else "lost"] += 1
         self.remove(worker)
+        if not self._workers:  # all were exchanged, perhaps: nobody is left whom new ones would have to fit
+            self.reference = None
         if self.listener is not None:
             self.listener.worker_gone(worker.incarnation, reason)
 

@@ -15,6 +15,8 @@ from tandem.trust import Trust
 from tandem.wire import probe
 
 POLL_S = 0.1
+REFUSALS = 5
+"""So many in a row say that nobody is there any more; one may be the network's."""
 EXIT_S = 15.0
 """Between the end of what was under way and the process's own."""
 SHORTEST = 4
@@ -36,18 +38,26 @@ async def drained(config: DrainConfig, console: Console) -> None:
     console.print(f"{name} takes nothing more; what is under way gets {limit_s:g} s", markup=False)
     try:
         async with asyncio.timeout(limit_s + EXIT_S):
-            while await _lives(worker, trust):  # noqa: ASYNC110 - it is another process
-                await asyncio.sleep(POLL_S)
+            await _end(worker, trust)
     except TimeoutError:
-        raise Unavailable(f"{name} was told to end and still answers after {limit_s + EXIT_S:g} s") from None
+        text = f"{name} was told to end and was not seen to do so in {limit_s + EXIT_S:g} s"
+        raise Unavailable(text) from None
     console.print("it has ended")
 
 
-async def _lives(worker: WorkerInfo, trust: Trust) -> bool:
-    try:
-        return (await probe.identify(worker.address, trust)).incarnation == worker.incarnation
-    except Unavailable:
-        return False
+async def _end(worker: WorkerInfo, trust: Trust) -> None:
+    """Returns when another incarnation answers, or again and again nobody listens. One that is slow is alive."""
+    refusals = 0
+    while refusals < REFUSALS:
+        try:
+            if (await probe.identify(worker.address, trust)).incarnation != worker.incarnation:
+                return
+            refusals = 0
+        except probe.Silent:
+            refusals = 0
+        except Unavailable:
+            refusals += 1
+        await asyncio.sleep(POLL_S)
 
 
 async def _by_incarnation(config: DrainConfig, trust: Trust) -> WorkerInfo:

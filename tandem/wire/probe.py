@@ -19,6 +19,10 @@ from tandem.wire.v1 import probing_pb2, probing_pb2_grpc, worker_pb2, worker_pb2
 ANSWER_S = 2.0
 
 
+class Silent(Unavailable):
+    """Nobody answered in time, and nobody refused: it may be busy, or stand still."""
+
+
 async def describe(address: str, trust: Trust = Trust()) -> WorkerInfo | None:
     """What the worker at `address` is; None when nobody answers."""
     try:
@@ -30,7 +34,7 @@ async def describe(address: str, trust: Trust = Trust()) -> WorkerInfo | None:
 async def identify(address: str, trust: Trust = Trust()) -> WorkerInfo:
     """What the worker at `address` is.
 
-    Raises Unavailable when nobody answers, ConfigError when it knows another token.
+    Raises Unavailable when nobody answers (Silent: in time), ConfigError when it knows another token.
     """
     async with trust.channel(address) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
@@ -39,7 +43,8 @@ async def identify(address: str, trust: Trust = Trust()) -> WorkerInfo:
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise ConfigError(f"TANDEM_TOKEN: {address} knows another one; give its cluster's", "token") from None
-            raise Unavailable(f"no worker answers at {address}: {_reason(failure)}") from None
+            kind = Silent if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED else Unavailable
+            raise kind(f"no worker answers at {address}: {_reason(failure)}") from None
 
 
 async def audit(address: str, trust: Trust = Trust()) -> list[str] | None:

@@ -216,6 +216,21 @@ async def test_a_request_that_two_workers_died_of_is_refused() -> None:
         assert asked(2) == []
 
 
+async def test_when_all_workers_were_exchanged_the_others_model_is_served() -> None:
+    async with cluster() as made:
+        (old,) = made.decode
+        assert made.dispatcher.model is not None
+        await old.stop()
+        await eventually(lambda: made.control.fleet.worker(old.info.incarnation) is None)
+        other = replace(old.info.model, fingerprint="0bad", vocab_size=7)
+        async with FakeWorker(Role.DECODE, port=old.port, model=other, kv_dtype="bfloat16") as later:
+            await eventually(made.dispatcher.ready)
+            assert (made.dispatcher.model.fingerprint, made.dispatcher.model.vocab_size) == ("0bad", 7)
+            accepted = await made.dispatcher.submit(request())
+            later.send(answer(later.submissions[0], [1, 2, 3], **STOP))
+            assert [d.tokens for d in await read(accepted)] == [(1, 2, 3)]
+
+
 async def test_a_worker_restarted_at_its_address_is_another_worker() -> None:
     async with cluster() as made:
         first = made.decode[0]

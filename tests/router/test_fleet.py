@@ -279,6 +279,23 @@ async def test_a_worker_that_does_not_fit_is_refused(changes: dict[str, Any], pa
         assert made.fleet.following() == {worker.info.address}
 
 
+async def test_workers_may_all_be_exchanged_for_others_of_another_layout() -> None:
+    other = {"kv_dtype": "bfloat16", "layout": KvLayout((Plane("k", 1, 8, "bfloat16"),), (LayerGroup((0,)),))}
+    async with registry() as (made, port), FakeWorker(Role.PREFILL) as prefill, FakeWorker(Role.DECODE) as decode:
+        for worker in (prefill, decode):
+            await register(port, worker.info)
+        await eventually(lambda: len(made.listener.up) == 2)
+        async with FakeWorker(Role.DECODE, **other) as later:
+            for worker in (prefill, decode):
+                assert isinstance(await register(port, later.info), Fenced)
+                await register(port, worker.info, leaving=True)
+                await worker.stop()
+                await eventually(lambda worker=worker: made.fleet.worker(worker.info.incarnation) is None)
+            await register(port, later.info)
+            await eventually(lambda: later.info.incarnation in made.listener.up)
+            assert isinstance(await register(port, fake_info(Role.PREFILL, "127.0.0.1:9")), Fenced)
+
+
 async def test_a_malformed_registration_is_refused() -> None:
     async with registry() as (_, port):
         refused = await register(port, replace(fake_info(Role.DECODE), page_size=0))

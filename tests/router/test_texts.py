@@ -124,6 +124,17 @@ async def test_a_chat_template_from_a_file_is_used(tmp_path: Path, monkeypatch: 
         await ModelTexts(None, chat_template=file).get(model)
 
 
+async def test_another_model_s_tokeniser_is_loaded_anew(tmp_path: Path) -> None:
+    texts, loaded = ModelTexts(None), []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        byte_level_tokenizer().save_pretrained(folder)
+        model = ModelInfo(name, str(folder), name * 10, 500, 512, (1,))
+        loaded += [await texts.get(model), await texts.get(model)]
+    first, again, other, again_other = loaded
+    assert first is again is not other is again_other
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "gemma", "t5", "bert"])
 @pytest.mark.parametrize("prompt", ["", "The cat"])
 def test_bytes_and_offsets_of_a_stream_add_up_to_its_text(kind: str, prompt: str) -> None:

@@ -245,6 +245,11 @@ def test_pauses_are_bounded_and_spread() -> None:
     assert BUSY_RETRY_S / 2 <= busy[-1] <= BUSY_RETRY_S
 
 
+def test_answers_that_may_be_others_later_are_no_wrong_settings() -> None:
+    asked = (400, 401, 403, 404, 408, 409, 422, 429, *range(500, 600))
+    assert {status for status in asked if not ApiRefused(status, "").busy} == {400, 401, 403, 404, 409, 422}
+
+
 async def refused(selector: str = SELECTOR, namespace: str = "") -> str:
     with pytest.raises(ConfigError) as caught:
         await KubernetesPods(namespace, selector, Notes()).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,13 +13,15 @@ from aiohttp import web
 from pydantic import SecretStr
 from rich.console import Console
 
-from tandem.cli.drain import drained
-from tandem.cluster import Role
+from tandem.cli import drain
+from tandem.cli.drain import REFUSALS, drained
+from tandem.cluster import Role, WorkerInfo
 from tandem.config import DrainConfig
 from tandem.errors import BadRequest, ConfigError, Fenced, Unavailable
 from tandem.ports import free_ports
-from tandem.testing.workers import FakeWorker
+from tandem.testing.workers import FakeWorker, fake_info
 from tandem.trust import Trust
+from tandem.wire import probe
 
 SECRET = "secret-of-sixteen"
 READERS = "of-metrics-readers"
@@ -89,6 +92,42 @@ async def test_a_worker_is_named_by_its_incarnation(scheme: str) -> None:
     async with fleet() as made:
         assert "prefill worker abcd2222" in await told("abcd2", scheme + made.router)
         assert (made.first.drained, made.second.drained) == ([], ["abcd2222"])
+
+
+@pytest.mark.parametrize("last", ["another", "nobody"])
+async def test_one_that_is_slow_or_missed_for_a_moment_has_not_ended(
+    last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, slow, refused = fake_info(Role.DECODE), probe.Silent("late"), Unavailable("refused")
+    ends = [fake_info(Role.DECODE)] if last == "another" else [refused] * REFUSALS
+    some = [refused] * (REFUSALS - 1)
+    answers = [here, slow, here, *some, slow, *some, here, *some, here, *ends]
+
+    async def identify(address: str, trust: Trust) -> WorkerInfo:
+        answer = answers.pop(0)
+        if isinstance(answer, Unavailable):
+            raise answer
+        return answer
+
+    async def told_to(worker: WorkerInfo, trust: Trust) -> float:
+        return 1.0
+
+    monkeypatch.setattr(probe, "identify", identify)
+    monkeypatch.setattr(probe, "drain", told_to)
+    monkeypatch.setattr(drain, "POLL_S", 0.0)
+    assert (await told(here.address)).endswith("it has ended\n")
+    assert answers == []
+
+
+async def test_a_worker_that_does_not_answer_in_time_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late(self: FakeWorker, request: object, context: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(FakeWorker, "Describe", late)
+    monkeypatch.setattr(probe, "ANSWER_S", 0.2)
+    async with FakeWorker(Role.DECODE) as worker:
+        with pytest.raises(probe.Silent, match=r"^no worker answers at "):
+            await probe.identify(worker.info.address)
 
 
 async def test_what_names_no_worker_or_several_ends_none() -> None:
