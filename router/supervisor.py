@@ -7,6 +7,7 @@ are forked before anything is started, so a new one is up in the time that it ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,6 +29,8 @@ QUICK_S = 10.0
 MAX_QUICK = 5
 """So many of these in a row end the router: it would not get better."""
 RETRY_S = 0.5
+SETTINGS_RETRY_S = 5.0
+"""Before another replacement, when one found wrong what was right before: a file, or somebody's answer."""
 EXIT_FAILED, EXIT_SETTINGS = 1, 2
 
 
@@ -55,8 +58,8 @@ class _Supervisor:
         self._listeners = listeners
         self._serve = serve
         self._folder = folder
-        self._running: dict[int, tuple[int, float]] = {}
-        """By process id: its index, and when it was started."""
+        self._running: dict[int, tuple[Place, float]] = {}
+        """By process id: its place, and when it began to serve."""
         self._quick = 0
         self._stopping = False
         self._status = 0
@@ -71,7 +74,8 @@ class _Supervisor:
             self._ended(pid, os.waitstatus_to_exitcode(status))
         return self._status
 
-    def _start(self, index: int, replacement: bool) -> None:
+    def _start(self, index: int, replacement: bool, pause_s: float = 0.0) -> None:
+        """pause_s: for which the process waits before it serves: here others may end meanwhile."""
         place = Place(index, len(self._listeners), self._folder, self._listeners[index], replacement)
         parent = os.getpid()
         for left in self._folder.glob(f"*-{index}"):
@@ -84,11 +88,11 @@ class _Supervisor:
             return
         pid = os.fork()
         if not pid:
-            self._become(place, parent, signals)
-        self._running[pid] = (index, time.monotonic())
+            self._become(place, parent, signals, pause_s)
+        self._running[pid] = (place, time.monotonic() + pause_s)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
-    def _become(self, place: Place, parent: int, signals: set[signal.Signals]) -> None:
+    def _become(self, place: Place, parent: int, signals: set[signal.Signals], pause_s: float) -> None:
         """In the child: serves, and ends the process."""
         status = EXIT_FAILED
         try:
@@ -99,9 +103,10 @@ class _Supervisor:
             for listener in self._listeners:
                 if listener is not place.listener:
                     listener.close()
+            time.sleep(pause_s)
             status = self._serve(place)
         except TandemError as error:
-            log.error("router process %d: %s", place.index, error)
+            self._complain(place, str(error))
             status = EXIT_SETTINGS if isinstance(error, ConfigError) else EXIT_FAILED
         except BaseException:
             log.exception("router process %d failed", place.index)
@@ -110,15 +115,34 @@ class _Supervisor:
             sys.stderr.flush()
             os._exit(status)
 
+    def _complain(self, place: Place, fault: str) -> None:
+        """In the child: logs why it cannot serve, unless the one before said the same."""
+        said = self._fault(place.index)
+        if not said.exists() or said.read_text() != fault:
+            log.error("router process %d: %s", place.index, fault)
+            said.write_text(fault)
+
+    def _fault(self, index: int) -> Path:
+        return self._folder / f"fault.{index}"
+
     def _ended(self, pid: int, status: int) -> None:
-        index, started = self._running.pop(pid)
+        if pid not in self._running:  # a container's first process inherits the orphans of all others
+            return
+        place, started = self._running.pop(pid)
+        index = place.index
         if self._stopping:
             self._status = self._status or max(status, 0)
             return
-        if status == EXIT_SETTINGS:  # another try would find the same
+        if status == EXIT_SETTINGS and not place.replacement:  # another try would find the same
             self._status = status
             self._stop()
             return
+        if status == EXIT_SETTINGS:  # the others go on
+            if place.listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                place.listener.shutdown(socket.SHUT_RDWR)  # new clients go to them; who serves next listens again
+            self._start(index, replacement=True, pause_s=SETTINGS_RETRY_S)
+            return
+        self._fault(index).unlink(missing_ok=True)
         quick = time.monotonic() - started < QUICK_S
         self._quick = self._quick + 1 if quick else 0
         log.error("router process %d (pid %d) ended with status %d; it is started again", index, pid, status)
@@ -127,12 +151,10 @@ class _Supervisor:
             self._status = EXIT_FAILED
             self._stop()
             return
-        if quick:
-            time.sleep(RETRY_S)
-        if not self._stopping:
-            self._start(index, replacement=True)
+        self._start(index, replacement=True, pause_s=RETRY_S if quick else 0.0)
 
     def _stop(self) -> None:
         self._stopping = True
         for pid in self._running:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it ended in this moment
+                os.kill(pid, signal.SIGTERM)
