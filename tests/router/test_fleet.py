@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -279,8 +280,15 @@ async def test_a_worker_that_does_not_fit_is_refused(changes: dict[str, Any], pa
         assert made.fleet.following() == {worker.info.address}
 
 
+def _left(made: Setting, incarnation: Incarnation) -> bool:
+    return made.fleet.worker(incarnation) is None
+
+
 async def test_workers_may_all_be_exchanged_for_others_of_another_layout() -> None:
-    other = {"kv_dtype": "bfloat16", "layout": KvLayout((Plane("k", 1, 8, "bfloat16"),), (LayerGroup((0,)),))}
+    other: dict[str, Any] = {
+        "kv_dtype": "bfloat16",
+        "layout": KvLayout((Plane("k", 1, 8, "bfloat16"),), (LayerGroup((0,)),)),
+    }
     async with registry() as (made, port), FakeWorker(Role.PREFILL) as prefill, FakeWorker(Role.DECODE) as decode:
         for worker in (prefill, decode):
             await register(port, worker.info)
@@ -290,7 +298,7 @@ async def test_workers_may_all_be_exchanged_for_others_of_another_layout() -> No
                 assert isinstance(await register(port, later.info), Fenced)
                 await register(port, worker.info, leaving=True)
                 await worker.stop()
-                await eventually(lambda worker=worker: made.fleet.worker(worker.info.incarnation) is None)
+                await eventually(partial(_left, made, worker.info.incarnation))
             await register(port, later.info)
             await eventually(lambda: later.info.incarnation in made.listener.up)
             assert isinstance(await register(port, fake_info(Role.PREFILL, "127.0.0.1:9")), Fenced)

@@ -101,7 +101,7 @@ async def test_one_that_is_slow_or_missed_for_a_moment_has_not_ended(
     here, slow, refused = fake_info(Role.DECODE), probe.Silent("late"), Unavailable("refused")
     ends = [fake_info(Role.DECODE)] if last == "another" else [refused] * REFUSALS
     some = [refused] * (REFUSALS - 1)
-    answers = [here, slow, here, *some, slow, *some, here, *some, here, *ends]
+    answers: list[WorkerInfo | Unavailable] = [here, slow, here, *some, slow, *some, here, *some, here, *ends]
 
     async def identify(address: str, trust: Trust) -> WorkerInfo:
         answer = answers.pop(0)
