@@ -182,7 +182,8 @@ class Api:
             others = await self._siblings.ask("explain", name, *([] if sees_all else [tenant.name]))
             said = next((each for each in others.values() if each), None)
         if said is None:
-            raise NotFound(f"nothing is known of a request {name[:64]!r}; only recent ones are remembered", "id")
+            why = "only recent ones are remembered, and another router may have served it: ask each"
+            raise NotFound(f"nothing is known of a request {name[:64]!r} here; {why}", "id")
         return _body(said)
 
     async def openapi(self, request: Request) -> Response:

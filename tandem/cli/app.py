@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
+from tandem import __version__
 from tandem.cli.find_help import epilog, find
 from tandem.cli.options import build, command
 from tandem.cli.replay import replay
@@ -128,14 +129,29 @@ def _top(
 
 def _explain(
     request_id: Annotated[str, typer.Argument(help="the answer's x-tandem-request-id, or else x-request-id")] = "",
-    url: Annotated[str, typer.Option("--url", help="address of the router")] = "http://127.0.0.1:8000",
+    router: Annotated[str, typer.Option("--router", "--url", help="HOST:PORT of the router's HTTP port")] = HERE[0],
     ladder: Annotated[bool, typer.Option("--ladder", help="the hit ladder of all requests so far")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of tables")] = False,
 ) -> None:
     from tandem.cli.explain import explain
     from tandem.cli.fleet_client import FleetClient
 
-    explain(request_id, FleetClient(url, build(ProcessConfig, {}), "--url"), ladder, as_json)
+    explain(request_id, FleetClient(router, build(ProcessConfig, {})), ladder, as_json)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _tandem(
+    # Eager: it is answered before a command is missed.
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version and end", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command; all of it is done once it is read."""
 
 
 def _with_folder(config: W) -> W:
@@ -171,6 +187,7 @@ def make_app() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_tandem)
     settings(app, "up", "Start a whole cluster, on this machine or on Ray.", UpConfig, _up)
     settings(app, "router", "Start one router.", RouterConfig, _router)
     settings(app, "prefill", "Start one prefill worker.", PrefillConfig, _prefill)

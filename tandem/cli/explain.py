@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,10 @@ RUNGS = {
     "achieved": "were not computed again",
 }
 SHORT_ID = 8
+PROSE = 20
+"""Columns that a text which may wrap is left with at least."""
+BETWEEN = 3
+"""Columns that a table draws between two cells: a rule, and space on both its sides."""
 
 
 def explain(request_id: str, client: FleetClient, ladder: bool, as_json: bool) -> None:
@@ -29,16 +34,17 @@ def explain(request_id: str, client: FleetClient, ladder: bool, as_json: bool) -
     if bool(request_id) == ladder:
         raise ConfigError("give either the id of a request or --ladder")
     response = client.get("/metrics" if ladder else f"/v1/explain/{request_id}")
-    console = Console(soft_wrap=True)
+    # An address such as [fd00::1]:8000 is no markup.
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     if ladder:
         rungs = ladder_of(response.text)
-        console.print_json(json.dumps(rungs)) if as_json else console.print(ladder_table(rungs))
+        console.print_json(json.dumps(rungs)) if as_json else console.print(fitted(ladder_table(rungs), console.width))
     elif as_json:
         console.print_json(response.text)
     else:
         for request in response.json()["requests"]:
             for part in story_tables(request):
-                console.print(part)
+                console.print(fitted(part, console.width))
 
 
 def ladder_of(page: str) -> dict[str, int]:
@@ -52,7 +58,8 @@ def ladder_of(page: str) -> dict[str, int]:
 
 def ladder_table(rungs: Mapping[str, int]) -> Table:
     """One line for each rung: tokens, share of the prompts, and what was lost from the rung before."""
-    table = Table("rung", "tokens", "share", "lost here", "what it counts", title="hit ladder", title_justify="left")
+    table = _table("hit ladder", "rung", "tokens", "share", "lost here")
+    table.add_column("what it counts")
     whole, before = max(rungs["prompt"], 1), None
     for rung, text in RUNGS.items():
         tokens = rungs[rung]
@@ -80,7 +87,7 @@ def _copy(copy: Mapping[str, Any]) -> Table:
     """A prefix that this request let the router copy, and why."""
     end = copy["state"] + (f": {copy['error']}" if copy["error"] else "")
     title = f"{copy['tokens']} tokens of its prefix copied to another worker: {end}"
-    table = Table("from", "to", *copy["terms"], "moved tokens", "ms", title=title, title_justify="left")
+    table = _table(title, "from", "to", *copy["terms"], "moved tokens", "ms")
     numbers = (f"{value:.2f}" for value in copy["terms"].values())
     table.add_row(
         _name(copy["source"]), _name(copy["target"]), *numbers, str(copy["moved_tokens"]), f"{copy['ms']:.1f}"
@@ -90,7 +97,7 @@ def _copy(copy: Mapping[str, Any]) -> Table:
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> Table:
     terms = list(dict.fromkeys(term for each in candidates for term in each["costs"]))
-    table = Table("decode", "cached", "prefill", "cached", *terms, "sum", title=title, title_justify="left")
+    table = _table(title, "decode", "cached", "prefill", "cached", *terms, "sum")
     for each in candidates:
         table.add_row(
             _name(each["decode"]),
@@ -105,11 +112,46 @@ def _candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def _outcome(predicted: Mapping[str, Any], happened: Mapping[str, Any]) -> Table:
     ended = happened["state"] + (f": {happened['error']}" if happened["error"] else "")
-    table = Table("", "predicted", "happened", title=f"outcome: {ended}", title_justify="left")
+    table = _table(f"outcome: {ended}", "", "predicted", "happened")
     for key in ("cached_tokens", "decode_cached_tokens", "moved_tokens", "hand_over_ms", "first_token_ms", "end_ms"):
         table.add_row(key, _shown(predicted.get(key)), _shown(happened.get(key)))
     table.add_row("prefill", "", "local" if happened["prefill"] is None else _name(happened["prefill"]))
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose cells stand whole, each on one line."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def fitted(part: Table | str, width: int) -> Table | str:
+    """The table if it fits into `width` columns, else its rows as blocks of `name value`: no number is cut short."""
+    if isinstance(part, str):
+        return part
+    columns = [(str(column.header), [str(cell) for cell in column.cells]) for column in part.columns]
+    widths = [
+        max(map(cell_len, (header, *cells))) if column.no_wrap else PROSE
+        for column, (header, cells) in zip(part.columns, columns, strict=True)
+    ]
+    if sum(widths) + BETWEEN * len(widths) + 1 <= width:
+        return part
+    headers = [header for header, _ in columns]
+    blocks = (_block(headers, row, width) for row in zip(*(cells for _, cells in columns), strict=True))
+    return "\n".join([str(part.title), *blocks])
+
+
+def _block(headers: Sequence[str], row: Sequence[str], width: int) -> str:
+    """One row over as many lines as it takes; a line is longer than `width` only where one cell alone is."""
+    lines: list[str] = []
+    for pair in (f"{header} {cell}".strip() for header, cell in zip(headers, row, strict=True) if cell):
+        if lines and cell_len(lines[-1]) + cell_len(pair) + 2 <= width:
+            lines[-1] += f"  {pair}"
+        else:
+            lines.append(f"    {pair}" if lines else f"  {pair}")
+    return "\n".join(lines)
 
 
 def _name(worker: Mapping[str, Any]) -> str:

@@ -20,9 +20,8 @@ PAGES_AT_ONCE = 16
 class FleetClient:
     """One router. Shows `TANDEM_API_KEY` or else a secret of the cluster's own to it, and the metrics' to workers."""
 
-    def __init__(self, router: str, config: ProcessConfig, flag: str = "--router") -> None:
-        """router: HOST:PORT of its HTTP port, or a URL. config: the secrets. flag: names the router in errors."""
-        self._flag = flag
+    def __init__(self, router: str, config: ProcessConfig) -> None:
+        """router: HOST:PORT of its HTTP port, or a URL. config: the secrets."""
         self.url = (router if "://" in router else f"http://{router}").rstrip("/")
         cluster, metrics = (
             secret.get_secret_value() if secret is not None else "" for secret in (config.token, config.metrics_token)
@@ -37,7 +36,7 @@ class FleetClient:
         try:
             found: dict[str, Any] = self.get(path).json()
         except ValueError:
-            raise BadRequest(f"{self._flag}: {self.url}{path} is no JSON; is it a Tandem router?") from None
+            raise BadRequest(f"--router: {self.url}{path} is no JSON; is it a Tandem router?") from None
         return found
 
     def get(self, path: str) -> httpx.Response:
@@ -47,12 +46,12 @@ class FleetClient:
             answer = httpx.get(self.url + path, headers=headers, timeout=TIMEOUT_S, trust_env=False)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             fix = "start it, or give its HTTP address HOST:PORT"
-            raise Unavailable(f"{self._flag}: no router answers at {self.url}: {error}; {fix}") from None
+            raise Unavailable(f"--router: no router answers at {self.url}: {error}; {fix}") from None
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             need = "set TANDEM_API_KEY to an operator's key, TANDEM_METRICS_TOKEN, or TANDEM_TOKEN to the cluster's"
-            raise ConfigError(f"{self._flag}: {self.url}{path} needs a key: {need}")
+            raise ConfigError(f"--router: {self.url}{path} needs a key: {need}")
         if answer.status_code != httpx.codes.OK:
-            raise BadRequest(f"{self._flag}: {self.url}{path} answers {answer.status_code}{_reason(answer)}")
+            raise BadRequest(f"--router: {self.url}{path} answers {answer.status_code}{_reason(answer)}")
         return answer
 
     def worker_page(self, address: str, path: str = "/metrics") -> httpx.Response | None:

@@ -237,3 +237,4 @@ async def test_answers_carry_their_route_and_can_be_explained(client: httpx.Asyn
     assert [each["id"] for each in explained["requests"]] == [name]
     unknown = await client.get(f"/v1/explain/{'0' * 32}")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+    assert "another router may have served it" in unknown.json()["error"]["message"]

@@ -49,7 +49,8 @@ def examine_cluster(routers: Sequence[str], config: ProcessConfig) -> list[Group
         for sender in answers.values()
         if receiver.info.role is Role.DECODE and sender.info.role is Role.PREFILL
     ]
-    groups.append(Group("transfers", _transfers(asyncio.run(measure_pairs(pairs[:MAX_PAIRS], trust)), len(pairs))))
+    measured = asyncio.run(measure_pairs(pairs[:MAX_PAIRS], trust))
+    groups.append(Group("transfers", _transfers(measured, len(pairs)) if pairs else [_no_pair(known, answers)]))
     return groups
 
 
@@ -117,6 +118,7 @@ def _worker(incarnation: str, worker: Fleet, answer: Answered | None, error: str
     name = f"{worker['role']} {worker['address']}"
     if answer is None:
         fix = "is it running, and may this machine reach its gRPC port? TANDEM_TOKEN or --tls-* must be the cluster's"
+        fix += "; `tandem up` draws its own: start it with TANDEM_TOKEN set"
         return Check(name, error, State.ERROR, fix)
     if answer.info.incarnation != incarnation:
         found = f"the router knows {incarnation[:SHORT_ID]}, {answer.info.incarnation[:SHORT_ID]} answers"
@@ -156,9 +158,16 @@ def _agreement(fleets: Mapping[str, Fleet], answers: Mapping[str, Answered]) -> 
             roots[fleet["hash_root"]].add(name)
     lone = [a.address for a in found if a.info.role is Role.PREFILL and a.info.transport != "nixl"]
     receivers = [a.address for a in found if a.info.role is Role.DECODE and a.info.transport == "nixl"]
+    routers = _same(
+        "routers' workers",
+        {", ".join(sorted(w[:SHORT_ID] for w in view)): {name} for name, view in views.items()},
+        "name every router's control port to every worker: --router, repeated",
+    )
+    if not found:
+        names = ("model", "KV layout", "cluster key", "page size", "transport")
+        return [routers, *(_unchecked(name) for name in names)]
     return [
-        _same("routers' workers", {", ".join(sorted(w[:SHORT_ID] for w in view)): {n} for n, view in views.items()},
-              "name every router's control port to every worker: --router, repeated"),
+        routers,
         _same("model", _by(found, lambda a: f"{a.info.model.name} {a.info.model.fingerprint[:SHORT_ID]}"),
               "start all workers with one checkpoint, dtype and draft model"),
         _same("KV layout", _by(found, lambda a: f"{a.info.kv_dtype} {a.info.layout.digest()[:SHORT_ID]}"),
@@ -167,10 +176,16 @@ def _agreement(fleets: Mapping[str, Fleet], answers: Mapping[str, Answered]) -> 
               "--cluster-key, model and dtype must be the same on routers and workers: no prefix is found else"),
         _same("page size", _by(found, lambda a: f"{a.info.page_size} tokens"),
               "nothing breaks, but shares of the cache differ; give all workers one --page-size", State.WARNING),
-        ok_or(", ".join(sorted({a.info.transport for a in found})) or "none", "transport", not (lone and receivers),
+        ok_or(", ".join(sorted({a.info.transport for a in found})), "transport", not (lone and receivers),
               f"{', '.join(lone)} cannot send over nixl, and {', '.join(receivers)} ask for it: install it there, or "
               "--transport tcp on all", State.ERROR),
     ]  # fmt: skip
+
+
+def _unchecked(name: str, asked: str = "worker") -> Check:
+    """What cannot be known while nobody of a kind answers."""
+    fix = "mend first what is said of the workers above; of no workers at all, what is said of the routers"
+    return Check(name, f"not checked: no {asked} answered", State.WARNING, fix)
 
 
 def _by(found: Sequence[Answered], key: Any) -> dict[str, set[str]]:
@@ -195,11 +210,20 @@ def _transfers(measured: Sequence[Measured], pairs: int) -> list[Check]:
     rates = [each.mib_per_s for each in measured if not each.error]
     usual = median(rates) if rates else 0.0
     checks = [_transfer(each, usual) for each in measured]
-    if not pairs:
-        checks.append(Check("pairs", "none: decode workers prefill locally"))
     if pairs > len(measured):
         checks.append(Check("pairs", f"{len(measured)} of {pairs} were measured, to be done soon"))
     return checks
+
+
+def _no_pair(known: Mapping[str, Fleet], answers: Mapping[str, Answered]) -> Check:
+    """Why there is no pair that could be measured."""
+    if not answers:
+        return _unchecked("pairs")
+    there, heard = {each["role"] for each in known.values()}, {each.info.role for each in answers.values()}
+    for role in (Role.PREFILL, Role.DECODE):
+        if role.value in there and role not in heard:
+            return _unchecked("pairs", f"{role.value} worker")
+    return Check("pairs", "none: decode workers prefill locally")
 
 
 def _transfer(measured: Measured, usual: float) -> Check:

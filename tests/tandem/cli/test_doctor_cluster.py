@@ -112,9 +112,35 @@ def test_a_worker_that_is_not_reached(world: World) -> None:
         f"decode {D}",
         f"no worker answers at {D}: connection refused",
         State.ERROR,
-        "is it running, and may this machine reach its gRPC port? TANDEM_TOKEN or --tls-* must be the cluster's",
+        "is it running, and may this machine reach its gRPC port? TANDEM_TOKEN or --tls-* must be the cluster's"
+        "; `tandem up` draws its own: start it with TANDEM_TOKEN set",
     )
     assert found[f"metrics {D}9"].state is State.WARNING
+
+
+def lines(*names: str) -> dict[str, tuple[State, str]]:
+    groups = examine_cluster(("r",), ProcessConfig())
+    return {check.name: (check.state, check.found) for group in groups for check in group.checks if check.name in names}
+
+
+def test_where_no_worker_answers_nothing_of_them_is_said_to_be_fine(world: World) -> None:
+    world.silent, world.answers, world.measured = {P: "another token", D: "another token"}, {}, []
+    names = ("model", "KV layout", "cluster key", "page size", "transport", "pairs")
+    assert lines(*names) == dict.fromkeys(names, (State.WARNING, "not checked: no worker answered"))
+
+
+@pytest.mark.parametrize(("lost", "role"), [(P, "prefill"), (D, "decode")])
+def test_pairs_of_which_one_end_is_silent(lost: str, role: str, world: World) -> None:
+    del world.answers[lost]
+    world.silent[lost], world.measured = "connection refused", []
+    assert lines("pairs") == {"pairs": (State.WARNING, f"not checked: no {role} worker answered")}
+
+
+def test_a_cluster_without_prefill_workers(world: World) -> None:
+    world.fleets["http://r"] = world.fleet(workers=world.known[1:])
+    world.measured = []
+    assert lines("pairs") == {"pairs": (State.OK, "none: decode workers prefill locally")}
+    assert wrong() == {}
 
 
 def test_a_metrics_port_where_something_else_answers(world: World) -> None:

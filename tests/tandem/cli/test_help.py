@@ -20,6 +20,10 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--version") == f"{tandem.__version__}\n"
+
+
 def test_a_word_finds_settings_by_name_text_and_group(capsys: pytest.CaptureFixture[str]) -> None:
     page = said(capsys, "decode", "--help=kv")
     assert "--kv-mib <memory>" in page  # by name
