@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,8 @@ class PairPool:
         self._pairs.pop(target.incarnation, None)
         task = self._connecting.get(target.incarnation)
         if task is None:
-            task = asyncio.create_task(self._connect(target))
+            # It outlives the request that came first, whose id and trace are none of its own.
+            task = asyncio.create_task(self._connect(target), context=contextvars.Context())
             self._connecting[target.incarnation] = task
             task.add_done_callback(lambda _: self._connecting.pop(target.incarnation, None))
         # One request giving up must not end a connection that others wait for.

@@ -15,6 +15,7 @@ from prometheus_client.utils import floatToGoString
 
 from router.admission.quota import Visit
 from router.requests.job import Job
+from router.requests.openai import GenerationBody
 from tandem import obs
 from tandem.errors import NotFound
 
@@ -96,7 +97,7 @@ class RequestTimer:
     def received(self) -> None:
         """Its body has been read, and who asks is known; for tracing."""
 
-    def tokenised(self, job: Job, body: bytes) -> None:
+    def tokenised(self, job: Job, body: GenerationBody) -> None:
         """It is work for the cluster; for tracing."""
 
     def accepted(self) -> None:

@@ -40,17 +40,24 @@ class CountingHandler(logging.StreamHandler[TextIO]):
         self._causes: OrderedDict[tuple[object, ...], _Repeated] = OrderedDict()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows or counts a record. Called under the handler's lock."""
+        """Shows or counts a record, and never raises. Called under the handler's lock."""
+        try:
+            self._emit(record)
+        except Exception:  # noqa: BLE001 - arguments that do not fit the text, say
+            self.handleError(record)
+
+    def _emit(self, record: logging.LogRecord) -> None:
         now = self._clock()
         while self._causes and next(iter(self._causes.values())).since <= now - WINDOW_S:
             self._tell(self._causes.popitem(last=False)[1], now)
         if not getattr(record, "request_id", ""):
             super().emit(record)
             return
-        cause = _cause(record)
+        text = record.getMessage()
+        cause = _cause(record, text)
         known = self._causes.get(cause)
         if known is not None:
-            known.count, known.last = known.count + 1, record
+            known.count, known.last = known.count + 1, _bare(record, text)
             return
         if len(self._causes) >= MAX_CAUSES:
             self._tell(self._causes.popitem(last=False)[1], now)
@@ -61,9 +68,7 @@ class CountingHandler(logging.StreamHandler[TextIO]):
         if repeated.last is None:
             return
         summary = copy(repeated.last)
-        text = summary.getMessage()
-        summary.msg = f"{text} (and {repeated.count} more like it in {now - repeated.since:.0f} s)"
-        summary.args = summary.exc_info = summary.exc_text = None
+        summary.msg = f"{summary.msg} (and {repeated.count} more like it in {now - repeated.since:.0f} s)"
         super().emit(summary)
 
     def close(self) -> None:
@@ -75,6 +80,13 @@ class CountingHandler(logging.StreamHandler[TextIO]):
         super().close()
 
 
-def _cause(record: logging.LogRecord) -> tuple[object, ...]:
+def _cause(record: logging.LogRecord, text: str) -> tuple[object, ...]:
     kind = record.exc_info[0] if record.exc_info else None
-    return record.name, record.levelno, kind, _OWN.sub("#", record.getMessage())
+    return record.name, record.levelno, kind, _OWN.sub("#", text)
+
+
+def _bare(record: logging.LogRecord, text: str) -> logging.LogRecord:
+    """A copy to keep: without an exception's frames and the arguments, and all that these hold."""
+    kept = copy(record)
+    kept.msg, kept.args, kept.exc_info, kept.exc_text = text, None, None, None
+    return kept

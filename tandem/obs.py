@@ -159,11 +159,18 @@ def _uncaught(kind: type[BaseException], error: BaseException | None, trace: Tra
     logging.getLogger("tandem").critical("nobody caught this", exc_info=(kind, error, trace))
 
 
+def warn_untraced(config: TracedSettings) -> None:
+    """Says why nothing is traced where a platform's variable, which is no setting of Tandem's, asks for it in vain."""
+    if reason := config.untraced():
+        logging.getLogger("tandem").warning("%s", reason)
+
+
 def tracer_of(config: TracedSettings, service: str, instance: str) -> Tracer | None:
     """What sends this process's spans; None, and nothing is imported, where the settings name no collector.
 
     service: the process's role.
     """
+    warn_untraced(config)
     if not config.otlp_endpoint:
         return None
     from tandem.tracing.otel import Tracer

@@ -17,7 +17,10 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,2})?"
+_WHOLE = "[0-9](?:_?[0-9]){0,17}"
+_FRACTION = "[0-9](?:_?[0-9]){0,19}"
+NUMBER = rf"(?:{_WHOLE}(?:\.(?:{_FRACTION})?)?|\.{_FRACTION})(?:[eE][+-]?[0-9]{{1,2}})?"
+"""As in Python: `.5`, `5.` and `4_000_000`, too."""
 THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 """As other servers have it: `32k` is 32,000 and `32K` 32,768."""
 BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -59,7 +62,7 @@ class Quantity:
         if not re.fullmatch(self.pattern, text := value.strip()):
             raise ValueError(self.what)
         parts = re.findall(f"({NUMBER})([a-zA-Z]*)", text)
-        total = sum((Fraction(number) * self._factor(unit) for number, unit in parts), Fraction(0))
+        total = sum((Fraction(number.replace("_", "")) * self._factor(unit) for number, unit in parts), Fraction(0))
         return int(total) if total.denominator == 1 else float(total)
 
     def _factor(self, unit: str) -> Fraction:

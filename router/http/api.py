@@ -27,7 +27,15 @@ from router.requests.defaults import GenerationDefaults
 from router.requests.formats import FormatChoice
 from router.requests.job import Endpoint, Job, chat_job, completion_job
 from router.requests.messages import chat_turns
-from router.requests.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, plain_text
+from router.requests.openai import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+    parse,
+    plain_text,
+)
 from router.requests.tools import declarations, template_values
 from router.siblings import Siblings, merged
 from tandem.config import RouterConfig
@@ -53,7 +61,7 @@ MANY = 4096
 """Tokens from which what is said of each is written in a thread."""
 
 
-JobFrom = Callable[[bytes, Tenant], Awaitable[Job]]
+JobFrom = Callable[[bytes, Tenant], Awaitable[tuple[Job, GenerationBody]]]
 """A validated job from a body."""
 
 
@@ -101,18 +109,18 @@ class Api:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`"""
 
-        async def job(raw: bytes, tenant: Tenant) -> Job:
+        async def job(raw: bytes, tenant: Tenant) -> tuple[Job, GenerationBody]:
             body = parse(ChatBody, raw)
-            return await chat_job(body, await self._endpoint(request, body.model, tenant))
+            return await chat_job(body, await self._endpoint(request, body.model, tenant)), body
 
         return await self._generate(request, "chat", job, ChatFormat)
 
     async def completion(self, request: Request) -> Response:
         """`POST /v1/completions`"""
 
-        async def job(raw: bytes, tenant: Tenant) -> Job:
+        async def job(raw: bytes, tenant: Tenant) -> tuple[Job, GenerationBody]:
             body = parse(CompletionBody, raw)
-            return await completion_job(body, await self._endpoint(request, body.model, tenant))
+            return await completion_job(body, await self._endpoint(request, body.model, tenant)), body
 
         return await self._generate(request, "completion", job, CompletionFormat)
 
@@ -244,8 +252,8 @@ class Api:
     ) -> tuple[Answer, Format]:
         visit = timer.visit
         assert visit is not None
-        job = await job_from(raw, visit.tenant)
-        timer.tokenised(job, raw)
+        job, body = await job_from(raw, visit.tenant)
+        timer.tokenised(job, body)
         visit.prompt(sum(len(prompt.ids) for prompt in job.prompts))
         text = await self._texts.get(job.model)
         self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))

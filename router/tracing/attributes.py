@@ -6,17 +6,24 @@ The conventions (gen_ai.*) are at the status Development, as of semantic-convent
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from router.explain.story import Attempt, Story, predicted_first_token_ms, route
 from router.requests.job import Job
+from router.requests.openai import ChatBody, CompletionBody, GenerationBody
 
 OPERATIONS = {"chat": "chat", "completion": "text_completion"}
 PROVIDER = "tandem"
 MAX_MESSAGES = 64
 MAX_TEXT = 16_384
-"""Characters of a message; what is longer is cut."""
+"""Characters of a text; what is longer is cut."""
+MAX_TEXTS = 32_768
+"""Characters of all of a request's texts, the newest messages first; older ones are left out."""
+BESIDE = 32
+"""Characters that each text and each message counts in addition: an empty one is not free."""
+MAX_ROLE = 32
+"""Characters of a role."""
 
 Attributes = dict[str, Any]
 
@@ -106,20 +113,36 @@ def attempt_attributes(story: Story, attempt: Attempt, number: int, last: bool) 
     }
 
 
-def input_messages(body: bytes) -> str | None:
-    """A validated body's prompt as `gen_ai.input.messages`; long ones are cut. None where it is token ids."""
-    asked = json.loads(body)
-    messages = asked.get("messages")
-    if messages is None:
-        prompt = asked.get("prompt")
-        texts = [prompt] if isinstance(prompt, str) else [each for each in prompt or () if isinstance(each, str)]
-        messages = [{"role": "user", "content": text} for text in texts]
-    told = [{"role": each.get("role", ""), "parts": _parts(each.get("content"))} for each in messages[-MAX_MESSAGES:]]
+def input_messages(body: GenerationBody) -> str | None:
+    """A body's prompt as `gen_ai.input.messages`: of the newest what there is room for. None where it is token ids."""
+    told: list[dict[str, Any]] = []
+    room = MAX_TEXTS
+    for role, content in reversed(_said(body)[-MAX_MESSAGES:]):
+        parts = []
+        for text in _texts(content):
+            parts.append({"type": "text", "content": text[: max(0, min(MAX_TEXT, room))]})
+            room -= len(parts[-1]["content"]) + BESIDE
+            if room <= 0:
+                break
+        told.insert(0, {"role": role[:MAX_ROLE], "parts": parts})
+        room -= BESIDE
+        if room <= 0:
+            break
     return json.dumps(told, ensure_ascii=False) if told else None
 
 
-def _parts(content: object) -> list[dict[str, str]]:
+def _said(body: GenerationBody) -> list[tuple[str, object]]:
+    """Role and content of each message."""
+    if isinstance(body, ChatBody):
+        return [(each.role, each.content) for each in body.messages]
+    prompt = body.prompt if isinstance(body, CompletionBody) else None
+    texts = [prompt] if isinstance(prompt, str) else prompt or ()
+    return [("user", text) for text in texts if isinstance(text, str)]
+
+
+def _texts(content: object) -> Iterator[str]:
     if isinstance(content, str):
-        return [{"type": "text", "content": content[:MAX_TEXT]}]
-    texts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    return [{"type": "text", "content": text[:MAX_TEXT]} for text in texts if isinstance(text, str)]
+        yield content
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(text := part.get("text"), str):
+            yield text

@@ -16,6 +16,7 @@ from router.explain.recorder import Recorder
 from router.explain.story import Attempt, Story
 from router.metrics import RequestTimer, RouterMetrics
 from router.requests.job import Job
+from router.requests.openai import GenerationBody
 from router.tracing.attributes import attempt_attributes, input_messages, plan_attributes, request_attributes
 from tandem.cluster import Incarnation, Plan
 from tandem.obs import tell_trace
@@ -84,7 +85,7 @@ class TracedTimer(RequestTimer):
         """See `RequestTimer`."""
         self._read = time.monotonic()
 
-    def tokenised(self, job: Job, body: bytes) -> None:
+    def tokenised(self, job: Job, body: GenerationBody) -> None:
         """See `RequestTimer`."""
         self._tokenised, self._job = time.monotonic(), job
         if self._tracer.prompts:

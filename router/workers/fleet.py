@@ -20,6 +20,10 @@ from tandem.trust import Trust
 log = logging.getLogger(__name__)
 
 END_CAUSES = ("goodbye", "lost")
+MAX_PAST_PAIRS = 512
+"""Pairs remembered whose receiver is gone."""
+EARLIER = "earlier"
+"""Sender and receiver of what older pairs moved."""
 
 
 class FleetListener(Protocol):
@@ -221,10 +225,28 @@ class Fleet(Members[Worker]):
         self._past_moves.update(_by_pair(worker))
         self.ends[worker.info.role, "goodbye" if worker.leaving else "lost"] += 1
         self.remove(worker)
+        self._fold_past_moves()
         if not self._workers:  # all were exchanged, perhaps: nobody is left whom new ones would have to fit
             self.reference = None
         if self.listener is not None:
             self.listener.worker_gone(worker.incarnation, reason)
+
+    def _fold_past_moves(self) -> None:
+        """The oldest pairs become one by transport: counters do not go back, and workers that come and go cost no more.
+
+        An incarnation that is found again after hundreds of others have gone counts twice.
+        """
+        past = [name for name in self._past_moves if name[0] != EARLIER]
+        for name in past[: max(0, len(past) - MAX_PAST_PAIRS)]:
+            old, into = self._past_moves.pop(name), (EARLIER, EARLIER, name[2])
+            both = old, self._past_moves.get(into, MoveStat(*into))
+            self._past_moves[into] = MoveStat(
+                *into,
+                bytes=sum(each.bytes for each in both),
+                seconds=sum(each.seconds for each in both),
+                tickets=sum(each.tickets for each in both),
+                failures=sum(each.failures for each in both),
+            )
 
 
 def _by_pair(worker: Worker) -> dict[tuple[str, str, str], MoveStat]:

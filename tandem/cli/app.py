@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
+from rich.console import Console
 
 from tandem import __version__
 from tandem.cli.find_help import epilog, find
@@ -49,6 +50,8 @@ S = TypeVar("S", bound=Settings)
 
 # Packages are imported late: `tandem router` must not import torch, and `tandem --help` must be quick.
 def _up(config: UpConfig) -> None:
+    if reason := config.untraced():  # its children are told what counts, and do not know why
+        Console(stderr=True).print(f"tandem: {reason}", markup=False, soft_wrap=True)
     if config.on == "ray":
         from tandem.cli.on_ray.launch import up_on_ray
 

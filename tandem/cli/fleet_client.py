@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -13,8 +13,11 @@ from tandem.cli.frame import Reading, Series, series_of
 from tandem.config import ProcessConfig, client_key
 from tandem.errors import BadRequest, ConfigError, Unavailable
 
+T = TypeVar("T")
 TIMEOUT_S = 5.0
 PAGES_AT_ONCE = 16
+UNREADABLE = (ValueError, LookupError)
+"""What parsers of JSON and of metrics raise."""
 
 
 class FleetClient:
@@ -32,12 +35,21 @@ class FleetClient:
 
     def fleet(self) -> dict[str, Any]:
         """The router's `/metrics/fleet`. Raises Unavailable, BadRequest, ConfigError."""
-        path = "/metrics/fleet"
-        try:
-            found: dict[str, Any] = self.get(path).json()
-        except ValueError:
-            raise BadRequest(f"--router: {self.url}{path} is no JSON; is it a Tandem router?") from None
+        found = self._understood("/metrics/fleet", lambda answer: answer.json(), "JSON")
+        if not isinstance(found, dict) or found.get("object") != "tandem.fleet":
+            raise self._not_ours("/metrics/fleet", "fleet")
         return found
+
+    def _understood(self, path: str, parse: Callable[[httpx.Response], T], kind: str) -> T:
+        """A page of the router, parsed."""
+        answer = self.get(path)
+        try:
+            return parse(answer)
+        except UNREADABLE:
+            raise self._not_ours(path, kind) from None
+
+    def _not_ours(self, path: str, kind: str) -> BadRequest:
+        return BadRequest(f"--router: {self.url}{path} is no {kind}; is it a Tandem router?")
 
     def get(self, path: str) -> httpx.Response:
         """A page of the router. Raises Unavailable when nobody answers, ConfigError when the key does not open it."""
@@ -64,18 +76,28 @@ class FleetClient:
 
     def read(self) -> Reading:
         """All pages now."""
-        fleet, page = self.fleet(), self.get("/metrics").text
-        return Reading(self.url, time.monotonic(), fleet, series_of(page), self._workers(fleet))
+        fleet, own = (
+            self.fleet(),
+            self._understood("/metrics", lambda answer: series_of(answer.text), "page of metrics"),
+        )
+        return Reading(self.url, time.monotonic(), fleet, own, self._workers(fleet))
 
     def _workers(self, fleet: Mapping[str, Any]) -> dict[str, Series]:
         where = {each["incarnation"]: each["metrics"] for each in fleet["workers"] if each["metrics"]}
         with ThreadPoolExecutor(PAGES_AT_ONCE) as pool:
             pages = pool.map(self.worker_page, where.values())
-        return {
-            name: series_of(page.text)
-            for name, page in zip(where, pages, strict=True)
-            if page is not None and page.status_code == httpx.codes.OK
-        }
+        found = {name: _series(page) for name, page in zip(where, pages, strict=True)}
+        return {name: series for name, series in found.items() if series is not None}
+
+
+def _series(page: httpx.Response | None) -> Series | None:
+    """A worker's page; None where it is not reached or something else answers there."""
+    if page is None or page.status_code != httpx.codes.OK:
+        return None
+    try:
+        return series_of(page.text)
+    except UNREADABLE:
+        return None
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from tandem.cli.groups import group_of, rank
+from tandem.config.fields import http_url
 from tandem.errors import ConfigError
 from tandem.units import quantity_of
 
@@ -62,7 +63,8 @@ def _explained(schema: type[BaseSettings], fault: Any) -> str:
     if is_secret(field):
         return f"TANDEM_{name.upper()}: {text}"
     shown = name.upper() if field.is_required() else "--" + name.replace("_", "-")
-    return f"{shown}: {text}" + ("" if fault["type"] == "missing" else f" (got {fault['input']!r})")
+    untold = fault["type"] == "missing" or any(getattr(each, "func", None) is http_url for each in field.metadata)
+    return f"{shown}: {text}" + ("" if untold else f" (got {fault['input']!r})")
 
 
 def is_secret(field: FieldInfo) -> bool:

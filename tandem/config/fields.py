@@ -54,11 +54,13 @@ def http_url(value: str) -> str:
         known = False
     if value and not known:
         raise ValueError("must be a URL such as http://collector:4318")
-    if value and parts.password is not None:
+    if value and "@" in parts.netloc:
         raise ValueError("must not hold a password; OTEL_EXPORTER_OTLP_HEADERS may")
     return value
 
 
+HttpUrl = Annotated[str, AfterValidator(http_url)]
+"""Messages do not show a wrong one: it may hold a password."""
 ChatTemplate = Annotated[Path, AfterValidator(existing_file)]
 CHAT_TEMPLATE_HELP = "file with the jinja template of chats; default: the checkpoint's own"
 ToolParser = Annotated[str, one_of(TOOL_PARSERS), Field(json_schema_extra={"enum": list(TOOL_PARSERS)})]

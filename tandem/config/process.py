@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from tandem.config.environment import config_file, standard_otlp_endpoint
-from tandem.config.fields import METRICS_ALIAS_HELP, OPEN_GRPC, MetricsAlias, PemFile, Secret, http_url
+from tandem.config.fields import METRICS_ALIAS_HELP, OPEN_GRPC, HttpUrl, MetricsAlias, PemFile, Secret, http_url
 from tandem.errors import ConfigError
 from tandem.ports import is_loopback
 
@@ -49,9 +49,19 @@ class Settings(BaseSettings):
 
 
 def shared_by_tools(settings_cls: type[BaseSettings]) -> dict[str, Any]:
-    """Settings with variables that are not Tandem's own."""
+    """Settings with variables that are not Tandem's own. Platforms set these for all: what cannot be used is none."""
     endpoint = standard_otlp_endpoint()
-    return {"otlp_endpoint": endpoint} if endpoint and "otlp_endpoint" in settings_cls.model_fields else {}
+    usable = endpoint and "otlp_endpoint" in settings_cls.model_fields and not unusable(endpoint)
+    return {"otlp_endpoint": endpoint} if usable else {}
+
+
+def unusable(endpoint: str) -> str:
+    """Why no traces can be sent there, without the address, which may hold a password; empty where they can."""
+    try:
+        http_url(endpoint)
+    except ValueError as error:
+        return str(error)
+    return "" if installed(OTLP_EXPORTER) else "needs `pip install 'tandem-serve[otel]'`"
 
 
 def yaml_source(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSettingsSource:
@@ -68,7 +78,7 @@ def yaml_source(settings_cls: type[BaseSettings], path: Path) -> YamlConfigSetti
 class TracedSettings(Settings):
     """Settings of commands whose processes serve requests: where the traces of these go."""
 
-    otlp_endpoint: Annotated[str, AfterValidator(http_url)] = Field(
+    otlp_endpoint: HttpUrl = Field(
         "",
         description="URL of an OTLP/HTTP collector that gets the traces of requests; empty sends none; default: "
         "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -80,9 +90,16 @@ class TracedSettings(Settings):
 
     @model_validator(mode="after")
     def _traceable(self) -> TracedSettings:
-        if self.otlp_endpoint and not installed(OTLP_EXPORTER):
-            raise ValueError(f"--otlp-endpoint is {self.otlp_endpoint}; it needs `pip install 'tandem-serve[otel]'`")
+        if self.otlp_endpoint and (reason := unusable(self.otlp_endpoint)):
+            raise ValueError(f"--otlp-endpoint: {reason}")
         return self
+
+    def untraced(self) -> str:
+        """Why nothing is traced though the variable that all tools share names a collector; else empty."""
+        endpoint = standard_otlp_endpoint()
+        if not endpoint or "otlp_endpoint" in self.model_fields_set:
+            return ""
+        return f"nothing is traced: OTEL_EXPORTER_OTLP_ENDPOINT {unusable(endpoint)}"
 
 
 def installed(distribution: str) -> bool:
@@ -94,8 +111,8 @@ def installed(distribution: str) -> bool:
     return True
 
 
-class ProcessConfig(TracedSettings):
-    """Settings of every process that speaks gRPC: by what it knows the others."""
+class ProcessConfig(Settings):
+    """Settings of every command that speaks gRPC: by what it knows the others."""
 
     token: Secret | None = Field(None, description="secret that all processes of a cluster share")
     metrics_token: Secret | None = Field(None, description="secret that readers of metrics show")

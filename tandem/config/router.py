@@ -19,14 +19,14 @@ from tandem.config.fields import (
     ToolParser,
     existing_file,
 )
-from tandem.config.process import ProcessConfig
+from tandem.config.process import ProcessConfig, TracedSettings
 from tandem.ports import is_loopback
 from tandem.units import COUNT, IN_SECONDS, MEBIBYTES, MEBIBYTES_A_SECOND
 
 DNS_LABEL = r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$"
 
 
-class RouterConfig(ProcessConfig):
+class RouterConfig(ProcessConfig, TracedSettings):
     """`tandem router`"""
 
     model: str | None = Field(None, description="model folder or hub id; default: what the workers report")

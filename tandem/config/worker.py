@@ -21,12 +21,12 @@ from tandem.config.fields import (
     Transport,
     check_drafter,
 )
-from tandem.config.process import ProcessConfig
+from tandem.config.process import ProcessConfig, TracedSettings
 from tandem.ports import is_loopback
 from tandem.units import COUNT, IN_MILLISECONDS, IN_SECONDS, MEBIBYTES
 
 
-class WorkerConfig(ProcessConfig):
+class WorkerConfig(ProcessConfig, TracedSettings):
     """Settings that both kinds of worker share."""
 
     model: str = Field(description="model folder or hub id")

@@ -91,7 +91,7 @@ class Engine:
             raise ContextTooLong(f"prompt and max_tokens are {total} tokens; this worker holds {self.capacity_tokens}")
         self._admitted += 1
         seq.order = self._admitted
-        seq.arrival = seq.arrival or self._clock()
+        seq.waiting_since = seq.arrival = seq.arrival or self._clock()
         self.seqs[seq.seq_id] = seq
         if seq.state is not SeqState.WAITING_KV:
             self.scheduler.enqueue(seq)
@@ -315,7 +315,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """Load and cache now."""
         states = [seq.state for seq in self.seqs.values()]
-        arrivals = [s.arrival for s in self.seqs.values() if s.state in (SeqState.WAITING, SeqState.WAITING_KV)]
+        since = [s.waiting_since for s in self.seqs.values() if s.state in (SeqState.WAITING, SeqState.WAITING_KV)]
         return EngineStatus(
             running=states.count(SeqState.RUNNING),
             waiting=states.count(SeqState.WAITING) + states.count(SeqState.WAITING_KV),
@@ -329,7 +329,7 @@ class Engine:
             retractions=self._retractions,
             checked_pages=self.memory.checks.checked,
             corrupt_pages=self.memory.checks.corrupt,
-            oldest_s=self._clock() - min(arrivals) if arrivals else 0.0,
+            oldest_s=self._clock() - min(since) if since else 0.0,
             timing=self._timing.fit(),
         )
 

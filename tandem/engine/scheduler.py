@@ -79,6 +79,8 @@ class Plan:
     """What a step does. Filled by the scheduler, then only read."""
 
     budget: int
+    now: float = 0.0
+    """Seconds, monotonic."""
     decodes: list[Row] = field(default_factory=list)
     drafted: list[Row] = field(default_factory=list)
     """Rows that were given drafts; they are in none of the others."""
@@ -214,7 +216,7 @@ class Scheduler:
         ahead: a step is in flight, and the plan is for the one behind it. timing: of steps so far, where a bound on the
         time between tokens is to be kept.
         """
-        plan = Plan(self._config.max_batch_tokens, ahead=ahead)
+        plan = Plan(self._config.max_batch_tokens, now, ahead=ahead)
         decoding = [seq for seq in self.running if seq.due == 1]
         for seq in decoding:
             if seq.state is SeqState.RUNNING:
@@ -266,6 +268,8 @@ class Scheduler:
         victim.retractions += 1
         if len(victim.prompt_logprobs) < victim.prompt_len:
             victim.prompt_logprobs.clear()
+        if victim.state is not SeqState.WAITING:
+            victim.waiting_since = plan.now
         self.enqueue(victim)
         plan.retracted.append(victim)
 

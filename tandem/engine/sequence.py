@@ -88,6 +88,8 @@ class Seq:
     """Whether its tenant has paid for it."""
     arrival: float = 0.0
     """Seconds, monotonic: ages the queue."""
+    waiting_since: float = 0.0
+    """Seconds, monotonic: its arrival, or when it was last retracted."""
     order: int = 0
     """Admission number: retraction takes the largest first."""
 

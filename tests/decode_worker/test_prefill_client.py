@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,19 @@ async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception
     assert await rig.fetch([A, B]) == Outcome(0, 2, complete=True, sender=B.incarnation)
     assert rig.failures == ["hand_over"]
     assert rig.broken == [A.incarnation], "routers are to plan another pair"
+
+
+async def test_a_pair_outlives_the_request_that_came_first_and_knows_nothing_of_it() -> None:
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen = []
+
+    class Pair(FakePair):
+        async def connect(self) -> None:
+            seen.append(request.get())
+
+    request.set("the first")
+    assert (await Rig(Pair(A.incarnation, [FetchResult(9)])).fetch([A])).complete
+    assert seen == ["none"]
 
 
 async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:

@@ -226,6 +226,22 @@ def test_crowded_sequences_are_retracted_and_finish(page_size: int) -> None:
     assert seqs[0].retractions == 0
 
 
+def test_waiting_counts_from_a_retraction_and_not_from_an_arrival_long_ago() -> None:
+    bench = Bench(pages=40, page_size=1)
+    bench.add("old", [1, 2], max_tokens=30)
+    young = bench.add("young", [3, 4], max_tokens=30)
+    bench.clock.now += 5.0
+    assert bench.engine.status().oldest_s == 5.0
+    while not young.retractions:
+        bench.step()
+        bench.clock.now += 1.0
+    assert young.state is SeqState.WAITING
+    assert young.arrival == 100.0, "its age still counts in the queue"
+    assert bench.engine.status().oldest_s == 1.0
+    bench.engine.cancel("old")
+    bench.drain(young)
+
+
 def test_a_retracted_sequence_finds_its_own_pages_again() -> None:
     bench = Bench(pages=40, page_size=1)
     old, young = bench.add("old", [1, 2], max_tokens=30), bench.add("young", [3, 4], max_tokens=30)

@@ -13,11 +13,11 @@ import grpc.aio
 import pytest
 
 from router.cache.prefix_index import PrefixIndex
-from router.workers.fleet import Fleet
+from router.workers.fleet import EARLIER, MAX_PAST_PAIRS, Fleet
 from router.workers.fleet_link import Worker
 from router.workers.registry import serve_registry
 from router.workers.snapshot import Load
-from tandem.cluster import CacheEvent, EventKind, Incarnation, Role, Status, WorkerInfo
+from tandem.cluster import CacheEvent, EventKind, Incarnation, MoveStat, Role, Status, WorkerInfo
 from tandem.errors import BadRequest, ConfigError, Fenced, TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.testing.polling import eventually
@@ -107,6 +107,30 @@ async def test_a_dead_worker_vanishes_from_the_index_at_once_and_is_then_gone() 
         await eventually(lambda: made.listener.gone)
         assert "does not answer" in made.listener.gone[0][1]
         assert made.fleet.worker(worker.info.incarnation) is None
+
+
+async def test_what_workers_of_long_ago_moved_is_kept_as_one_pair_by_transport() -> None:
+    made = Setting()
+    channel = grpc.aio.insecure_channel("127.0.0.1:1")
+    try:
+        for index in range(MAX_PAST_PAIRS + 100):
+            worker = made.fleet.join(fake_info(Role.DECODE), channel)
+            ends = f"sender-{index}", worker.incarnation
+            moves = tuple(MoveStat(*ends, over, 10, 0.5, 2, 1) for over in ("tcp", "nixl"))
+            worker.status = replace(worker.status, moves=moves)
+            made.fleet.gone(worker, "test")
+    finally:
+        await channel.close()
+    told = made.fleet.moves()
+    assert len(told) == MAX_PAST_PAIRS + 2
+    assert sum(move.bytes for move in told) == (MAX_PAST_PAIRS + 100) * 20
+    folded = (MAX_PAST_PAIRS + 200) // 2
+    assert {move.transport: move for move in told if move.sender == EARLIER} == {
+        over: MoveStat(EARLIER, EARLIER, over, 10 * folded, 0.5 * folded, 2 * folded, folded)
+        for over in ("tcp", "nixl")
+    }
+    first = next(move.sender for move in told if move.sender != EARLIER)
+    assert first == f"sender-{folded}", "the oldest go first"
 
 
 async def test_a_silent_worker_is_given_up_after_its_lease() -> None:

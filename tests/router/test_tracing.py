@@ -19,7 +19,8 @@ from router.http.api import Api
 from router.http.app import create_app
 from router.metrics import RouterMetrics
 from router.requests.defaults import GenerationDefaults
-from router.tracing.attributes import input_messages
+from router.requests.openai import ChatBody, CompletionBody
+from router.tracing.attributes import MAX_TEXT, MAX_TEXTS, input_messages
 from tandem.cluster import Role
 from tandem.config import RouterConfig
 from tandem.errors import Overloaded
@@ -276,10 +277,26 @@ async def test_prompts_are_there_when_they_are_asked_for(received: Collector) ->
     ],
 )
 def test_prompts_in_all_their_forms(body: dict[str, Any], told: list[list[str]] | None) -> None:
-    made = input_messages(json.dumps(body).encode())
+    kind = ChatBody if "messages" in body else CompletionBody
+    made = input_messages(kind.model_validate(body))
     assert (
         None if made is None else [[part["content"] for part in each["parts"]] for each in json.loads(made)]
     ) == told
+
+
+def test_the_newest_messages_fill_the_room() -> None:
+    def told(*contents: Any) -> list[int]:
+        body = {"messages": [{"role": "user" * 100, "content": each} for each in contents]}
+        made = input_messages(ChatBody.model_validate(body))
+        assert made is not None
+        assert len(made) < 4 * MAX_TEXTS
+        return [sum(len(part["content"]) for part in each["parts"]) for each in json.loads(made)]
+
+    whole = "x" * MAX_TEXT
+    sizes = told(*[whole] * 60, "yy")
+    assert sizes[1:] == [MAX_TEXT, 2]
+    assert MAX_TEXT * 0.9 < sizes[0] < MAX_TEXT, "of the oldest that has room there is a part"
+    assert told(whole, [{"type": "text", "text": ""}] * 5000) == [0], "empty texts are not free"
 
 
 def test_names_are_those_of_the_conventions() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from io import StringIO
 
@@ -191,6 +193,42 @@ def test_causes_are_bounded_and_the_last_counts_are_told_at_the_end(counted: Cou
     assert sum("(and 1 more" in line for line in told) == 10
     log.handlers[0].close()
     assert sum("(and 1 more" in line for line in out.getvalue().splitlines()) == MAX_CAUSES + 10
+
+
+@pytest.mark.parametrize("about", [obs.about("r"), {}])
+def test_arguments_that_do_not_fit_the_text_fail_no_caller(
+    about: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = StringIO()
+    handler = CountingHandler(out)
+    for text, args in (("took %d of %d", (1,)), ("goes on", ())):
+        handler.handle(logging.makeLogRecord({"msg": text, "args": args, **about}))
+    assert out.getvalue() == "goes on\n"
+    assert "not enough arguments" in capsys.readouterr().err, "logging says where it was"
+
+
+def test_what_is_counted_keeps_nothing_of_the_request_alive() -> None:
+    class Request:
+        def __str__(self) -> str:
+            return "it"
+
+    out = StringIO()
+    handler = CountingHandler(out, _Clock())
+
+    def fail() -> weakref.ref[Request]:
+        request = Request()
+        try:
+            raise ValueError(request)
+        except ValueError:
+            about = {"args": (request,), "exc_info": sys.exc_info(), **obs.about("r")}
+            handler.handle(logging.makeLogRecord({"msg": "%s failed", **about}))
+        return weakref.ref(request)
+
+    kept = fail(), fail()
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
+    handler.close()
+    assert out.getvalue().endswith("it failed (and 1 more like it in 0 s)\n")
 
 
 def test_with_level_debug_everything_is_shown(capfd: pytest.CaptureFixture[str]) -> None:

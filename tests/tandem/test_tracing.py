@@ -15,7 +15,15 @@ from pydantic import ValidationError
 
 from tandem.cli.options import build
 from tandem.cli.up import handed_on
-from tandem.config import DecodeConfig, RouterConfig, UpConfig, WorkerConfig, child_environment
+from tandem.config import (
+    DecodeConfig,
+    DrainConfig,
+    ProcessConfig,
+    RouterConfig,
+    UpConfig,
+    WorkerConfig,
+    child_environment,
+)
 from tandem.errors import ConfigError
 from tandem.obs import tracer_of
 from tandem.ports import free_ports
@@ -208,6 +216,15 @@ def test_a_password_in_the_endpoint_is_refused() -> None:
         build(RouterConfig, {"otlp_endpoint": "http://user:word@host"})
 
 
+@pytest.mark.parametrize("value", ["http://user:hidden@host", "http://hidden@host", "user:hidden@host:4318", "hidden"])
+def test_a_wrong_endpoint_is_not_shown(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_OTLP_ENDPOINT", value)
+    with pytest.raises(ConfigError) as refused:
+        build(RouterConfig, {})
+    assert str(refused.value).startswith("--otlp-endpoint: must ")
+    assert "hidden" not in str(refused.value)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_wrong_share_is_one_line(share: float) -> None:
     with pytest.raises(ConfigError, match=r"^--trace-share: [^\n]*$"):
@@ -219,6 +236,37 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValidationError, match=r"pip install 'tandem-serve\[otel\]'"):
         UpConfig(model="m", otlp_endpoint="http://h:1")
     assert UpConfig(model="m").otlp_endpoint == ""
+    monkeypatch.setenv("TANDEM_OTLP_ENDPOINT", "http://h:1")
+    with pytest.raises(ConfigError, match=r"^--otlp-endpoint: needs `pip install 'tandem-serve\[otel\]'`$"):
+        build(RouterConfig, {})
+    assert build(ProcessConfig, {}).token is None, "commands that trace nothing do not ask for it"
+    assert build(DrainConfig, {"worker": "w"}).worker == "w"
+
+
+@pytest.mark.parametrize(
+    ("value", "library", "reason"),
+    [
+        ("http://shared:4318", "tandem-no-such-library", "needs `pip install 'tandem-serve[otel]'`"),
+        ("shared:4318", None, "must be a URL such as http://collector:4318"),
+        ("http://user:hidden@shared", None, "must not hold a password; OTEL_EXPORTER_OTLP_HEADERS may"),
+    ],
+)
+def test_a_platforms_variable_that_cannot_be_used_stops_nothing(
+    value: str, library: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", value)
+    if library is not None:
+        monkeypatch.setattr("tandem.config.process.OTLP_EXPORTER", library)
+    for schema, given in ((RouterConfig, {}), (DecodeConfig, {"model": "m"}), (UpConfig, {"model": "m"})):
+        assert build(schema, given).otlp_endpoint == ""  # type: ignore[attr-defined]
+    config = build(UpConfig, {"model": "m"})
+    assert config.untraced() == f"nothing is traced: OTEL_EXPORTER_OTLP_ENDPOINT {reason}"
+    child = RouterConfig(otlp_endpoint=config.otlp_endpoint)
+    assert child.untraced() == "", "what `up` tells its children is said once, by itself"
+    assert tracer_of(child, "tandem-router", "i") is None
+    assert caplog.messages == []
+    assert tracer_of(RouterConfig(), "tandem-router", "i") is None
+    assert caplog.messages == [config.untraced()]
 
 
 def test_the_variable_that_all_tools_share_is_read_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

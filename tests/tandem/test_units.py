@@ -37,6 +37,12 @@ ALL = (COUNT, MEBIBYTES, MEBIBYTES_A_SECOND, IN_SECONDS, IN_MILLISECONDS)
         (COUNT, "32k", 32_000),
         (COUNT, "25.6k", 25_600),
         (COUNT, "1.5M", 1_572_864),
+        (COUNT, "4_000_000", 4_000_000),
+        (COUNT, "1E3", 1000),
+        (MEBIBYTES, "5.", 5),
+        (MEBIBYTES, "1_024.5GiB", 1_049_088),
+        (IN_SECONDS, ".5", 0.5),
+        (IN_SECONDS, "1h.5m", 3630),
         (MEBIBYTES, "256", 256),
         (MEBIBYTES, "80GiB", 81_920),
         (MEBIBYTES, "80Gi", 81_920),
@@ -81,6 +87,12 @@ def test_a_wrong_unit_names_the_setting_and_an_example(schema: Any, given_: dict
         build(schema, {"model": "m"} | given_)
 
 
+@pytest.mark.parametrize("text", [".", "_1", "1_", "1__0", "1._5", "1_.5", ".e3", "1e1_0", "4_000_000_000_000_000_000"])
+def test_texts_that_look_like_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match="a number is expected"):
+        COUNT.parse(text)
+
+
 def test_flag_environment_and_file_take_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_ = {"kv_mib": "1.5GiB", "max_batch_tokens": "2K", "drain_s": "1m", "inter_token_ms": "0.1s"}
     by_flag = build(UpConfig, {"model": "m"} | given_)
@@ -102,7 +114,31 @@ def test_every_memory_and_every_time_takes_units(schema: Any) -> None:
         assert end is None or quantity is wanted[end], name
 
 
-UNITS = ("", "k", "K", "Mi", "MiB", "GB", "gib", "/s", "GiB/s", "ms", "s", "m", "h", "us", "e3", ".5", " ", "-")
+UNITS = (
+    "",
+    "k",
+    "K",
+    "Mi",
+    "MiB",
+    "GB",
+    "gib",
+    "/s",
+    "GiB/s",
+    "ms",
+    "s",
+    "m",
+    "h",
+    "us",
+    "e3",
+    "E1",
+    ".5",
+    ".",
+    "_",
+    "5.",
+    "1_0",
+    " ",
+    "-",
+)
 NEARLY = st.lists(st.sampled_from([*UNITS, "0", "7", "12", "1.5", "nan", "inf"]), max_size=5).map("".join)
 
 

@@ -51,7 +51,7 @@ async def fleet() -> AsyncIterator[Fleet]:
         async def page(request: web.Request) -> web.Response:
             if request.headers.get("authorization") not in (f"Bearer {SECRET}", f"Bearer {READERS}"):
                 return web.Response(status=401)
-            return web.json_response({"workers": listed})
+            return web.json_response({"object": "tandem.fleet", "workers": listed})
 
         async def other(_: web.Request) -> web.Response:
             return web.Response(text="<html>", content_type="text/html")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from tandem.cli.app import run
+from tandem.cli.fleet_client import FleetClient
 from tandem.cli.frame import Reading, frame_between, series_of
 from tandem.cli.top import picture
+from tandem.config import ProcessConfig
 
 WORKERS: list[dict[str, Any]] = [
     {"incarnation": "p" * 32, "address": "10.0.0.1:1", "role": "prefill", "state": "ready", "metrics": "10.0.0.1:9"},
@@ -113,3 +117,57 @@ def test_a_key_that_is_missing_and_a_router_that_is_away(refusing: str, capsys: 
     assert capsys.readouterr().err.startswith("tandem: --router: no router answers at http://127.0.0.1:9: ")
     assert run(["top", "--every", "0s"]) == 2
     assert capsys.readouterr().err == "tandem: --every: must be more than 0 (got '0s')\n"
+
+
+class Pages(BaseHTTPRequestHandler):
+    """Answers with what the test says."""
+
+    pages: dict[str, str]
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.pages[self.path].encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(pages: dict[str, str]) -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), type("Own", (Pages,), {"pages": pages}))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+FLEET = {"object": "tandem.fleet", "workers": [], "pairs": []}
+
+
+@pytest.mark.parametrize(
+    ("fleet", "metrics"),
+    [("<html>hello</html>", ""), ("[]", ""), ("{}", ""), (json.dumps(FLEET), "<html>it's {not metrics</html>")],
+)
+def test_an_answer_of_something_else_is_one_line(fleet: str, metrics: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving({"/metrics/fleet": fleet, "/metrics": metrics, "/health": "{}"}) as address:
+        assert run(["top", "--once", "--every", "1ms", "--router", address]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"tandem: --router: http://{address}/metrics")
+        assert line.endswith("; is it a Tandem router?")
+        if metrics == "":
+            assert run(["doctor", "--cluster", "--router", address]) == 1
+            assert "is it a Tandem router?" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_worker_page_of_something_else_is_left_out() -> None:
+    with serving({"/metrics": "<html>it's {not metrics</html>"}) as other, serving({"/metrics": "a 1\n"}) as own:
+        workers = [{"incarnation": "o", "metrics": other}, {"incarnation": "w", "metrics": own}]
+        pages = {"/metrics/fleet": json.dumps({**FLEET, "workers": workers}), "/metrics": ""}
+        with serving(pages) as router:
+            read = FleetClient(router, ProcessConfig()).read()
+    assert {name: dict(series) for name, series in read.workers.items()} == {"w": {"a": [({}, 1.0)]}}
