@@ -86,7 +86,7 @@ def test_workers_answer_nobody_without_the_secret(running: Cluster, capsys: pyte
     found = lines(told(capsys, 1, "doctor", "--cluster", "--router", f"127.0.0.1:{running.router.port}"))
     states = {name: check for name, check in found["workers"].items() if name.startswith(("prefill", "decode"))}
     assert {check["state"] for check in states.values()} == {"error"}
-    assert all("token is missing" in check["found"] and "TANDEM_TOKEN" in check["fix"] for check in states.values())
+    assert all("knows another one" in check["found"] and "TANDEM_TOKEN" in check["fix"] for check in states.values())
 
 
 def frame_at_work(capsys: pytest.CaptureFixture[str], address: str) -> Any:
