@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from tandem.cluster import Incarnation, new_id
 from tandem.errors import TandemError
+from tandem.obs import tell_request
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +90,13 @@ class PairPool:
         self._pairs.pop(target.incarnation, None)
         task = self._connecting.get(target.incarnation)
         if task is None:
-            # It outlives the request that came first, whose id and trace are none of its own.
-            task = asyncio.create_task(self._connect(target), context=contextvars.Context())
-            self._connecting[target.incarnation] = task
+            task = self._connecting[target.incarnation] = asyncio.create_task(self._connect(target))
             task.add_done_callback(lambda _: self._connecting.pop(target.incarnation, None))
         # One request giving up must not end a connection that others wait for.
         return await asyncio.shield(task)
 
     async def _connect(self, target: Target) -> PairClient:
+        tell_request("")  # it outlives the request that came first, whose id and trace are none of its own
         pair = self._make_pair(target.incarnation, target.address)
         try:
             await pair.connect()
