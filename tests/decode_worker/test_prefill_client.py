@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from decode_worker.prefill_client import Outcome, PrefillClient
 from kvtransfer.base import FetchResult, SpanSink
 from kvtransfer.pairs import PairPool, Target
+from tandem import obs
 from tandem.cluster import Ticket
 from tandem.errors import Overloaded, Unavailable
 from tandem.testing.kv import FakeSink
@@ -95,17 +98,24 @@ async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception
     assert rig.broken == [A.incarnation], "routers are to plan another pair"
 
 
-async def test_a_pair_outlives_the_request_that_came_first_and_knows_nothing_of_it() -> None:
-    request: ContextVar[str] = ContextVar("request", default="none")
-    seen = []
-
+async def test_a_pair_outlives_the_request_that_came_first_and_knows_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     class Pair(FakePair):
         async def connect(self) -> None:
-            seen.append(request.get())
+            logging.getLogger("pair").warning("connects")
 
-    request.set("the first")
-    assert (await Rig(Pair(A.incarnation, [FetchResult(9)])).fetch([A])).complete
-    assert seen == ["none"]
+    for of, name in ((logging.getLogger(), "handlers"), (sys, "excepthook"), (threading, "excepthook")):
+        monkeypatch.setattr(of, name, getattr(of, name))  # as it was, when the test has ended
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    obs.setup_logging("info", "text")
+    logging.captureWarnings(False)
+    with obs.request_context("ab" * 16):
+        logging.getLogger("pair").warning("asked for")
+        assert (await Rig(Pair(A.incarnation, [FetchResult(9)])).fetch([A])).complete
+    asked, connects = capfd.readouterr().err.splitlines()
+    assert asked.endswith("[" + "ab" * 16 + "]")
+    assert connects.endswith("pair: connects")
 
 
 async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:
