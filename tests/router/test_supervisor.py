@@ -19,6 +19,7 @@ PR_SET_CHILD_SUBREAPER = 36
 logging.basicConfig(format="%(message)s")
 supervisor.RETRY_S = supervisor.SETTINGS_RETRY_S = 0.02
 tries, case = Path(sys.argv[1]), sys.argv[2]
+orphan = tries.with_name("orphan")
 address = ("127.0.0.1", free_ports(1)[0])
 
 def shared():
@@ -51,7 +52,7 @@ def serve(place):
         answer(place)
     (tries / str(number)).touch()
     if case == "orphan" and number == 0:
-        subprocess.Popen(["sleep", "0.05"])  # left behind: the one above gets it
+        orphan.write_text(str(subprocess.Popen(["sleep", "0.05"]).pid))  # left behind: the one above gets it
         return 1
     if case == "wrong first":
         raise ConfigError("the file is missing")
@@ -66,7 +67,8 @@ def serve(place):
     if case != "orphan" or number >= 2:
         threading.Thread(target=lambda: (answered(b"0"), answered(b"1"), os.kill(os.getppid(), signal.SIGTERM))).start()
         answer(place)
-    time.sleep(0.3)  # the orphan ends meanwhile
+    while Path("/proc", orphan.read_text()).exists():  # until the one above has taken note of its end
+        time.sleep(0.01)
     return 1
 
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
