@@ -15,7 +15,7 @@ from decode_worker.worker import DecodeWorker
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Hooks, Identity
 from kvtransfer.inbound import InboundSettings
-from kvtransfer.measure import HandOverMetrics, WriteRate
+from kvtransfer.measure import HandOverMetrics
 from kvtransfer.pairs import PairPool, pair_maker, probe_pair_maker
 from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
@@ -27,7 +27,7 @@ from tandem.engine.output import StepOutput
 from tandem.types import GenerateRequest, ModelInfo
 from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
-from tandem.worker.moves import MoveLedger
+from tandem.worker.moves import MoveLedger, WriteRate
 from tandem.worker.process import Parts, Report, RoleServices
 from tandem.worker.transfer_probe.service import ProbingService
 
@@ -119,10 +119,15 @@ class DecodeServices:
         return (asyncio.create_task(self.worker.sweep()), asyncio.create_task(self._watch_slabs()))
 
     async def _watch_slabs(self) -> None:
-        """Drains and gives up when quarantined slabs leave no room for new ones: only a new process has new memory."""
+        """Drains and gives up when quarantined slabs leave no room for new ones: only a new process has new memory.
+
+        Every slab whose pair is closed is quarantined for a moment; only what lasts counts.
+        """
+        checks = 0
         while True:
             await asyncio.sleep(SLAB_CHECK_S)
-            if self._budget.stuck:
+            checks = checks + 1 if self._budget.stuck else 0
+            if checks > 1:
                 self.worker.draining = True
                 if not self.worker.open_requests:
                     self._give_up(f"{self._budget.quarantined_bytes} bytes of landing slabs are quarantined")

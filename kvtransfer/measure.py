@@ -12,27 +12,6 @@ from tandem.cluster import Incarnation
 Moved = Callable[[Incarnation, str, int, float], None]
 
 
-FORGET = 0.95
-"""Weight of the past in the measured rate, per write."""
-
-
-class WriteRate:
-    """How fast this worker's writes land. Nothing else is in it: not the wait for what is still computed."""
-
-    def __init__(self) -> None:
-        self._bytes = 0.0
-        self._ms = 0.0
-
-    def add(self, peer: Incarnation, transport: str, size: int, seconds: float) -> None:
-        """One write of `size` bytes was complete at the receiver after `seconds`; see `Hooks.moved`."""
-        self._bytes = self._bytes * FORGET + size
-        self._ms = self._ms * FORGET + seconds * 1e3
-
-    def bytes_per_ms(self) -> float:
-        """Of recent writes; 0 until there was one."""
-        return self._bytes / self._ms if self._ms else 0.0
-
-
 class HandOverMetrics:
     """What both ends of a worker's hand-overs hold now.
 

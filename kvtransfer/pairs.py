@@ -12,7 +12,7 @@ from kvtransfer.inbound import InboundSettings, PairClient
 from kvtransfer.slab import SlabBudget
 from kvtransfer.transfer_thread import TransferThread
 from tandem.cluster import Incarnation, new_id
-from tandem.errors import TandemError
+from tandem.errors import Overloaded, TandemError
 from tandem.obs import tell_request
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,16 @@ def probe_pair_maker(
 
 
 class PairPool:
-    """All methods run on the event loop. Close it before the transfer thread."""
+    """All methods run on the event loop. Close it before the transfer thread.
+
+    Where the slabs' cap allows fewer pairs than there are senders, the idle pair that was used longest ago makes room
+    for one that a request needs.
+    """
 
     def __init__(self, make_pair: MakePair) -> None:
         self._make_pair = make_pair
         self._pairs: dict[Incarnation, PairClient] = {}
+        """The one used last is the last."""
         self._connecting: dict[Incarnation, asyncio.Task[PairClient]] = {}
         self._warming: set[asyncio.Task[None]] = set()
 
@@ -78,28 +83,28 @@ class PairPool:
 
     async def _warm(self, target: Target) -> None:
         try:
-            await self.pair(target)
+            await self.pair(target, needed=False)
         except TandemError as error:
             log.info("worker %s is not reachable yet: %s", target.address, error)
 
-    async def pair(self, target: Target) -> PairClient:
-        """The pair, connected. Raises Fenced, Overloaded (no room for a slab), Unavailable."""
-        pair = self._pairs.get(target.incarnation)
+    async def pair(self, target: Target, needed: bool = True) -> PairClient:
+        """The pair, connected; if needed, at the cost of an idle one. Raises Fenced, Overloaded, Unavailable."""
+        pair = self._pairs.pop(target.incarnation, None)
         if pair is not None and not pair.closed:
+            self._pairs[target.incarnation] = pair
             return pair
-        self._pairs.pop(target.incarnation, None)
         task = self._connecting.get(target.incarnation)
         if task is None:
-            task = self._connecting[target.incarnation] = asyncio.create_task(self._connect(target))
+            task = self._connecting[target.incarnation] = asyncio.create_task(self._connect(target, needed))
             task.add_done_callback(lambda _: self._connecting.pop(target.incarnation, None))
         # One request giving up must not end a connection that others wait for.
         return await asyncio.shield(task)
 
-    async def _connect(self, target: Target) -> PairClient:
+    async def _connect(self, target: Target, needed: bool) -> PairClient:
         tell_request("")  # it outlives the request that came first, whose id and trace are none of its own
         pair = self._make_pair(target.incarnation, target.address)
         try:
-            await pair.connect()
+            await self._open(pair, needed)
         except asyncio.CancelledError:
             await pair.close()  # nobody else knows of it
             raise
@@ -107,6 +112,17 @@ class PairPool:
         self._pairs = {name: old for name, old in self._pairs.items() if not old.closed or old.leaks()}
         self._pairs[target.incarnation] = pair
         return pair
+
+    async def _open(self, pair: PairClient, needed: bool) -> None:
+        try:
+            await pair.connect()
+        except Overloaded:
+            idle = next((each for each in self._pairs.values() if not each.closed and not each.leaks()), None)
+            if pair.closed or not needed or idle is None:
+                raise
+            log.info("the pair with %s is closed: its slab is needed for another", idle.peer)
+            await idle.close()
+            await self._open(pair, needed)
 
     async def close(self) -> None:
         """Closes every pair."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from kvtransfer.backends import Chosen
 from kvtransfer.base import MIB, Identity
 from kvtransfer.inbound import InboundSettings
-from kvtransfer.measure import HandOverMetrics, WriteRate
+from kvtransfer.measure import HandOverMetrics
 from kvtransfer.pairs import PairPool, pair_maker, probe_pair_maker
 from kvtransfer.replicas import ReplicationService
 from kvtransfer.service import HandOverService, OutboundSettings
@@ -20,7 +20,7 @@ from tandem.config import PrefillConfig
 from tandem.engine.output import StepOutput
 from tandem.worker.kv_sink import cache_sinks
 from tandem.worker.kv_source import EngineKvSource
-from tandem.worker.moves import MoveLedger
+from tandem.worker.moves import MoveLedger, WriteRate
 from tandem.worker.process import Parts, Report, RoleServices
 from tandem.worker.transfer_probe.service import ProbingService
 

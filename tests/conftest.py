@@ -1,17 +1,19 @@
-"""What holds for every test: one compute thread, no network, repeatable examples, and nothing left running.
+"""What holds for every test: one compute thread, no network, repeatable examples, and nothing left behind.
 
-A test fails when it leaves asyncio tasks, threads or processes behind. What a fixture of a wider scope starts belongs
-to that fixture; what this one leaves behind when it ends is held against the test after which it ended.
+A test fails when it leaves asyncio tasks, threads, processes or another log level behind. What a fixture of a wider
+scope starts belongs to that fixture; what this one leaves behind when it ends is held against the test after which it
+ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import psutil
@@ -50,6 +52,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.tasks: list[str] = []
+        self._level = logging.NOTSET
         self._before: Running = (set(), set())
         self._owned: dict[object, Running] = {}
         self._due: Running = (set(), set())
@@ -58,6 +61,7 @@ class Ledger:
     def begin(self) -> None:
         """Remembers what runs before a test."""
         self.tasks.clear()
+        self._level = logging.getLogger().level
         self._before = running()
         self._due = (set(), set())
 
@@ -86,6 +90,9 @@ class Ledger:
         lines = [f"asyncio task {name}" for name in self.tasks]
         lines += [f"thread {thread.name}" for thread in threads]
         lines += [f"process {process.pid}: {command(process)}" for process in processes]
+        if (level := logging.getLogger().level) != self._level:
+            lines.append(f"the root logger at {logging.getLevelName(level)}")
+            logging.getLogger().setLevel(self._level)
         for process in processes:
             process.kill()
         return lines
@@ -156,6 +163,19 @@ def record_tasks(
 LEDGER = Ledger()
 # There is no public hook between a test's last fixture and the cancellation of its tasks.
 setattr(asyncio.runners, "_cancel_all_tasks", record_tasks(getattr(asyncio.runners, "_cancel_all_tasks")))  # noqa: B009, B010
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """For tests that set up logging as a process does: what that changes is changed back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    hooks = sys.excepthook, threading.excepthook
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    sys.excepthook, threading.excepthook = hooks
+    logging.captureWarnings(False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -196,11 +195,3 @@ def leaves(spans: Sequence[ReceivedSpan]) -> list[ReceivedSpan]:
     """The spans without others below them."""
     parents = {span.parent_id for span in spans}
     return [span for span in spans if span.span_id not in parents]
-
-
-def wait_for(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
-    """Polls until the condition holds. Raises AssertionError when it does not."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(POLL_S)

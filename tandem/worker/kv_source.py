@@ -21,10 +21,14 @@ from tandem.worker.engine_thread import EngineThread
 class _Held:
     seq: Seq
     on_progress: Callable[[int], None]
+    computes: bool
+    """Whether what is missing is computed; otherwise only what was cached is given."""
     reported: int = 0
     """The most ever told; it never goes back."""
     computed: int = 0
     """What can be exported now."""
+    lost: bool = False
+    """Its pages were needed, and what was in them is not computed again."""
     advanced: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -83,9 +87,10 @@ class EngineKvSource:
             tenant=tenant,
             arrival=asyncio.get_running_loop().time(),
         )
-        self._held[ticket_id] = _Held(seq, on_progress)
+        computes = self._computes and not cached_only
+        self._held[ticket_id] = _Held(seq, on_progress, computes)
         try:
-            cached = await self._thread.call(self._begin, seq, self._computes and not cached_only)
+            cached = await self._thread.call(self._begin, seq, computes)
         except BaseException:
             # The engine may have it already: a cancelled call still runs.
             await asyncio.shield(self.close(ticket_id))
@@ -106,6 +111,10 @@ class EngineKvSource:
             # It gave its pages to an older sequence and is computed again in its turn.
             if (held := self._held.get(seq.seq_id)) is not None:
                 held.computed = 0
+                if not held.computes:
+                    held.lost = True
+                    held.advanced.set()
+                    self._thread.post(self._engine.cancel, seq.seq_id)
         for progress in output.progress:
             self._report(progress.seq.seq_id, progress.computed)
 
@@ -120,8 +129,13 @@ class EngineKvSource:
             held.on_progress(computed)
 
     async def export(self, ticket_id: str, span: Span, out: np.ndarray | memoryview) -> None:
-        """Copies what moves of a computed span into `out`, `layout.span_bytes(span, len(tokens))` bytes."""
+        """Copies what moves of a computed span into `out`, `layout.span_bytes(span, len(tokens))` bytes.
+
+        Raises Unavailable when the ticket is closed, or when what was only cached is gone.
+        """
         while (held := self._held.get(ticket_id)) is not None:
+            if held.lost:
+                raise Unavailable("what was cached here had to make room")
             held.advanced.clear()
             if held.computed >= span.end and await self._thread.call(self._export, held.seq, span, out):
                 return

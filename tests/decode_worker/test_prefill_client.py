@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -98,24 +96,59 @@ async def test_a_target_that_cannot_be_reached_is_passed_over(refusal: Exception
     assert rig.broken == [A.incarnation], "routers are to plan another pair"
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 async def test_a_pair_outlives_the_request_that_came_first_and_knows_nothing_of_it(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     class Pair(FakePair):
         async def connect(self) -> None:
             logging.getLogger("pair").warning("connects")
 
-    for of, name in ((logging.getLogger(), "handlers"), (sys, "excepthook"), (threading, "excepthook")):
-        monkeypatch.setattr(of, name, getattr(of, name))  # as it was, when the test has ended
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     obs.setup_logging("info", "text")
-    logging.captureWarnings(False)
     with obs.request_context("ab" * 16):
         logging.getLogger("pair").warning("asked for")
         assert (await Rig(Pair(A.incarnation, [FetchResult(9)])).fetch([A])).complete
     asked, connects = capfd.readouterr().err.splitlines()
     assert asked.endswith("[" + "ab" * 16 + "]")
     assert connects.endswith("pair: connects")
+
+
+class SlabPair(FakePair):
+    """Pairs that share two slabs."""
+
+    used: ClassVar[list[str]] = []
+    busy: bool = False
+
+    async def connect(self) -> None:
+        if len(self.used) == 2:
+            raise Overloaded("slab cap")
+        self.used.append(self.peer)
+
+    async def close(self) -> None:
+        await super().close()
+        self.used.remove(self.peer)
+
+    def leaks(self) -> list[str]:
+        return ["a ticket is not quiesced"] if self.busy else []
+
+
+async def test_the_idle_pair_used_longest_ago_makes_room_for_one_that_a_request_needs() -> None:
+    pairs = [SlabPair(f"{number:032}") for number in range(4)]
+    rig, targets = Rig(*pairs), [Target(pair.peer, "host") for pair in pairs]
+    for target in (targets[0], targets[1], targets[0]):
+        assert (await rig.fetch([target])).complete
+    rig.pool.discovered([(targets[2].incarnation, "host")])
+    await asyncio.gather(*rig.pool._warming)
+    assert SlabPair.used == [pairs[0].peer, pairs[1].peer], "what no request asked for costs none its pair"
+    assert (await rig.fetch([targets[2]])).complete
+    assert SlabPair.used == [pairs[0].peer, pairs[2].peer]
+    pairs[0].busy = pairs[2].busy = True
+    assert not (await rig.fetch([targets[3]])).complete
+    assert SlabPair.used == [pairs[0].peer, pairs[2].peer]
+    pairs[2].busy = False
+    assert (await rig.fetch([targets[3]])).complete
+    assert SlabPair.used == [pairs[0].peer, pairs[3].peer]
+    await rig.pool.close()
 
 
 async def test_a_target_that_fails_half_way_is_followed_by_the_next() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tandem.cluster import Role, new_id
 from tandem.config import DecodeConfig, RouterConfig
 from tandem.kv import HashRoot, block_hashes
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.types import GenerateRequest, SamplingParams
 from tandem.worker.process import WorkerProcess
@@ -44,19 +44,12 @@ async def two_workers(model: Path) -> AsyncIterator[tuple[ControlPlane, list[Wor
         addresses = tuple(worker.info.address for worker in workers)
         settings: dict[str, Any] = {"control_port": 0, "workers": addresses}
         control = await stack.enter_async_context(ControlPlane(RouterConfig(**settings)))
-        await until(lambda: len(control.fleet.snapshot().decode) == 2)
+        await eventually(lambda: len(control.fleet.snapshot().decode) == 2)
         yield control, workers
-        await until(lambda: control.dispatcher.leaks() == [])
+        await eventually(lambda: control.dispatcher.leaks() == [])
         for worker in workers:
             assert await worker.leaks() == []
             await worker.thread.call(worker.engine.check_integrity)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Polls what has no event to wait for."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def ask(control: ControlPlane, *own: int) -> tuple[Accepted, list[int], str]:
@@ -87,7 +80,7 @@ async def test_the_second_worker_serves_what_only_the_first_has_computed(
             _, _, name = await ask(control, number)
             if replicator.running or replicator.outcomes:
                 break
-        await until(lambda: replicator.outcomes == {"done": 1})
+        await eventually(lambda: replicator.outcomes == {"done": 1})
         (story,) = control.recorder.find(name, None)
         (copy,) = explanation(story, control.dispatcher.address_of)["copies"]
         assert (copy["state"], copy["moved_tokens"]) == ("done", 192)
@@ -97,7 +90,7 @@ async def test_the_second_worker_serves_what_only_the_first_has_computed(
         assert f"tandem_replica_bytes_total {copy['bytes']}.0" in generate_latest(registry).decode()
         assert computed("tandem_worker_step_tokens_total") == 0
 
-        await until(lambda: control.index.match(blocks(workers[0])).get(other.info.incarnation) == 3)
+        await eventually(lambda: control.index.match(blocks(workers[0])).get(other.info.incarnation) == 3)
         control.fleet.unfollow(next(w.info.address for w in workers if w is not other))
         accepted, tokens, _ = await ask(control, 7, 8, 9)
         assert (accepted.plan.decode, accepted.reply.cached_tokens) == (other.info.incarnation, 192)

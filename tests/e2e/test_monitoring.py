@@ -8,8 +8,7 @@ import math
 import re
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.ports import free_ports
 from tandem.testing.cluster import Cluster, cluster
+from tandem.testing.polling import wait_for
 from tests.deploy.monitoring import PROMETHEUS, ROOT, alerts, expressions, needs_prometheus, records
 
 pytestmark = [needs_prometheus, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -57,13 +57,6 @@ class Watched:
         return {"router": self.cluster.url, **found}
 
 
-def until(condition: Callable[[], bool], message: Callable[[], str]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, message()
-        time.sleep(0.2)
-
-
 def configuration(folder: Path, url: str) -> Path:
     """The one that is shipped, in a hurry, for this cluster."""
     config = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
@@ -97,7 +90,7 @@ def prometheus(folder: Path, url: str) -> Iterator[str]:
                     return httpx.get(f"http://127.0.0.1:{port}/-/ready").status_code == 200
                 return False
 
-            until(ready, (folder / "log").read_text)
+            wait_for(ready, (folder / "log").read_text, LIMIT_S)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -160,7 +153,9 @@ def test_every_expression_has_data(watched: Watched) -> None:
         return not missing
 
     with load(watched.cluster.url):
-        until(all_found, lambda: "no data: " + "\n".join(f"{name}: {expr}" for name, expr in missing.items()))
+        wait_for(
+            all_found, lambda: "no data: " + "\n".join(f"{name}: {expr}" for name, expr in missing.items()), LIMIT_S
+        )
     filled = [name for name, expr in empty.items() if watched.query(expr)]
     assert filled == [], "these are not empty any more"
 
@@ -193,4 +188,4 @@ def test_pickers_find_what_they_ask_for(watched: Watched) -> None:
 def test_a_lost_worker_is_an_alert(watched: Watched) -> None:
     assert "TandemWorkersLost" not in watched.firing()
     watched.cluster.workers["prefill-0"].kill()
-    until(lambda: "TandemWorkersLost" in watched.firing(), lambda: f"only {watched.firing()} fire")
+    wait_for(lambda: "TandemWorkersLost" in watched.firing(), lambda: f"only {watched.firing()} fire", LIMIT_S)

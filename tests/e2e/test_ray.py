@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pytest
 
 from tandem.config import child_environment
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
+from tandem.testing.polling import wait_for
 from tandem.trust import Trust
 from tandem.wire.probe import describe
 
@@ -98,7 +99,7 @@ class Up:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.said}"
             return text in self.said
 
-        poll(there, START_S, lambda: self.said)
+        wait_for(there, lambda: self.said, START_S)
 
     def fact(self, label: str) -> str:
         found = re.findall(rf"^  {label} +(.*)$", self.said, flags=re.M)
@@ -108,13 +109,6 @@ class Up:
     @property
     def url(self) -> str:
         return self.fact("listening on").split()[0]
-
-
-def poll(condition: Callable[[], bool], within_s: float, shown: Callable[[], str]) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, shown()
-        time.sleep(0.05)
 
 
 def runs(pid: int) -> bool:
@@ -265,7 +259,7 @@ async def test_a_raylet_is_lost_under_load_and_comes_back(raylets: Raylets, mode
         assert not any(TOKEN in " ".join(child.cmdline()) for child in children)
         cluster.process.send_signal(signal.SIGINT)
         assert cluster.process.wait(END_S) == 0
-        poll(lambda: not any(runs(child.pid) for child in children), END_S, lambda: f"{of_tandem(raylets)}")
+        wait_for(lambda: not any(runs(child.pid) for child in children), lambda: f"{of_tandem(raylets)}", END_S)
         assert "Traceback" not in cluster.said
 
 
@@ -284,7 +278,7 @@ async def lose_under_load(raylets: Raylets, at: int, http: httpx.AsyncClient, wo
     streams = [asyncio.create_task(complete(http, seed, TOKENS, begun[seed])) for seed in range(STREAMS)]
     await asyncio.gather(*(event.wait() for event in begun))
     raylets.lose(at)
-    await asyncio.to_thread(poll, lambda: not runs(worker), END_S, lambda: "the worker outlives its raylet")
+    await asyncio.to_thread(wait_for, lambda: not runs(worker), lambda: "the worker outlives its raylet", END_S)
     return await asyncio.gather(*streams)
 
 

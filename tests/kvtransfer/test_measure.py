@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from kvtransfer.measure import HandOverMetrics, WriteRate
+from kvtransfer.measure import HandOverMetrics
 
 
 def test_each_hook_moves_its_own_series() -> None:
@@ -37,13 +36,3 @@ def test_each_hook_moves_its_own_series() -> None:
     assert registry.get_sample_value("failures_total", {"kind": "digest"}) == 1
     assert registry.get_sample_value("failures_total", {"kind": "lease"}) is None
     assert registry.get_sample_value("leases_total", {"of": "peer"}) == 1
-
-
-def test_the_rate_follows_recent_writes() -> None:
-    rate = WriteRate()
-    assert rate.bytes_per_ms() == 0.0
-    rate.add("d", "tcp", 1000, 0.01)
-    assert rate.bytes_per_ms() == pytest.approx(100.0)
-    for _ in range(120):
-        rate.add("d", "tcp", 1000, 0.1)
-    assert rate.bytes_per_ms() == pytest.approx(10.0, rel=0.03)

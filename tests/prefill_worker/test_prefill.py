@@ -15,6 +15,7 @@ import pytest
 from tandem.cluster import CacheEvent, EventKind, WorkerUpdate
 from tandem.config import PrefillConfig
 from tandem.engine.build import build_engine
+from tandem.engine.output import StepOutput
 from tandem.errors import ContextTooLong, Unavailable
 from tandem.kv import HashRoot, Span, block_hashes
 from tandem.testing.pair import Pair, pair
@@ -165,6 +166,19 @@ async def test_a_source_that_does_not_compute_gives_only_what_it_has(small_model
         with pytest.raises(Unavailable, match="only 0 of 200 tokens are cached here"):
             await source.open("a", PROMPT, "", "", 0, lambda _: None)
         await source.close("a")
+
+
+async def test_what_was_only_cached_is_not_computed_again_once_its_pages_were_needed(small_model: Path) -> None:
+    async with engine_source(small_model, True) as (source, thread):
+        await reach(source, "a", PROMPT, len(PROMPT))
+        await source.close("a")
+        assert await source.open("copy", PROMPT[:192], "", "", 0, lambda _: None, cached_only=True) == 192
+        seqs = thread._engine.seqs
+        source.on_step(StepOutput((), (), (seqs["copy"],), 0, 0.0, 0.0, 0.0))
+        with pytest.raises(Unavailable, match="had to make room"):
+            await source.export("copy", Span(0, 192), np.zeros(0, dtype=np.uint8))
+        assert await thread.call(lambda: "copy" in seqs) is False
+        await source.close("copy")
 
 
 async def test_a_prompt_beyond_the_pages_is_refused(small_model: Path) -> None:

@@ -371,7 +371,7 @@ async def test_what_was_chosen_is_logged(serve: Any, caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO", "router.requests.formats"):
         async with serve() as served:
             await served.ask("Hi")
-    (said,) = caplog.messages
+    (said,) = [record.message for record in caplog.records if record.name == "router.requests.formats"]
     assert "tool parser: hermes (asked for: auto; the chat template takes tools, calls, results)" in said
     assert "reasoning parser: think (asked for: auto)" in said
 

@@ -18,17 +18,7 @@ import pytest
 from tandem import obs
 from tandem.log_repeats import MAX_CAUSES, WINDOW_S, CountingHandler
 
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    hooks = sys.excepthook, threading.excepthook
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    sys.excepthook, threading.excepthook = hooks
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 def test_text_records_end_with_the_request_id(capfd: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,8 @@ from tandem.config import (
 from tandem.errors import ConfigError
 from tandem.obs import tracer_of
 from tandem.ports import free_ports
-from tandem.testing.otlp import Collector, ReceivedSpan, as_text, collector, leaves, union_s, wait_for
+from tandem.testing.otlp import Collector, ReceivedSpan, as_text, collector, leaves, union_s
+from tandem.testing.polling import wait_for
 from tandem.tracing.otel import Event, Tracer, trace_id
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,9 +134,9 @@ def test_a_collector_that_comes_back_is_told_of(received: Collector, caplog: pyt
     with caplog.at_level(logging.INFO):
         for count in range(1, 4):
             made.end(made.begin("lost", 1.0), 2.0)
-            wait_for(lambda: received.refused >= count, "nothing was sent")  # noqa: B023
+            wait_for(lambda: received.refused >= count, lambda: "nothing was sent")  # noqa: B023
         received.status = 200
-        wait_for(lambda: _arrives(made, received), "nothing arrives")
+        wait_for(lambda: _arrives(made, received), lambda: "nothing arrives")
         made.close()
     assert ["reach" in record.getMessage() for record in caplog.records] == [True, True]
     assert caplog.records[1].getMessage().endswith("again")

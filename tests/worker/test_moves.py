@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tandem.cluster import MoveStat
-from tandem.worker.moves import MoveLedger
+from tandem.worker.moves import MoveLedger, WriteRate
 
 
 def test_moves_are_counted_by_pair_and_transport() -> None:
@@ -17,3 +19,13 @@ def test_moves_are_counted_by_pair_and_transport() -> None:
         MoveStat("q", "d", "tcp", 7, 0.25, 1),
         MoveStat("p", "d", "nixl", 1, 0.125, 1),
     }
+
+
+def test_the_rate_follows_recent_writes() -> None:
+    rate = WriteRate()
+    assert rate.bytes_per_ms() == 0.0
+    rate.add("d", "tcp", 1000, 0.01)
+    assert rate.bytes_per_ms() == pytest.approx(100.0)
+    for _ in range(120):
+        rate.add("d", "tcp", 1000, 0.1)
+    assert rate.bytes_per_ms() == pytest.approx(10.0, rel=0.03)
