@@ -28,7 +28,8 @@ from tandem.wire.probe import describe
 STOP_GRACE_S = 8.0
 RESTART_DELAY_S = 0.5
 MAX_RESTARTS = 10
-"""Restarts of one worker before the cluster gives up."""
+"""Restarts of one worker before the cluster gives up; forgotten once one has lived for `FORGET_S`."""
+FORGET_S = 600.0
 SECRET_BYTES = 32
 OWN_FAULT = (2, 3)
 """Exit codes of settings and checkpoints that are wrong: starting again cannot help."""
@@ -182,8 +183,12 @@ class _Cluster:
 
     async def _watch(self, child: Child) -> None:
         """Starts a worker again when it dies at work. Any other end of a child ends the cluster."""
+        clock = asyncio.get_running_loop().time
         while True:
+            begun = clock()
             status = await child.wait()
+            if clock() - begun >= FORGET_S:
+                child.restarts = 0
             if status == 0 and self._stands and child is not self._router:
                 self._say(f"{child.name} was told to end; it is not started again")
                 return

@@ -17,7 +17,7 @@ from tandem.cli.on_ray import targets
 from tandem.cli.on_ray.connect import Connection
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.on_ray.supervisor import Place
-from tandem.cli.up import LOOPBACK, MAX_RESTARTS, OWN_FAULT, RESTART_DELAY_S, ending
+from tandem.cli.up import FORGET_S, LOOPBACK, MAX_RESTARTS, OWN_FAULT, RESTART_DELAY_S, ending
 from tandem.cli.warm_up import until
 from tandem.config import UpConfig
 from tandem.errors import ConfigError, TandemError
@@ -109,8 +109,12 @@ class Keeper:
 
     async def keep(self, unit: Unit) -> None:
         """Has the unit's process run, again and again, until that makes no sense."""
+        clock = asyncio.get_running_loop().time
         while True:
+            begun = clock()
             status, reason = await self._run(unit)
+            if clock() - begun >= FORGET_S:
+                unit.restarts = 0
             if status == 0 and self.stands and unit.role != "router":
                 self._retire(unit)
                 return
@@ -120,7 +124,7 @@ class Keeper:
                 return
             unit.restarts += status is not None
             if unit.lost_at is None:
-                unit.lost_at = asyncio.get_running_loop().time()
+                unit.lost_at = clock()
             self.list_targets()
             self._say_once(unit, f"{unit.name} {reason}; starting it again")
             self.kill([unit])

@@ -20,6 +20,7 @@ from tandem.cli.on_ray import keeper as module
 from tandem.cli.on_ray.keeper import MAX_DELAY_S, Keeper, delay
 from tandem.cli.on_ray.processes import Commands, Unit
 from tandem.cli.options import build
+from tandem.cli.up import MAX_RESTARTS
 from tandem.cluster import Role, WorkerInfo
 from tandem.config import UpConfig
 from tandem.errors import ConfigError
@@ -158,6 +159,23 @@ async def test_a_list_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_p
     await until(lambda: not cluster.actors and unit.actor is None)
     assert [line for line in cluster.said if "targets" in line] == [said, said]
     assert cluster.failed == []
+    await end(task)
+
+
+@pytest.mark.parametrize("forget_s", [0.0, 600.0])
+async def test_restarts_are_forgotten_by_a_process_that_has_lived_long(
+    forget_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FORGET_S", forget_s)
+    cluster = Cluster()
+    deaths = MAX_RESTARTS + 2
+    keeper, unit = kept(cluster, [*(Actor(end=1) for _ in range(deaths)), Actor()])
+    task = asyncio.create_task(keeper.keep(unit))
+    await until(lambda: (not cluster.actors and unit.pid) or task.done())
+    if forget_s:
+        assert cluster.failed == [("decode-0 ended with status 1", 1)]
+    else:
+        assert (cluster.failed, unit.restarts) == ([], 1)
     await end(task)
 
 
