@@ -463,4 +463,5 @@ class PairClient:
         if key is not None:
             self._budget.release(key)
             self._hooks.quarantined(-size)
-            self._slab_key = None
+        # They know the pair: without them it goes at once, and does not wait for Python's collector.
+        self._tasks, self._slab_key, self._landing, self._arrivals, self._channel = [], None, None, None, None

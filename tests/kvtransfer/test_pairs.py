@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
 from contextlib import AsyncExitStack
 
 import pytest
@@ -13,6 +16,7 @@ from kvtransfer.pairs import PairPool, Target
 from kvtransfer.slab import SlabBudget
 from tandem.errors import Overloaded
 from tandem.testing.kv import FakeSink
+from tandem.testing.polling import eventually
 from tests.kvtransfer.rig import SETTINGS, TOKENS, Rig, make_rig
 
 
@@ -37,6 +41,27 @@ async def test_two_senders_take_turns_with_the_only_slab() -> None:
             await pool.pair(targets[1], needed=False)
         assert await pool.pair(targets[0]) is pair
         assert all(rig.failures == [] for rig in rigs)
+
+
+async def test_a_pair_that_is_over_does_not_wait_for_the_collector() -> None:
+    over: list[weakref.ref[PairClient]] = []
+
+    async def use(rig: Rig) -> None:
+        pair = await rig.connected()
+        assert not (await fetch(rig, pair)).error
+        await pair.close()
+        over.append(weakref.ref(pair))
+
+    async with make_rig(InprocBackend()) as rig:
+        gc.disable()
+        try:
+            for _ in range(3):
+                rig.stack = AsyncExitStack()  # it would know the pairs until the end
+                async with rig.stack:
+                    await asyncio.create_task(use(rig))
+            await eventually(lambda: [pair() for pair in over] == [None] * 3)
+        finally:
+            gc.enable()
 
 
 async def fetch(rig: Rig, pair: PairClient) -> FetchResult:
