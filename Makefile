@@ -1,5 +1,6 @@
 # Needs Python 3.11 or newer, gcc and make; everything else is installed into .venv on first use.
 #
+#   make ready    install everything for the other targets, which do so themselves
 #   make demo     a cluster with the shipped model on this machine, on http://127.0.0.1:$(PORT)
 #   make test     the whole test suite
 #   make check    formatting, lint, types, import rules, structure rules
@@ -38,7 +39,7 @@ test bench faults check: export OMP_NUM_THREADS := 1
 test bench faults check: export TOKENIZERS_PARALLELISM := false
 test check helm-test: export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench faults dashboards docs proto clean helm-test helm-files
+.PHONY: help ready demo test check bench faults dashboards docs proto clean helm-test helm-files
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready-run
 	@touch $@
 
 comma := ,
+
+ready: $(DEV_READY)
 
 # exec: signals reach tandem itself, and it ends with everything it started.
 demo: $(RUN_READY)

@@ -146,13 +146,15 @@ class _Follower:
     def __init__(
         self, choices: list[ChoiceStream], timer: RequestTimer, give: Give, satisfied: Callable[[], None]
     ) -> None:
-        """satisfied: called when every choice was ended here, before the worker ended it."""
+        """satisfied: called when every choice has ended and the worker goes on with one of them."""
         self.open = len(choices)
         """Choices that have not ended."""
         self._choices = choices
         self._timer = timer
         self._give = give
         self._satisfied = satisfied
+        self._cut = False
+        """Whether a choice was ended here, before the worker ended it."""
 
     def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
         """See `router.backend.Reader`."""
@@ -176,8 +178,10 @@ class _Follower:
         if piece.error:
             raise WorkerLost(piece.error)
         self._give.piece(piece)
-        self.open -= piece.finish is not None
-        if not self.open and delta.finish is None:
+        if piece.finish is not None:
+            self.open -= 1
+            self._cut |= delta.finish is None
+        if not self.open and self._cut:
             self._satisfied()
 
 

@@ -38,7 +38,8 @@ class TailMemory:
         self._max_tails = max_tails
         self._clock = clock
         self._tails: OrderedDict[tuple[bytes, Incarnation, int], Tail] = OrderedDict()
-        self._by_parent: dict[bytes, dict[tuple[bytes, Incarnation, int], None]] = {}
+        self._by_start: dict[tuple[bytes, int], dict[tuple[bytes, Incarnation, int], None]] = {}
+        """By parent and first token: many prompts may begin at one root, and one that differs at once says nothing."""
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -49,14 +50,17 @@ class TailMemory:
         parent = chain.hashes[known - 1] if known else b""
         hashes = block_hashes(chain.root, sequence[known * BLOCK_TOKENS :], parent=parent)
         whole = (known + len(hashes)) * BLOCK_TOKENS
-        self.add(worker, (hashes or [parent])[-1] or chain.root, sequence[whole:])
+        last, rest = (hashes or [parent])[-1] or chain.root, sequence[whole:]
+        self.add(worker, last, rest)
+        if rest and last != chain.root:
+            self.add(worker, last, ())  # for prompts that go on otherwise: the blocks are there all the same
 
     def add(self, worker: Incarnation, parent: bytes, tokens: TokenIds) -> None:
         """A worker has `tokens` after block `parent`. Tails with different first tokens are kept beside each other."""
         key = (parent, worker, tokens[0] if tokens else -1)
         self._forget(key)
         self._tails[key] = Tail(worker, tokens, self._clock())
-        self._by_parent.setdefault(parent, {})[key] = None
+        self._by_start.setdefault((parent, key[2]), {})[key] = None
         while len(self._tails) > self._max_tails:
             self._forget(next(iter(self._tails)))
 
@@ -65,12 +69,12 @@ class TailMemory:
         tokens = {worker: blocks * BLOCK_TOKENS for worker, blocks in matches.items()}
         trusted_after = self._clock() - AHEAD_OF_EVENTS_S
         for blocks, parent in enumerate((chain.root, *chain.hashes)):
-            for key in self._by_parent.get(parent, ()):
-                tail = self._tails[key]
-                if tail.since >= trusted_after or matches.get(tail.worker, 0) >= blocks:
-                    start = blocks * BLOCK_TOKENS
-                    found = start + common_prefix(tail.tokens, prompt[start : start + len(tail.tokens)])
-                    tokens[tail.worker] = max(tokens.get(tail.worker, 0), found)
+            start = blocks * BLOCK_TOKENS
+            for first in (-1, *prompt[start : start + 1]):
+                for tail in map(self._tails.__getitem__, self._by_start.get((parent, first), ())):
+                    if tail.since >= trusted_after or matches.get(tail.worker, 0) >= blocks:
+                        found = start + common_prefix(tail.tokens, prompt[start : start + len(tail.tokens)])
+                        tokens[tail.worker] = max(tokens.get(tail.worker, 0), found)
         return tokens
 
     def drop(self, worker: Incarnation) -> None:
@@ -80,16 +84,16 @@ class TailMemory:
 
     def _forget(self, key: tuple[bytes, Incarnation, int]) -> None:
         if self._tails.pop(key, None) is not None:
-            siblings = self._by_parent[key[0]]
+            siblings = self._by_start[key[0], key[2]]
             del siblings[key]
             if not siblings:
-                del self._by_parent[key[0]]
+                del self._by_start[key[0], key[2]]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the two views differ or the bound is broken."""
         assert len(self._tails) <= self._max_tails
-        assert {key for keys in self._by_parent.values() for key in keys} == set(self._tails)
-        assert all(self._by_parent.values()), "an empty parent is kept"
+        assert {key for keys in self._by_start.values() for key in keys} == set(self._tails)
+        assert all(self._by_start.values()), "an empty start is kept"
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

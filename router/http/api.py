@@ -367,8 +367,8 @@ class _Collected:
 async def _collect(answer: Answer, out: Format) -> bytes:
     collected = _Collected(len(answer.choices))
     await answer.run(collected)
-    pieces = collected.pieces
-    scores = sum(len(piece.logprobs) + len(piece.prompt_logprobs) for mine in pieces for piece in mine)
+    pieces, repeated = collected.pieces, answer.job.requests[0].choices  # each choice may echo its prompt
+    scores = sum(len(piece.logprobs) + repeated * len(piece.prompt_logprobs) for mine in pieces for piece in mine)
     if scores >= MANY:
         return await asyncio.to_thread(lambda: to_json(out.whole(pieces, answer.usage())))
     return to_json(out.whole(pieces, answer.usage()))

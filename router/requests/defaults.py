@@ -37,8 +37,8 @@ def read_defaults(folder: Path) -> GenerationDefaults:
         return GenerationDefaults()
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
-        log.error("%s is not valid JSON, its defaults are not used: %s", path, error)
+    except (OSError, ValueError) as error:
+        log.error("%s cannot be read as JSON, its defaults are not used: %s", path, error)
         return GenerationDefaults()
     kept: dict[str, float] = {}
     for name in GenerationDefaults.__dataclass_fields__:

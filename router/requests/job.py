@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 
 from router.admission.tenants import NOBODY, Tenant
@@ -24,6 +25,8 @@ COMPLETION_TOKENS = 16
 """Output tokens of /v1/completions when the client names no limit; OpenAI's default."""
 MAX_TOTAL_CHOICES = 8 * MAX_CHOICES
 """Choices over all prompts of one body."""
+MAX_ECHOED = 1 << 21
+"""Log-probabilities of echoed prompts in one answer: each choice of a prompt repeats the prompt's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +173,15 @@ async def completion_job(body: CompletionBody, to: Endpoint) -> Job:
     )
     requests: list[GenerateRequest] = []
     tokenised, echo = [], []
-    add_special = body.add_special_tokens is not False
+    add_special, echoed = body.add_special_tokens is not False, 0
     for each in given:
+        await asyncio.sleep(0)  # short texts are tokenised at once, and there may be many
         prompt = await to.text.plain(each, add_special) if isinstance(each, str) else Prompt(tuple(each))
         requests.append(_request(body, to, prompt, asked, new_id() if requests else to.job_id))
         tokenised.append(prompt)
+        echoed += len(prompt.ids) * made * ((body.logprobs or 0) + 1) if scored else 0
+        if echoed > MAX_ECHOED:
+            raise BadRequest(f"echo with logprobs has more than {MAX_ECHOED} values over all choices", "logprobs")
         echo.append(await echo_of(each, prompt.ids, to.text.tokenizer, scored) if body.echo else Echo())
     return Job(
         job_id=to.job_id,

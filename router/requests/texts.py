@@ -39,11 +39,10 @@ class ModelTexts:
         task = self._loading
         try:
             return await asyncio.shield(task)
-        except TandemError:
-            # The next request tries again: a shared folder may appear later.
-            if self._loading is task:
+        finally:
+            # After a failure the next request tries again: a shared folder may appear later.
+            if self._loading is task and task.done() and (task.cancelled() or task.exception() is not None):
                 self._loading = None
-            raise
 
     async def defaults(self, model: ModelInfo) -> GenerationDefaults:
         """The model's own sampling defaults. Raises as `get`: both come from one folder."""

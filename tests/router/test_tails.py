@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.cache.tails import AHEAD_OF_EVENTS_S, TailMemory, common_prefix
+from router.cache.tails import AHEAD_OF_EVENTS_S, Tail, TailMemory, common_prefix
 from router.open_request import Chain
 from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 
@@ -60,12 +63,38 @@ def test_whole_blocks_are_vouched_for_only_until_events_had_time_to_come() -> No
     assert memory.extend({"d0": 1}, Chain(ROOT, tuple(hashes)), sequence) == {"d0": BLOCK_TOKENS + 10}
 
 
+def test_a_prompt_that_goes_on_otherwise_meets_the_blocks_and_none_of_the_other_tails() -> None:
+    clock = Clock()
+    memory, common = TailMemory(2048, clock), tuple(range(BLOCK_TOKENS))
+    chain = Chain(ROOT, tuple(block_hashes(ROOT, common)))
+    for first in range(1000):
+        memory.remember("d0", chain, len(common), (*common, first, 1))
+        memory.remember("d1", Chain(ROOT, ()), 2, (9000 + first, 1, 2))
+    looked_at = memory._tails = Counted(memory._tails)
+    assert memory.extend({}, chain, (*common, 5000)) == {"d0": BLOCK_TOKENS}
+    assert memory.extend({}, chain, (*common, 7, 1, 9))["d0"] == BLOCK_TOKENS + 2
+    assert looked_at.reads < 10
+    clock.now = AHEAD_OF_EVENTS_S * 2
+    assert memory.extend({}, chain, (*common, 5000)) == {}
+
+
+class Counted(OrderedDict[Any, Tail]):
+    """Counts how often something in it is looked at."""
+
+    reads = 0
+
+    def __getitem__(self, key: Any) -> Tail:
+        self.reads += 1
+        return super().__getitem__(key)
+
+
 def test_a_dead_worker_is_forgotten_and_the_oldest_goes_first() -> None:
     memory = TailMemory(2, Clock())
     for number, worker in enumerate(("d0", "d1", "d1")):
         memory.add(worker, ROOT, (number, 1))
     assert len(memory) == 2
-    assert memory.extend({}, Chain(ROOT, ()), (0, 1)) == {"d1": 0}
+    assert memory.extend({}, Chain(ROOT, ()), (0, 1)) == {}
+    assert memory.extend({}, Chain(ROOT, ()), (1, 1)) == {"d1": 2}
     memory.drop("d1")
     assert len(memory) == 0
     memory.check_integrity()

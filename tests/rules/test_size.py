@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 FILE_LINES = 600
 FUNCTION_LINES = 50
 BUDGETS = {
-    "router/": 6000,
+    "router/": 6100,
     "router/admission/": 600,
     "router/discovery/": 600,
     "router/explain/": 600,
@@ -18,7 +18,7 @@ BUDGETS = {
     "router/replication/": 400,
     "router/simulation/": 1200,
     "router/tracing/": 300,
-    "kvtransfer/": 2000,
+    "kvtransfer/": 2100,
     "tandem/engine/": 8000,
 }
 """Code lines. The longest folder that holds a file is the one that counts it."""
@@ -105,15 +105,15 @@ def test_a_drawer_is_caught() -> None:
 
 
 def test_an_overrun_budget_is_caught() -> None:
-    assert over_budget({"kvtransfer/a.py": "x\n" * 1999, "kvtransfer/b.py": "x\n"}) == []
+    assert over_budget({"kvtransfer/a.py": "x\n" * 2099, "kvtransfer/b.py": "x\n"}) == []
     assert (
         code_lines('"""Doc\nstring."""\n\nx = """a\nb"""  # why\n# why\n\n\ndef f():\n    """Doc."""\n    return 1\n')
         == 4
     )
-    sources = {"kvtransfer/a.py": "x\n" * 1999, "kvtransfer/b.py": "x\n" * 2}
-    assert over_budget(sources) == ["kvtransfer/: 2001 lines, at most 2000"]
+    sources = {"kvtransfer/a.py": "x\n" * 2099, "kvtransfer/b.py": "x\n" * 2}
+    assert over_budget(sources) == ["kvtransfer/: 2101 lines, at most 2100"]
 
 
 def test_a_room_with_a_budget_of_its_own_is_counted_apart() -> None:
     assert over_budget({"router/simulation/a.py": "x\n" * 1201}) == ["router/simulation/: 1201 lines, at most 1200"]
-    assert over_budget({"router/simulation/a.py": "x\n" * 1200, "router/a.py": "x\n" * 6000}) == []
+    assert over_budget({"router/simulation/a.py": "x\n" * 1200, "router/a.py": "x\n" * 6100}) == []
