@@ -119,6 +119,7 @@ class Dispatcher:
             self._requests,
             Submitter(fleet, self._requests, self._cancels, self._streams, clock),
             self._replicator,
+            self._quarantine,
             clock,
         )
         self.moves = Moves(self._requests, self._placer, self._quarantine)

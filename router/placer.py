@@ -14,6 +14,7 @@ from router.explain.recorder import Recorder
 from router.open_request import Chain, OpenRequest
 from router.open_requests import OpenRequests
 from router.policies import Policy, RequestInfo
+from router.quarantine import Quarantine
 from router.replication.replicator import Replicator
 from router.workers.fleet import Fleet
 from router.workers.pairs import PairHealth, avoiding
@@ -63,6 +64,7 @@ class Placer:
         requests: OpenRequests,
         submitter: Submitter,
         replicator: Replicator,
+        quarantine: Quarantine,
         clock: Callable[[], float],
     ) -> None:
         """retries: other workers that are asked when the first refuses."""
@@ -77,6 +79,7 @@ class Placer:
         self._requests = requests
         self._submitter = submitter
         self._replicator = replicator
+        self._quarantine = quarantine
         self._clock = clock
         self._ordinal = 0
 
@@ -120,6 +123,8 @@ class Placer:
                 record.story.refused(error)
                 refused[plan.decode] = error
                 record.losses += isinstance(error, WorkerLost)
+                if record.losses >= MAX_CRASHES:  # even if its client has gone meanwhile
+                    self._quarantine.add(record.request)
                 self._requests.check_open(record)
                 record.next_attempt()
             if record.losses >= MAX_CRASHES:

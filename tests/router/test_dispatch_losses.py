@@ -203,7 +203,8 @@ async def test_a_request_that_two_workers_died_of_is_refused() -> None:
     async with cluster(decode=3) as made:
         for worker in made.decode:
             worker.hold = asyncio.Event()
-        task = asyncio.create_task(made.dispatcher.submit(request()))
+        poison = request()
+        task = asyncio.create_task(made.dispatcher.submit(poison))
 
         def asked(attempt: int) -> list[FakeWorker]:
             return [w for w in made.decode if any(m.request.attempt == attempt for m in w.submissions)]
@@ -214,6 +215,9 @@ async def test_a_request_that_two_workers_died_of_is_refused() -> None:
         with pytest.raises(WorkerLost, match="2 decode workers were lost"):
             await task
         assert asked(2) == []
+        with pytest.raises(Quarantined, match="workers were lost over a request like this one"):
+            await made.dispatcher.submit(replace(poison, request_id=new_id()))
+        assert sum(len(worker.submissions) for worker in made.decode) == 2
 
 
 async def test_when_all_workers_were_exchanged_the_others_model_is_served() -> None:
