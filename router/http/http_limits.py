@@ -1,8 +1,12 @@
-"""Limits on what a client may send before there is a request: the size of its headers, and the time they take."""
+"""Limits on what a client may send before there is a request, and on how long it may leave its answers unread."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import math
+import sys
+import termios
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -13,6 +17,8 @@ HEAD_BYTES = 16 << 10
 """Request line and headers."""
 HEAD_TIMEOUT_S = 10.0
 """Seconds from a connection's start, or a request's first byte, to the end of its headers."""
+STALLED_S = 30.0
+"""Seconds between two looks at a client that is to read: it is given up when it took nothing from one to the next."""
 
 
 LARGE_HEAD = f"the headers have more than {HEAD_BYTES} bytes"
@@ -39,7 +45,10 @@ class ChunkedBody:
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """Uvicorn's HTTP/1.1 protocol, which by itself keeps headers of any size and waits for them for ever."""
+    """Uvicorn's HTTP/1.1 protocol, which by itself keeps headers of any size and waits for them for ever.
+
+    It also waits for ever until answers are read, those included after which the connection is to be closed.
+    """
 
     def __init__(self, *args: Any, max_connections: int = 8192, **named: Any) -> None:
         """max_connections: at once; one more is told 503 and closed. The rest: uvicorn's."""
@@ -48,10 +57,13 @@ class LimitedHttp(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = self._parsed = self._chunks = 0
         self._reason = ""
+        self._watch: asyncio.TimerHandle | None = None
+        self._unread = math.inf
 
     def connection_made(self, transport: Any) -> None:
         """asyncio.Protocol"""
         super().connection_made(transport)
+        self._look()
         if len(self.connections) > self._max_connections:
             head = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
             self.transport.write(head + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(FULL) + FULL)
@@ -105,7 +117,27 @@ class LimitedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol"""
         self._head_complete()
+        if self._watch is not None:
+            self._watch.cancel()
         super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """asyncio.Protocol"""
+        super().resume_writing()
+        self._unread = math.inf  # it reads: when it holds us up again, that counts anew
+
+    def _look(self) -> None:
+        """Ends the connection when the client has read nothing since the last look, and is waited for."""
+        unread = math.inf
+        # Closing waits for less than what pauses writing, too.
+        if self.flow.write_paused or self.transport.is_closing():
+            # The kernel takes more in large steps, so that a slow reader shows first in what it still holds.
+            kernel = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4))
+            unread = self.transport.get_write_buffer_size() + int.from_bytes(kernel, sys.byteorder)
+            if unread >= self._unread:
+                self.transport.abort()
+                return
+        self._unread, self._watch = unread, self.loop.call_later(STALLED_S, self._look)
 
     def on_message_begin(self) -> None:
         """A request's first byte."""

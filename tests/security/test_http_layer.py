@@ -1,18 +1,23 @@
-"""CVE-2025-48956, CVE-2025-23310, slow loris, CVE-2024-8768: the bytes before there is a request, and empty ones."""
+"""CVE-2025-48956, CVE-2025-23310, slow loris, CVE-2024-8768: bytes before there is a request, answers left unread."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
+import uvicorn
+import uvloop
 
 from router.http import http_limits
 from router.main import HttpServer, listen
+from tandem.testing.polling import eventually
 from tests.security.rig import Front
 
 CONNECTIONS = 6
@@ -128,6 +133,91 @@ async def test_connections_are_counted(port: int) -> None:
         await writer.wait_closed()
     while not await serves(port):
         await asyncio.sleep(0.01)
+
+
+LARGE = 4 << 20
+SMALL_BUFFER = 64 << 10
+
+
+class Large:
+    """An application with a large answer, in one write, in many, or cut in the middle."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            headers = [(b"content-length", b"%d" % LARGE)]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            parts = 64 if scope["path"] == "/many" else 1
+            for _ in range(parts):
+                await send({"type": "http.response.body", "body": bytes(LARGE // parts), "more_body": True})
+            if scope["path"] != "/cut":
+                await send({"type": "http.response.body"})
+        finally:
+            self.ends.append(scope["path"])
+
+
+async def asked(port: int, path: str) -> socket.socket:
+    """A client that has asked for a large answer and has not read of it."""
+    client = socket.socket()
+    client.setblocking(False)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", port))
+    await loop.sock_sendall(client, b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+    return client
+
+
+async def unread_answers(paths: list[str], check: Callable[[uvicorn.Server, Large, list[socket.socket]], Any]) -> Large:
+    app = Large()
+    server = HttpServer(app, 0.0, CONNECTIONS)  # type: ignore[arg-type]
+    with listen("127.0.0.1", 0) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+        serving = asyncio.create_task(server.serve([listener]))
+        clients = [await asked(listener.getsockname()[1], path) for path in paths]
+        async with asyncio.timeout(20):
+            await check(server, app, clients)
+        server.should_exit = True
+        for client in clients:
+            client.close()
+        await serving
+    return app
+
+
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_clients_that_do_not_read_their_answers_are_given_up(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "STALLED_S", 0.1)
+
+    async def all_gone(server: uvicorn.Server, app: Large, clients: list[socket.socket]) -> None:
+        await eventually(lambda: len(app.ends) == len(clients) and not server.server_state.connections)
+
+    paths = ["/one", "/many", "/cut"]
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert sorted(runner.run(unread_answers(paths, all_gone)).ends) == sorted(paths)
+
+
+@LOOPS
+def test_a_slow_reader_gets_all_of_its_answer(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "STALLED_S", 0.2)
+    got = []
+
+    async def read(server: uvicorn.Server, app: Large, clients: list[socket.socket]) -> None:
+        total = 0
+        while total < LARGE:
+            data = await asyncio.get_running_loop().sock_recv(clients[0], SMALL_BUFFER)
+            if not data:
+                break
+            total += len(data)
+            await asyncio.sleep(0.03)
+        got.append(total)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(unread_answers(["/many"], read))
+    assert got[0] >= LARGE
 
 
 @pytest.mark.parametrize("text", ["", "\0", "a\0b", "\ud800"], ids=["empty", "NUL", "NUL inside", "lone surrogate"])
