@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from decode_worker.tracing import RequestSpans
 
 SLAB_CHECK_S = 1.0
+SLAB_CHECKS = 2
 
 
 class DecodeServices:
@@ -126,8 +127,9 @@ class DecodeServices:
         checks = 0
         while True:
             await asyncio.sleep(SLAB_CHECK_S)
-            checks = checks + 1 if self._budget.stuck else 0
-            if checks > 1:
+            if checks <= SLAB_CHECKS:  # afterwards it is decided, and the worker does not come back
+                checks = checks + 1 if self._budget.stuck else 0
+            if checks > SLAB_CHECKS:
                 self.worker.draining = True
                 if not self.worker.open_requests:
                     self._give_up(f"{self._budget.quarantined_bytes} bytes of landing slabs are quarantined")

@@ -110,6 +110,9 @@ class KvSource(Protocol):
     async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
         """Gathers what moves of a span in the canonical order into `out`; returns when `out` is complete."""
 
+    def give_up(self, ticket_id: str) -> None:
+        """Nobody wants the rest of a ticket: exports that wait for something raise Unavailable. May be called again."""
+
     async def close(self, ticket_id: str) -> None:
         """Ends a ticket. Called exactly once after each `open`, also when that raised or was cancelled."""
 

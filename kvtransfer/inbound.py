@@ -226,18 +226,21 @@ class PairClient:
         limit = message.welcome.max_span_bytes
         self._span_tokens = span_limit(me.layout, self._settings.span_tokens, size, limit)
         self.warm_bytes = min(size, self._settings.warm_bytes, limit)
+        self._lease.grant(self.peer, self._settings.lease_s)
+        self._tasks = [asyncio.create_task(self._read(call))]  # from now on: a sender that fails says so at once
         for _ in range(self._settings.warm_writes):
             self.warm_s.append(await self._warm_write(call, self.warm_bytes))
         await call.write(pb.ToSender(warmed=pb.Warmed()))
         if self.closed:
             raise Unavailable(self.reason)
-        self._lease.grant(self.peer, self._settings.lease_s)
         self.reason = ""
-        self._tasks = [asyncio.create_task(work) for work in (self._read(call), self._write(call), self._tick())]
+        self._tasks += [asyncio.create_task(self._write(call)), asyncio.create_task(self._tick())]
 
     async def _warm_write(self, call: _Call, length: int) -> float:
         """Grants the start of the slab, waits for the write, and says how long it took: connections are made by it."""
         assert self._arrivals is not None
+        if self.closed:
+            raise Unavailable(self.reason)
         self._warm, started = asyncio.get_running_loop().create_future(), self._clock()
         self._arrivals.expect(Expected(WARM_TICKET, 0, 0, 0, 0, 0, length))
         self._thread.wake()

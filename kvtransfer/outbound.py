@@ -141,7 +141,9 @@ class OutboundPair:
     async def _warm_up(self, grant: pb.Grant) -> None:
         """Writes what the staging holds of the grant; the receiver answers with Warmed."""
         length = min(grant.length, self._sender.staging.size)
-        taken = await self._sender.staging.obtain(length)
+        taken = await self._sender.staging.obtain(length, self, lambda: self._closing is None)
+        if taken is None:
+            return
         try:
             view = self._sender.staging.view(taken, length)
             manifest = Manifest(WARM_TICKET, 0, 0, 0, 0, length, NO_DIGEST)
@@ -206,6 +208,9 @@ class OutboundPair:
         self.outbox.put_nowait(pb.ToReceiver(opened=pb.Opened(ticket_id=ticket, cached_tokens=cached)))
         state.progressed(cached)
         while not state.over:
+            if state.stopping:  # what waits for pages or for room must not keep the ticket
+                source.give_up(ticket)
+                self._sender.staging.serve()
             for credit in state.take_sendable():
                 self._spawn(self._push(sending, credit), sending.writes)
             await self._changed(sending)
@@ -229,14 +234,14 @@ class OutboundPair:
     async def _push(self, sending: _Sending, credit: Credit) -> None:
         """Gathers and writes one span. The ticket cannot quiesce before this returned."""
         state, staging, complete = sending.state, self._sender.staging, False
-        taken = await staging.obtain(credit.length)
+        taken = await staging.obtain(credit.length, self, lambda: not state.stopping)
         try:
-            view = staging.view(taken, credit.length)
-            if not state.stopping:
+            if taken is not None and not state.stopping:
+                view = staging.view(taken, credit.length)
                 await self._sender.source.export(state.ticket_id, credit.span, view)
-            if not state.stopping:
-                sending.watch.wrote(await self._write(state, credit, view), credit.length)
-                complete = True
+                if not state.stopping:
+                    sending.watch.wrote(await self._write(state, credit, view), credit.length)
+                    complete = True
         except TransportError as error:
             state.fail(str(error))
             self._sender.hooks.failed("transport")
@@ -244,12 +249,14 @@ class OutboundPair:
             self.shut(str(error))
             await self._link_gone.wait()
         except TandemError as error:
-            state.fail(str(error))
+            if not state.cancelled:
+                state.fail(str(error))
         except Exception:
             log.exception("span %d of ticket %s", credit.sequence, state.ticket_id)
             state.fail("internal error of the sender")
         finally:
-            staging.release(taken)
+            if taken is not None:
+                staging.release(taken)
             state.finished(credit.sequence, complete)
             sending.changed.set()
 
@@ -270,6 +277,7 @@ class OutboundPair:
         for sending in self._tickets.values():
             sending.state.fail(f"the pair was closed: {self.reason}")
             sending.changed.set()
+        self._sender.staging.serve()
         await self._sender.thread.abandon(self._link)
         await in_thread(self._link.close)
         self._link_gone.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 from bisect import bisect_left
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,15 +84,28 @@ class Ranges:
         assert position == self.size, f"ranges end at {position} of {self.size}"
 
 
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    length: int
+    owner: object
+    wanted: Callable[[], bool]
+    future: asyncio.Future[Range | None]
+
+
 class Staging:
-    """Memory that spans are gathered into and sent from. Those who wait for room are served in order."""
+    """Memory that spans are gathered into and sent from.
+
+    Those who wait for room are served in order, but for owners that hold half of it: a peer that stands still keeps
+    what it holds, and the others go on with the rest.
+    """
 
     def __init__(self, size: int) -> None:
         self.memory = allocate_memory(size)
         self._ranges = Ranges(size)
         self.size = self._ranges.size
         """Bytes of the largest range there can be."""
-        self._waiting: deque[tuple[int, asyncio.Future[Range]]] = deque()
+        self._waiting: list[_Waiting] = []
+        self._owners: dict[Range, object] = {}
         self.check_integrity = self._ranges.check_integrity
 
     @property
@@ -100,18 +113,18 @@ class Staging:
         """Bytes in use."""
         return self._ranges.used_bytes
 
-    async def obtain(self, length: int) -> Range:
-        """Waits for a range. Raises ValueError when it never fits."""
+    async def obtain(self, length: int, owner: object, wanted: Callable[[], bool]) -> Range | None:
+        """Waits for a range; None once `serve` finds it not wanted any more. Raises ValueError when it never fits."""
         if length > self.size:
             raise ValueError(f"a span of {length} bytes does not fit into {self.size} bytes of staging")
-        future: asyncio.Future[Range] = asyncio.get_running_loop().create_future()
-        self._waiting.append((length, future))
-        self._serve()
+        waiting = _Waiting(length, owner, wanted, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self.serve()
         try:
-            return await future
+            return await waiting.future
         except asyncio.CancelledError:
-            if not future.cancelled():  # it was served in the same moment
-                self.release(future.result())
+            if not waiting.future.cancelled() and (taken := waiting.future.result()) is not None:
+                self.release(taken)  # it was served in the same moment
             raise
 
     def view(self, taken: Range, length: int) -> Buffer:
@@ -121,16 +134,28 @@ class Staging:
     def release(self, taken: Range) -> None:
         """Gives a range back and serves those who wait."""
         self._ranges.release(taken)
-        self._serve()
+        del self._owners[taken]
+        self.serve()
 
-    def _serve(self) -> None:
-        while self._waiting:
-            length, future = self._waiting[0]
-            if not future.done():
-                if (taken := self._ranges.allocate(length)) is None:
-                    return
-                future.set_result(taken)
-            self._waiting.popleft()
+    def serve(self) -> None:
+        """Gives those who wait what there is for them; also to be called when something may not be wanted any more."""
+        room = True
+        for waiting in self._waiting[:]:
+            taken = None
+            if not waiting.future.done() and waiting.wanted():
+                if not room or self._at_half(waiting.owner, waiting.length):
+                    continue
+                if (taken := self._ranges.allocate(waiting.length)) is None:
+                    room = False
+                    continue
+                self._owners[taken] = waiting.owner
+            self._waiting.remove(waiting)
+            if not waiting.future.done():
+                waiting.future.set_result(taken)
+
+    def _at_half(self, owner: object, length: int) -> bool:
+        held = sum(taken.size for taken, holder in self._owners.items() if holder is owner)
+        return held > 0 and held + length > self.size // 2
 
 
 class SlabBudget:

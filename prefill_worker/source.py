@@ -56,6 +56,10 @@ class PromisingSource:
         """See `KvSource.export`."""
         await self._source.export(ticket_id, span, out)
 
+    def give_up(self, ticket_id: str) -> None:
+        """See `KvSource.give_up`."""
+        self._source.give_up(ticket_id)
+
     async def close(self, ticket_id: str) -> None:
         """See `KvSource.close`. What was stored closed its promise; the rest is taken back."""
         if ticket_id not in self._tickets:  # refused before the engine heard of it

@@ -62,6 +62,7 @@ class FakeSource:
     prompts: dict[str, _Prompt] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
     exported: list[tuple[str, Span]] = field(default_factory=list)
+    given_up: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -90,10 +91,17 @@ class FakeSource:
     async def export(self, ticket_id: str, span: Span, out: Buffer) -> None:
         """Writes `span_kv` into `out`."""
         await self.gate.wait()
+        if ticket_id in self.given_up:
+            raise Unavailable("given up")
         out[:] = span_kv(self.layout, self.prompts[ticket_id].tokens, span)
         if self.tamper is not None:
             self.tamper(span, out)
         self.exported.append((ticket_id, span))
+
+    def give_up(self, ticket_id: str) -> None:
+        """Lets exports go on, and fail."""
+        self.given_up.add(ticket_id)
+        self.gate.set()
 
     async def close(self, ticket_id: str) -> None:
         """Forgets the prompt."""

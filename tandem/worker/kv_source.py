@@ -28,7 +28,7 @@ class _Held:
     computed: int = 0
     """What can be exported now."""
     lost: bool = False
-    """Its pages were needed, and what was in them is not computed again."""
+    """Nothing is exported any more: nobody wants it, or its pages were needed and nobody computes them again."""
     advanced: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -112,9 +112,7 @@ class EngineKvSource:
             if (held := self._held.get(seq.seq_id)) is not None:
                 held.computed = 0
                 if not held.computes:
-                    held.lost = True
-                    held.advanced.set()
-                    self._thread.post(self._engine.cancel, seq.seq_id)
+                    self.give_up(seq.seq_id)
         for progress in output.progress:
             self._report(progress.seq.seq_id, progress.computed)
 
@@ -131,11 +129,11 @@ class EngineKvSource:
     async def export(self, ticket_id: str, span: Span, out: np.ndarray | memoryview) -> None:
         """Copies what moves of a computed span into `out`, `layout.span_bytes(span, len(tokens))` bytes.
 
-        Raises Unavailable when the ticket is closed, or when what was only cached is gone.
+        Raises Unavailable when the ticket is closed or given up, or when what was only cached is gone.
         """
         while (held := self._held.get(ticket_id)) is not None:
             if held.lost:
-                raise Unavailable("what was cached here had to make room")
+                raise Unavailable(f"the pages of ticket {ticket_id} are given away")
             held.advanced.clear()
             if held.computed >= span.end and await self._thread.call(self._export, held.seq, span, out):
                 return
@@ -148,6 +146,14 @@ class EngineKvSource:
             return False
         self._engine.export_span(seq, span, out)
         return True
+
+    def give_up(self, ticket_id: str) -> None:
+        """Computes and exports no more of the ticket; who waits for an export hears of it. `close` must follow."""
+        held = self._held.get(ticket_id)
+        if held is not None and not held.lost:
+            held.lost = True
+            held.advanced.set()
+            self._thread.post(self._engine.cancel, ticket_id)
 
     async def close(self, ticket_id: str) -> None:
         """Lets go of the ticket's pages, whatever its state; idempotent."""

@@ -107,13 +107,23 @@ def test_quarantine_that_leaves_no_room_for_a_slab_means_the_worker_is_stuck() -
     assert [*states, budget.stuck] == [True, False]
 
 
+def yes() -> bool:
+    return True
+
+
+async def obtained(staging: Staging, length: int, owner: object = "a") -> Range:
+    taken = await staging.obtain(length, owner, yes)
+    assert taken is not None
+    return taken
+
+
 async def test_those_who_wait_for_staging_are_served_in_order() -> None:
     staging = Staging(SIZE)
-    first, second = await staging.obtain(SIZE // 2), await staging.obtain(SIZE // 2)
+    first, second = await obtained(staging, SIZE // 2), await obtained(staging, SIZE // 2, "b")
     served: list[str] = []
 
     async def wait(name: str, length: int) -> Range:
-        taken = await staging.obtain(length)
+        taken = await obtained(staging, length, name)
         served.append(name)
         return taken
 
@@ -135,10 +145,36 @@ async def test_those_who_wait_for_staging_are_served_in_order() -> None:
     staging.check_integrity()
 
 
+async def test_one_owner_leaves_half_of_the_staging_to_the_others() -> None:
+    staging, quarter = Staging(SIZE), SIZE // 4
+    held = [await obtained(staging, quarter) for _ in range(2)]
+    third = asyncio.create_task(obtained(staging, quarter))
+    await asyncio.sleep(0)
+    others = await obtained(staging, quarter, "b")
+    assert not third.done()
+    staging.release(held.pop())
+    for taken in (await third, others, *held):
+        staging.release(taken)
+    staging.release(await obtained(staging, SIZE))  # a span larger than half still has its turn
+    assert staging.used_bytes == 0
+
+
+async def test_who_is_not_wanted_any_more_waits_for_no_room() -> None:
+    staging, wanted = Staging(SIZE), True
+    first = await obtained(staging, SIZE)
+    waiter = asyncio.create_task(staging.obtain(SIZE, "b", lambda: wanted))
+    await asyncio.sleep(0)
+    wanted = False
+    staging.serve()
+    assert await waiter is None
+    staging.release(first)
+    assert staging.used_bytes == 0
+
+
 async def test_a_waiter_that_is_cancelled_as_it_is_served_gives_its_range_back() -> None:
     staging = Staging(SIZE)
-    first = await staging.obtain(SIZE)
-    waiter = asyncio.create_task(staging.obtain(SIZE))
+    first = await obtained(staging, SIZE)
+    waiter = asyncio.create_task(obtained(staging, SIZE))
     await asyncio.sleep(0)
     staging.release(first)
     waiter.cancel()
@@ -150,5 +186,5 @@ async def test_a_waiter_that_is_cancelled_as_it_is_served_gives_its_range_back()
 async def test_a_span_larger_than_the_staging_is_refused() -> None:
     staging = Staging(SIZE)
     with pytest.raises(ValueError, match="does not fit"):
-        await staging.obtain(SIZE + 1)
+        await obtained(staging, SIZE + 1)
     assert staging.view(Range(0, 128), 100).nbytes == 100

@@ -175,10 +175,27 @@ async def test_what_was_only_cached_is_not_computed_again_once_its_pages_were_ne
         assert await source.open("copy", PROMPT[:192], "", "", 0, lambda _: None, cached_only=True) == 192
         seqs = thread._engine.seqs
         source.on_step(StepOutput((), (), (seqs["copy"],), 0, 0.0, 0.0, 0.0))
-        with pytest.raises(Unavailable, match="had to make room"):
+        with pytest.raises(Unavailable, match="are given away"):
             await source.export("copy", Span(0, 192), np.zeros(0, dtype=np.uint8))
         assert await thread.call(lambda: "copy" in seqs) is False
         await source.close("copy")
+
+
+async def test_an_export_that_waits_for_pages_ends_when_nobody_wants_it(small_model: Path) -> None:
+    async with engine_source(small_model, True) as (source, thread):
+        await reach(source, "a", PROMPT, len(PROMPT))
+        seqs = thread._engine.seqs
+        source.on_step(StepOutput((), (), (seqs["a"],), 0, 0.0, 0.0, 0.0))
+        export = asyncio.create_task(source.export("a", Span(0, 200), np.zeros(0, dtype=np.uint8)))
+        await asyncio.sleep(0)
+        assert not export.done()
+        for _ in range(2):
+            source.give_up("a")
+        with pytest.raises(Unavailable, match="are given away"):
+            await export
+        assert await thread.call(lambda: "a" in seqs) is False
+        source.give_up("unknown")
+        await source.close("a")
 
 
 async def test_a_prompt_beyond_the_pages_is_refused(small_model: Path) -> None:
