@@ -51,7 +51,7 @@ QUIET_S = 20.0
 WARM_SHARE = 1 / 3
 FLAT_MIB_MIN = 0.1
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
-SMALL_STORES = ("--explain-requests", "256", "--ladder-blocks", "1024", "--index-max-blocks", "4096")
+SMALL_STORES = ("--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096")
 """Bounded stores are full within the warm-up, so that what still grows afterwards is none of them."""
 
 

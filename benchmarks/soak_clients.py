@@ -187,7 +187,7 @@ class Clients:
             return "/v1/chat/completions", body | asked | {"max_tokens": 300}, None
         prompts = {
             "shared": lambda: self._source.choice(self._shared) + " " + self._words(10),
-            "long": lambda: self._words(self._source.randint(250, 450)),
+            "long": lambda: self._words(self._source.randint(250, 400)),
             "known": lambda: self._source.choice(self._questions),
         }
         prompt = prompts.get(kind, lambda: self._words(self._source.randint(5, 120)))()
