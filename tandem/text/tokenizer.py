@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
+LONG_AT_ONCE = 2
+"""Long texts encoded at once. They take seconds, and chat templates need the loop's own threads."""
 MANY_IDS = 4096
 """Ids from which decoding does."""
 TEMPLATE_S = 5.0
@@ -65,6 +68,8 @@ class Tokenizer:
         self.backend: Any = wrapped.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        # Unlike a semaphore it belongs to no loop, and counts what goes on after its caller was cancelled.
+        self._encoders = ThreadPoolExecutor(LONG_AT_ONCE, "encode")
         added = self.backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids that decoding skips by default."""
@@ -112,10 +117,11 @@ class Tokenizer:
         return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
 
     async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """As `encode`; long texts are encoded in a thread."""
+        """As `encode`; long texts are encoded in threads, at most `LONG_AT_ONCE` of them, and wait for their turn."""
         if len(text) < LONG_TEXT:
             return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoders, self.encode, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are skipped."""

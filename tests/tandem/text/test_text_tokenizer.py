@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tandem.errors import BadRequest, CheckpointError
+from tandem.testing.polling import eventually
 from tandem.testing.tokenizer import byte_fallback_tokenizer, byte_level_tokenizer
-from tandem.text.tokenizer import LONG_TEXT, MANY_IDS, Tokenizer
+from tandem.text.tokenizer import LONG_AT_ONCE, LONG_TEXT, MANY_IDS, Tokenizer
 
 WITHOUT_TORCH = """
 import sys
@@ -59,6 +62,32 @@ async def test_long_texts_are_encoded_off_the_loop_alike() -> None:
     tokenizer = Tokenizer(byte_level_tokenizer())
     text = "The cat sat. " * LONG_TEXT
     assert await tokenizer.encode_async(text) == tokenizer.encode(text)
+
+
+async def test_long_texts_leave_threads_for_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, texts, free = Tokenizer(byte_level_tokenizer()), [], threading.Event()
+    many = 40  # more than the loop's own executor ever has threads
+
+    def encode(text: str, add_special_tokens: bool = False) -> list[int]:
+        texts.append(text)
+        assert free.wait(60)
+        return [len(text)]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    given_up = [asyncio.ensure_future(tokenizer.encode_async("x" * LONG_TEXT)) for _ in range(many)]
+    try:
+        await eventually(lambda: len(texts) == LONG_AT_ONCE)
+        for each in given_up:
+            each.cancel()
+        await asyncio.wait(given_up)
+        kept = [asyncio.ensure_future(tokenizer.encode_async("y" * LONG_TEXT)) for _ in range(many)]
+        async with asyncio.timeout(20):
+            assert "Hi" in await tokenizer.render_async([{"role": "user", "content": "Hi"}])
+        assert len(texts) == LONG_AT_ONCE, "the work of those who gave up goes on, and counts"
+    finally:
+        free.set()
+    assert await asyncio.gather(*kept) == [[LONG_TEXT]] * many
+    assert len(texts) == LONG_AT_ONCE + many, "what had not begun for those who gave up never did"
 
 
 def test_template_refusals_are_bad_requests_of_one_line() -> None:
