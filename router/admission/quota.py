@@ -89,7 +89,10 @@ class Quotas:
         self._reported: dict[Incarnation, dict[tuple[str, str], TenantUse]] = {}
 
     def enter(self, tenant: Tenant) -> Visit:
-        """Lets a request in. Raises RateLimited when the tenant has too many at work, or in the last minute."""
+        """Lets a request in. Raises RateLimited when the tenant has too many at work, or used its minute's allowance.
+
+        Who has no token left is refused here, before a prompt is tokenised for nothing.
+        """
         account, now = self._account(tenant), self._clock()
         at_work = account.inside + self._elsewhere(tenant.name)
         if tenant.concurrency and at_work >= tenant.concurrency:
@@ -98,6 +101,9 @@ class Quotas:
         if (wait := account.requests.wait_s(1, now)) > 0:
             text = f"this key may send {tenant.requests_per_minute} requests a minute"
             raise self._refusal(account, "requests", text, wait)
+        if (wait := account.tokens.wait_s(1, now)) > 0:
+            text = f"this key may use {tenant.tokens_per_minute} tokens a minute, and has used them"
+            raise self._refusal(account, "tokens", text, wait)
         account.requests.take(1, now)
         account.admitted += 1
         account.inside += 1

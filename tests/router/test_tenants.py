@@ -175,13 +175,33 @@ def test_tokens_count_prompt_and_answer_and_debts_are_paid() -> None:
     visit.end(1100)
     visit.end(1100)
     with pytest.raises(RateLimited) as refused:
-        quotas.enter(tenant).prompt(50)
+        visit.prompt(50)
     assert refused.value.retry_s == pytest.approx(65)
     clock.now += 120
     # More than the limit at once is let through when all of the allowance is there: else it would never be.
-    quotas.enter(tenant).prompt(5000)
+    visit = quotas.enter(tenant)
+    visit.prompt(5000)
     with pytest.raises(RateLimited):
-        quotas.enter(tenant).prompt(1)
+        visit.prompt(1)
+
+
+def test_who_owes_tokens_is_refused_before_its_prompt_is_known_and_pays_no_request() -> None:
+    clock = Clock()
+    quotas, tenant = Quotas("me", clock), limited(requests_per_minute=6, tokens_per_minute=600)
+    quotas.enter(tenant).prompt(599)
+    quotas.enter(tenant).prompt(1)  # one is left: what the prompt has is not known yet
+    with pytest.raises(RateLimited, match="600 tokens a minute, and has used them") as refused:
+        quotas.enter(tenant)
+    assert refused.value.retry_s == pytest.approx(0.1)
+    assert dict(quotas.headers(tenant))["x-ratelimit-remaining-requests"] == "4"
+    assert quotas.inside() == {"a": 2}
+    (limits,) = [f.samples for f in quotas.collect() if f.name == "tandem_tenant_refused"]
+    assert [(sample.labels["limit"], sample.value) for sample in limits] == [("tokens", 1)]
+    clock.now += 0.2
+    quotas.enter(tenant)
+    free = Tenant(name="b", requests_per_minute=6)
+    quotas.enter(free).end(5000)
+    quotas.enter(free)
 
 
 def test_concurrency_counts_what_has_not_ended() -> None:
@@ -291,6 +311,24 @@ async def test_over_the_limit_is_429_with_openais_headers(keyed: httpx.AsyncClie
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert (await keyed.post("/v1/completions", json=BODY, headers=bearer(A))).status_code == 200
     assert world.metric("tandem_request_failures_total", kind="rate_limit_exceeded") == 1
+
+
+async def test_nothing_is_tokenised_for_a_tenant_that_owes_tokens(
+    keyed: httpx.AsyncClient, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owing = Tenant(name="b", tokens_per_minute=10)
+    world.callers.replace(Keyring({digest(B): owing}))
+    world.callers.enter(owing).end(15)
+    texts: list[str] = []
+
+    def encode(text: str, add_special_tokens: bool = False) -> list[int]:
+        texts.append(text)
+        return [5]
+
+    monkeypatch.setattr(world.tokenizer, "encode", encode)
+    refused = await keyed.post("/v1/completions", json=BODY, headers=bearer(B))
+    assert (refused.status_code, texts) == (429, [])
+    assert 1 <= int(refused.headers["retry-after"]) <= 36
 
 
 async def test_every_end_of_a_request_ends_its_visit(keyed: httpx.AsyncClient, world: Any) -> None:
