@@ -12,7 +12,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ class Tokenizer:
         self.backend: Any = wrapped.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        # Unlike a semaphore it belongs to no loop, and counts what goes on after its caller was cancelled.
-        self._encoders = ThreadPoolExecutor(LONG_AT_ONCE, "encode")
+        self._long: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        """Turns of long texts, and the loop that they are of."""
         added = self.backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids that decoding skips by default."""
@@ -117,11 +116,21 @@ class Tokenizer:
         return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
 
     async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """As `encode`; long texts are encoded in threads, at most `LONG_AT_ONCE` of them, and wait for their turn."""
+        """As `encode`; long texts are encoded in threads, at most `LONG_AT_ONCE` of them, and wait for their turn.
+
+        Not for use from several loops at once.
+        """
         if len(text) < LONG_TEXT:
             return self.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, self.encode, text, add_special_tokens)
+        if self._long is None or self._long[0] is not loop:
+            self._long = loop, asyncio.Semaphore(LONG_AT_ONCE)
+        turns = self._long[1]
+        await turns.acquire()
+        work = loop.run_in_executor(None, self.encode, text, add_special_tokens)
+        work.add_done_callback(lambda _: turns.release())
+        # A thread goes on when its caller is cancelled, and keeps its turn.
+        return await asyncio.shield(work)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are skipped."""
