@@ -32,7 +32,7 @@ class Grammars:
         self._loading: asyncio.Task[Vocabulary] | None = None
 
     async def compile(self, grammar: Grammar) -> MakeConstraint:
-        """What makes a fresh constraint. Raises BadRequest when the grammar cannot be served, Unavailable."""
+        """What makes a fresh constraint. Raises BadRequest if it cannot be served, Unavailable, Overloaded."""
         compiled = await self._compiler.compile(grammar)
         if not fits(GrammarConstraint(compiled), self._settings.vocab_size):
             raise refusal(grammar, "no token of this model can begin such a text")

@@ -18,11 +18,11 @@ import psutil
 import pytest
 import xgrammar
 
-from tandem.engine.grammar.compiler import CompilerSettings, GrammarCompiler, _Cached
+from tandem.engine.grammar.compiler import MAX_TEXTS, CompilerSettings, GrammarCompiler, _Cached
 from tandem.engine.grammar.compiler_process import schema_grammar
 from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
 from tandem.engine.grammar.schema.lower import lower
-from tandem.errors import BadRequest, Unavailable
+from tandem.errors import BadRequest, Overloaded, Unavailable
 from tandem.text.tokenizer import Tokenizer
 from tandem.types import Grammar, GrammarKind
 
@@ -182,6 +182,98 @@ async def test_what_took_too_long_is_tried_again_after_a_while(
     with pytest.raises(BadRequest, match=complaint):
         await compiler.compile(regex("a"))
     compiler.check_integrity()
+
+
+class Stubborn:
+    """Compiles nothing until it is let; what was asked and what was killed is seen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiler = GrammarCompiler(replace(SETTINGS, seconds=60.0))
+        self.asked: list[str] = []
+        self.killed: list[object] = []
+        self.go = asyncio.Event()
+        monkeypatch.setattr(self.compiler, "_kept", object)
+        monkeypatch.setattr(self.compiler, "_ask", self.ask)
+        monkeypatch.setattr(self.compiler, "_kill", self.killed.append)
+
+    async def ask(self, process: object, key: tuple[str, str]) -> _Cached:
+        self.asked.append(key[1])
+        await self.go.wait()
+        return _Cached(None, "a complaint of its own", 1)
+
+    def want(self, source: str) -> asyncio.Task[xgrammar.CompiledGrammar]:
+        return asyncio.create_task(self.compiler.compile(regex(source)))
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Texts that can be joined, and tasks."""
+        return len(vars(self.compiler)["_running"]), len(vars(self.compiler)["_tasks"])
+
+
+async def settle() -> None:
+    """Lets every task come to where it waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def give_up(waiters: list[asyncio.Task[xgrammar.CompiledGrammar]]) -> None:
+    await settle()
+    for waiter in waiters:
+        waiter.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+
+
+async def test_a_text_that_nobody_waits_for_any_more_is_compiled_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = Stubborn(monkeypatch)
+    await give_up([stubborn.want(f"a{number}") for number in range(100)])
+    assert stubborn.held[0] == 0
+    await settle()
+    assert stubborn.held == (0, 0)
+    assert stubborn.asked == ["a0", "a1"] and len(stubborn.killed) == SETTINGS.processes
+
+    first, second = stubborn.want("b"), stubborn.want("b")
+    await give_up([first])
+    assert not second.done() and stubborn.held == (1, 1)
+    second.cancel()
+    await asyncio.sleep(0)
+    third = stubborn.want("b")  # in the moment in which that of the second ends
+    await settle()
+    stubborn.go.set()
+    with pytest.raises(BadRequest, match="of its own"):
+        await third
+    assert stubborn.asked == ["a0", "a1", "b", "b"] and second.cancelled()
+    await asyncio.sleep(0)
+    assert stubborn.held == (0, 0)
+    stubborn.compiler.check_integrity()
+
+
+async def test_no_more_texts_wait_than_can_be_compiled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = Stubborn(monkeypatch)
+    waiters = [stubborn.want(f"a{number}") for number in range(MAX_TEXTS)]
+    await settle()
+    with pytest.raises(Overloaded, match=f"{MAX_TEXTS} grammars are being compiled"):
+        await asyncio.wait_for(stubborn.want("b"), 5)
+    joined = stubborn.want("a5")
+    await settle()
+    assert not joined.done(), "it costs nothing more"
+    await give_up([waiters.pop()])
+    again = stubborn.want("b")
+    await settle()
+    assert not again.done()
+    stubborn.go.set()
+    done = await asyncio.gather(*waiters, joined, again, return_exceptions=True)
+    assert {type(each) for each in done} == {BadRequest}
+
+
+async def test_a_real_process_ends_with_the_last_who_waited_for_its_text() -> None:
+    async with running(replace(SETTINGS, seconds=60.0)) as compiler:
+        hostile = asyncio.create_task(compiler.compile(Grammar(GrammarKind.EBNF, SLOW)))
+        await compiler.compile(regex("a+"))
+        (idle,) = vars(compiler)["_idle"]
+        (other,) = vars(compiler)["_processes"] - {idle}
+        await give_up([hostile])
+        await asyncio.wait_for(other.wait(), 10)
+        assert idle.returncode is None
 
 
 async def test_a_compiler_that_was_ended_while_idle_is_no_fault_of_the_next_text() -> None:

@@ -10,10 +10,11 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import xgrammar
 
-from tandem.errors import BadRequest, Unavailable
+from tandem.errors import BadRequest, Overloaded, Unavailable
 from tandem.text.formats.held import TAG_START
 from tandem.types import Grammar
 
@@ -27,6 +28,9 @@ IDLE = 1
 """Compiling processes that are kept for the next grammar."""
 AGAIN_S = 60.0
 """A text whose compiling took too long is tried again after so long: the machine may have been busy."""
+MAX_TEXTS = 128
+"""Texts that may be compiled or wait for it at the same time. Common ones take some ten milliseconds each, and the last
+waits for a few seconds; of texts that use up their time the last would wait for longer than any router does."""
 FAILURE_BYTES = 1024
 """What a complaint counts in the cache."""
 
@@ -67,6 +71,15 @@ class _Cached:
     """When it is forgotten; the event loop's time."""
 
 
+@dataclass(slots=True)
+class _Running:
+    """One text that is compiled, or waits for its turn."""
+
+    task: asyncio.Task[_Cached]
+    waiters: int = 0
+    """Requests that want it; it ends with the last of them."""
+
+
 def refusal(grammar: Grammar, why: str, field: str = "") -> BadRequest:
     """What is said about a grammar that cannot be served."""
     if grammar.source.startswith(TAG_START):
@@ -81,7 +94,9 @@ class GrammarCompiler:
         self._settings = settings
         self._cache: OrderedDict[Key, _Cached] = OrderedDict()
         self._bytes = 0
-        self._running: dict[Key, asyncio.Task[_Cached]] = {}
+        self._running: dict[Key, _Running] = {}
+        self._tasks: set[asyncio.Task[_Cached]] = set()
+        """Of those that run, and those that were cancelled and have not ended yet."""
         self._slots = asyncio.Semaphore(settings.processes)
         self._idle: list[Process] = []
         self._processes: set[Process] = set()
@@ -99,24 +114,50 @@ class GrammarCompiler:
             self._keep(await self._start())
 
     async def compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
-        """Raises BadRequest naming what is wrong with the text, Unavailable when compiling is not possible here."""
+        """Raises BadRequest naming what is wrong with the text, Unavailable when compiling is not possible here.
+
+        Overloaded when too many other texts are being compiled.
+        """
         key = (grammar.kind.value, grammar.source)
         cached = self._cache.get(key)
         if cached is not None and cached.until <= asyncio.get_running_loop().time():
             self._bytes -= self._cache.pop(key).size
             cached = None
         if cached is None:
-            task = self._running.get(key)
-            if task is None:
-                task = self._running[key] = asyncio.create_task(self._compile(key))
-                task.add_done_callback(lambda _: self._running.pop(key, None))
-            # A client that goes away takes nothing from those who asked for the same text.
-            cached = await asyncio.shield(task)
+            cached = await self._wait_for(key)
         else:
             self._cache.move_to_end(key)
         if cached.grammar is None:
             raise refusal(grammar, cached.complaint, cached.field)
         return cached.grammar
+
+    async def _wait_for(self, key: Key) -> _Cached:
+        """Raises Unavailable or Overloaded."""
+        running = self._running.get(key) or self._begin(key)
+        running.waiters += 1
+        try:
+            # A client that goes away takes nothing from those who asked for the same text.
+            return await asyncio.shield(running.task)
+        finally:
+            running.waiters -= 1
+            if running.waiters == 0 and not running.task.done():
+                running.task.cancel()
+                del self._running[key]  # at once: whoever asks next begins anew
+
+    def _begin(self, key: Key) -> _Running:
+        if len(self._running) >= MAX_TEXTS:
+            count = len(self._running)
+            raise Overloaded(f"{count} grammars are being compiled or wait for it, and no more may; try again later")
+        running = self._running[key] = _Running(asyncio.create_task(self._compile(key)))
+        self._tasks.add(running.task)
+        running.task.add_done_callback(partial(self._ended, key))
+        return running
+
+    def _ended(self, key: Key, task: asyncio.Task[_Cached]) -> None:
+        self._tasks.discard(task)
+        running = self._running.get(key)
+        if running is not None and running.task is task:
+            del self._running[key]
 
     async def _compile(self, key: Key) -> _Cached:
         async with self._slots:
@@ -181,14 +222,14 @@ class GrammarCompiler:
         try:
             async with asyncio.timeout(START_S):
                 _, body = await self._read(process)
+            if self._vocabulary is None:
+                self._vocabulary = await asyncio.to_thread(xgrammar.TokenizerInfo.deserialize_json, body.decode())
         except (TimeoutError, EOFError) as error:
             self._kill(process)
             raise Unavailable("grammars cannot be compiled here: the compiler did not start") from error
         except BaseException:
             self._kill(process)
             raise
-        if self._vocabulary is None:
-            self._vocabulary = await asyncio.to_thread(xgrammar.TokenizerInfo.deserialize_json, body.decode())
         return process
 
     def _kept(self) -> Process | None:
@@ -218,9 +259,9 @@ class GrammarCompiler:
 
     async def close(self) -> None:
         """Ends every process."""
-        for task in list(self._running.values()):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for process in self._processes:
             self._kill(process)
         await asyncio.gather(*(process.wait() for process in self._processes))
