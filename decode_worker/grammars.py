@@ -40,9 +40,11 @@ class Grammars:
         return lambda: GrammarConstraint(compiled, vocabulary, grammar.after)
 
     async def _vocabulary(self) -> Vocabulary:
-        if self._loading is None:
-            self._loading = asyncio.create_task(asyncio.to_thread(self._load))
-        return await asyncio.shield(self._loading)
+        loading = self._loading
+        # What failed is begun anew: the machine may have been short of memory or of files for a moment.
+        if loading is None or (loading.done() and (loading.cancelled() or loading.exception() is not None)):
+            loading = self._loading = asyncio.create_task(asyncio.to_thread(self._load))
+        return await asyncio.shield(loading)
 
     def _load(self) -> Vocabulary:
         return Vocabulary(self._compiler.vocabulary, continuation(_encoder(self._settings.folder)))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
-from decode_worker.grammars import _encoder, continuation
+import pytest
+
+from decode_worker import grammars as module
+from decode_worker.grammars import Grammars, _encoder, continuation
+from tandem.engine.grammar.compiler import CompilerSettings
 from tandem.text.tokenizer import Tokenizer
+from tandem.types import Grammar, GrammarKind
 
 MODEL = Path(__file__).parents[2] / "tandem" / "demo" / "model"
 SCRIPT = """
@@ -37,3 +43,31 @@ def test_forced_text_is_tokenised_as_prompts_are() -> None:
     for text in ("\n", '{"colour": "red"}', " two  words\n\n", "naïve 日本語 😀", "<|im_end|>"):
         assert encode(text) == tokenizer.encode(text)
         assert continuation(encode)(text) == continuation(tokenizer.encode)(text)
+
+
+async def test_a_vocabulary_that_could_not_be_loaded_is_loaded_by_the_next_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = [OSError(24, "Too many open files"), MemoryError()]
+    loads = 0
+
+    def encoder(folder: str) -> module.Encode:
+        nonlocal loads
+        loads += 1
+        if failures:
+            raise failures.pop(0)
+        return _encoder(folder)
+
+    monkeypatch.setattr(module, "_encoder", encoder)
+    grammars = Grammars(CompilerSettings(str(MODEL), 2048, (2,)))
+    wanted = Grammar(GrammarKind.REGEX, "the answer is 42")
+    try:
+        for error in (OSError, MemoryError):
+            with pytest.raises(error):
+                await grammars.compile(wanted)
+        makers = await asyncio.gather(*(grammars.compile(wanted) for _ in range(3)))
+        assert len(makers[0]().force(99)) > 2
+        await grammars.compile(wanted)
+        assert loads == 3
+    finally:
+        await grammars.close()
