@@ -4,7 +4,7 @@ Requests are asked one at a time, with pauses: step times are those that the wor
 meanwhile. Each is asked twice: the second finds its prefix where it will be decoded, so that the first one's rest is
 the hand-over. What all processes, the client among them, spend beside steps is divided among requests and tokens by
 comparing these short answers with long ones, less what an idle cluster spends. At last clients keep all cores busy: how
-much longer the same steps take then is the crowding.
+much more CPU time the same steps take then is the crowding.
 
 `tandem replay TRACE --machine machine.json` takes the result.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
 import random
 import re
 import signal
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import httpx
 import numpy as np
@@ -54,7 +53,7 @@ PAUSE_S = 0.15
 """Between requests asked one at a time: under most loads a process has slept before one comes."""
 IDLE_S = 4.0
 BANNER_S = 30.0
-WORKER = re.compile(r"(prefill|decode)-\d+ +\S+ +pid \d+ +(\d+) pages +metrics (\d+)")
+WORKER = re.compile(r"(?:prefill|decode)-\d+ +\S+ +pid (\d+) +(\d+) pages +metrics (\d+)")
 """A worker's line in what `tandem up` prints."""
 PAGE_TOKENS = 16
 
@@ -146,6 +145,8 @@ class Spent:
     requests: int = 0
     tokens: int = 0
     """Of answers."""
+    engine_s: float = 0.0
+    """CPU of the workers' engine threads."""
 
 
 def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
@@ -165,21 +166,25 @@ def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
     return background, float(request), max(float(token), 0.0)
 
 
-def fit_crowding(timing: StepTiming, full: Spent, host: tuple[float, float, float], cores: int) -> float:
+def fit_crowding(timing: StepTiming, alone: Sequence[Spent], full: Spent) -> float:
     """How much longer everything takes while all cores are busy, beyond waiting for a core: `Machine.crowding`.
 
-    timing: of steps alone. full: a load that left no core free. host: what `fit_host` found.
-
-    A step's time goes on while something else has its core, so that CPU time less steps' time says nothing of what ran
-    beside them: that follows from counts and from what each costs alone. It takes longer by crowding as steps do, and
-    steps have what it leaves of the cores:
-    alone * (1 + crowding) = steps * (1 - (background + beside * (1 + crowding)) / cores).
+    timing: of steps alone. full: a load that left no core free. Two threads of a core, and shared caches, show in the
+    CPU time that the same steps take, whoever else had the core meanwhile: engines' CPU over what their steps would
+    take alone, compared with what it is alone, where there is a little beside steps, too. Raises ValueError.
     """
-    background, request_ms, token_ms = host
-    alone_s = (full.steps.steps * timing.base_ms + full.steps.tokens * timing.per_token_ms) / 1e3
-    beside = (full.requests * request_ms + full.tokens * token_ms) / 1e3 / full.seconds
-    left = full.steps.seconds * (1 - background / cores)
-    return max(0.0, left / (alone_s + full.steps.seconds * beside / cores) - 1)
+
+    def over(loads: Sequence[Spent]) -> float:
+        steps = functools.reduce(Counts.plus, [each.steps for each in loads])
+        return (
+            sum(each.engine_s for each in loads)
+            * 1e3
+            / (steps.steps * timing.base_ms + steps.tokens * timing.per_token_ms)
+        )
+
+    if not (usual := over(alone)):
+        raise ValueError("engines took no CPU time: the workers' processes cannot be read")
+    return max(0.0, over([full]) / usual - 1)
 
 
 class Pages:
@@ -194,15 +199,26 @@ class Pages:
         return [counts(self._client.get(url).raise_for_status().text) for url in self._urls]
 
 
-def workers(log: str) -> list[tuple[int, str]]:
-    """KV pages and metrics page of each worker, from what `tandem up` printed. Raises ValueError."""
-    found = [(int(pages), f"http://127.0.0.1:{port}/metrics") for _, pages, port in WORKER.findall(log)]
+class Worker(NamedTuple):
+    """One worker, as `tandem up` printed it."""
+
+    pid: int
+    pages: int
+    """Of KV."""
+    metrics: str
+    """Its page's URL."""
+
+
+def workers(log: str) -> list[Worker]:
+    """From what `tandem up` printed. Raises ValueError."""
+    lines = WORKER.findall(log)
+    found = [Worker(int(pid), int(pages), f"http://127.0.0.1:{port}/metrics") for pid, pages, port in lines]
     if not found:
         raise ValueError("the log of tandem up names no workers")
     return found
 
 
-def wait_for_workers(log: Path) -> list[tuple[int, str]]:
+def wait_for_workers(log: Path) -> list[Worker]:
     """As `workers`, of a file: one worker is enough for requests, and the list is printed when all have come."""
     deadline = time.monotonic() + BANNER_S
     while True:
@@ -217,11 +233,12 @@ def wait_for_workers(log: Path) -> list[tuple[int, str]]:
 class Meter:
     """One cluster that is measured. Its methods raise ConnectionError and httpx.HTTPError."""
 
-    def __init__(self, url: str, group: int, pages: Pages, seed: int) -> None:
+    def __init__(self, url: str, group: int, known: Sequence[Worker], seed: int) -> None:
         """group: the process whose children are the cluster."""
         self._endpoint = Endpoint(url, asyncio.run(Endpoint(url).resolve()))
         self._cluster = psutil.Process(group)
-        self._pages = pages
+        self._pages = Pages([each.metrics for each in known])
+        self._workers = [psutil.Process(each.pid) for each in known]
         self._seed = seed
         self.alone: list[Counts] = []
         """Steps of each worker in each load that was asked one by one."""
@@ -256,12 +273,24 @@ class Meter:
 
     def _spent(self, ask: Callable[[], list[Sample]]) -> tuple[Spent, list[Sample], list[Counts]]:
         seen = self._pages.read()
+        threads = [self._threads(each) for each in self._workers]
         before, own, began = self._cpu_s(), time.thread_time(), time.perf_counter()
         samples = ask()
         seconds, cpu = time.perf_counter() - began, self._cpu_s() - before + time.thread_time() - own
+        # A worker's engine is the thread that computes: all others of it together use less.
+        engines = [
+            max(seconds - old.get(thread, 0.0) for thread, seconds in self._threads(each).items())
+            for each, old in zip(self._workers, threads, strict=True)
+        ]
         steps = [now.since(old) for old, now in zip(seen, self._pages.read(), strict=True)]
         every = functools.reduce(Counts.plus, steps)
-        return Spent(seconds, cpu, every, len(samples), sum(each.output_tokens for each in samples)), samples, steps
+        tokens = sum(each.output_tokens for each in samples)
+        return Spent(seconds, cpu, every, len(samples), tokens, sum(engines)), samples, steps
+
+    def _threads(self, process: psutil.Process) -> dict[int, float]:
+        """CPU seconds of each of its threads but the first, on which its event loop runs."""
+        times = {each.id: each.user_time + each.system_time for each in process.threads()}
+        return {thread: seconds for thread, seconds in times.items() if thread != process.pid}
 
     def _cpu_s(self) -> float:
         """Of the cluster's processes."""
@@ -275,21 +304,21 @@ def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
     asyncio.run(run(Endpoint(url), mixed[:20], Load(concurrency=3, seed=seed)))  # what is slow once is over
     known = wait_for_workers(one.log)
     assert one.process is not None
-    meter = Meter(url, one.process.pid, Pages([page for _, page in known]), seed)
+    meter = Meter(url, one.process.pid, known, seed)
     idle = meter.idle()
     short = [meter.one_by_one(LENGTHS, SHORT_ANSWER) for _ in range(4)]
     long = meter.one_by_one(LENGTHS, LONG_ANSWER)
     timing = fit_steps(meter.alone)
     full = meter.together(mixed[20:], 2 * len(known))
-    tokens = known[0][0] * PAGE_TOKENS
+    tokens, alone = known[0].pages * PAGE_TOKENS, [spent for spent, _ in (*short, long)]
     kv_bytes = kv_mib * 2**20 / tokens
     around, hand_over, rate = fit_request(timing, [pair for _, pairs in short for pair in pairs], kv_bytes)
-    background, request, token = host = fit_host(idle, [spent for spent, _ in (*short, long)])
+    background, request, token = fit_host(idle, alone)
     return {
         "base_ms": timing.base_ms, "per_token_ms": timing.per_token_ms, "per_context_ms": 0.0,
         "overhead_ms": around, "hand_over_ms": hand_over, "link_bytes_per_ms": rate,
         "request_cpu_ms": request, "token_cpu_ms": token, "background_cores": background,
-        "crowding": fit_crowding(timing, full, host, len(os.sched_getaffinity(0))),
+        "crowding": fit_crowding(timing, alone, full),
         "kv_bytes": kv_bytes, "kv_tokens": tokens, "max_batch_tokens": BATCH_TOKENS, "max_running": RUNNING,
     }  # fmt: skip
 

@@ -18,8 +18,6 @@ from benchmarks.fit_machine import (
     fit_steps,
     workers,
 )
-from router.simulation.clock import Clock
-from router.simulation.cores import Cores
 from tandem.cluster import StepTiming
 
 TIMING = StepTiming(base_ms=2.0, per_token_ms=0.1)
@@ -63,46 +61,15 @@ def test_what_processes_spend_beside_steps_is_found_again() -> None:
         fit_host(Spent(4.0, 0.4, Counts()), slow)
 
 
-@pytest.mark.parametrize("crowding", [0.0, 0.5])
-@pytest.mark.parametrize("beside", [0, 1, 3])
-@pytest.mark.parametrize("background", [0.0, 0.3])
-def test_crowding_is_what_the_simulators_cores_were_given(crowding: float, beside: int, background: float) -> None:
-    """Two cores that run steps, and so many requests' work beside them, as `Cores` plays it: none is counted twice."""
-    clock, request_ms, step_tokens = Clock(), 12.0, 100
-    cores = Cores(clock, 2, background, crowding)
-    alone_s = (TIMING.base_ms + step_tokens * TIMING.per_token_ms) / 1e3
-    steps: list[float] = []
-    requests = 0
-
-    def step() -> None:
-        began = clock.now
-
-        def end() -> None:
-            steps.append(clock.now - began)
-            if clock.now < 10.0:
-                step()
-
-        cores.run(alone_s, end)
-
-    def request() -> None:
-        def end() -> None:
-            nonlocal requests
-            requests += 1
-            if clock.now < 10.0:
-                request()
-
-        cores.run(request_ms / 1e3, end)
-
-    for _ in range(2):
-        step()
-    for _ in range(beside):
-        request()
-    clock.run()
-    cpu_s = 2 * clock.now  # not a second more: nobody has more than the cores
-    full = Spent(clock.now, cpu_s, Counts(len(steps), sum(steps), len(steps) * step_tokens), requests)
-    assert fit_crowding(TIMING, full, (background, request_ms, 0.0), 2) == pytest.approx(crowding, abs=0.02)
-    halves = Spent(clock.now, cpu_s, full.steps, requests // 2, requests * 10)
-    assert fit_crowding(TIMING, halves, (background, 12.0, 0.6), 2) == pytest.approx(crowding, abs=0.02)
+def test_crowding_is_the_cpu_time_that_the_same_steps_take_more() -> None:
+    steps = Counts(100, 5.0, 2000)  # the time does not count: others had the cores meanwhile
+    model_s = (100 * TIMING.base_ms + 2000 * TIMING.per_token_ms) / 1e3
+    alone = [Spent(9.0, 9.0, steps, engine_s=model_s * 1.1)] * 2
+    full = Spent(3.0, 6.0, replace(steps, seconds=50.0), engine_s=model_s * 1.1 * 1.4)
+    assert fit_crowding(TIMING, alone, full) == pytest.approx(0.4)
+    assert fit_crowding(TIMING, alone, replace(full, engine_s=model_s)) == 0.0
+    with pytest.raises(ValueError, match="no CPU time"):
+        fit_crowding(TIMING, [Spent(9.0, 9.0, steps)], full)
 
 
 def test_counters_are_read_from_a_workers_page() -> None:
@@ -124,6 +91,6 @@ def test_counters_are_read_from_a_workers_page() -> None:
 
 def test_workers_are_found_in_what_up_prints() -> None:
     log = "  router     127.0.0.1:1  pid 5\n  prefill-0  127.0.0.1:2  pid 6  256 pages  metrics 37209\n"
-    assert workers(log) == [(256, "http://127.0.0.1:37209/metrics")]
+    assert workers(log) == [(6, 256, "http://127.0.0.1:37209/metrics")]
     with pytest.raises(ValueError, match="names no workers"):
         workers("starting\n")
