@@ -175,6 +175,10 @@ class ChoiceStream:
         given = self._given if parts is None or parts else 0
         while self._logprobs and (finish is not None or self._logprobs[0].offset < given):
             ready.append(self._logprobs.popleft())
+        if self._parser is not None and self._options.form is not None and self._options.form.hide_reasoning:
+            # Nothing is given out before hidden reasoning is over, so that its end, if it has one, is known here.
+            end = self._parser.reasoning_end
+            ready = [placed for placed in ready if end is not None and placed.offset >= end]
         called = self._parser is not None and self._parser.called
         return Piece(self.choice, text, tuple(ready), prompt_logprobs, finish, stop, error, parts, called)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,3 +73,16 @@ def test_reasoning_tokens_are_those_up_to_the_closing_marker() -> None:
     stream, _ = play([*thought[:-2], END_ID], [], OutputOptions(form=FORM))
     assert stream.reasoning_tokens == len(thought) - 1
     assert play([END_ID], [], OutputOptions())[0].reasoning_tokens is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.lists(st.integers(0, 200), max_size=6), st.booleans())
+def test_hidden_reasoning_leaves_no_logprobs(texts: list[str], cuts: list[int], begun: bool) -> None:
+    tokens = [*TOKENIZER.encode("".join(texts)), END_ID]
+    form = replace(FORM, begun="<think>\n" if begun else "")
+    shown, pieces = play(tokens, cuts, OutputOptions(logprobs=0, form=form))
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    assert [placed.entry.token for placed in entries] == tokens
+    for each in (cuts, []):
+        _, pieces = play(tokens, each, OutputOptions(logprobs=0, form=replace(form, hide_reasoning=True)))
+        assert [entry for piece in pieces for entry in piece.logprobs] == entries[shown.reasoning_tokens :]

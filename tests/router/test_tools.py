@@ -341,6 +341,25 @@ async def test_reasoning_that_the_prompt_began(serve: Any) -> None:
         assert whole["choices"][0]["message"]["content"] == "Hm.\n</think>\n\nYes."
 
 
+def streamed_logprobs(response: httpx.Response) -> list[Any]:
+    chunks = [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
+    return [each for chunk in chunks for each in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
+
+
+@pytest.mark.parametrize(("raw", "said"), [("Hm.\n</think>\n\nYes.", "Yes."), ("Hm. And", "")])
+@pytest.mark.parametrize("thinking", [False, True])
+async def test_hidden_reasoning_has_no_logprobs(serve: Any, raw: str, said: str, thinking: bool) -> None:
+    async with serve() as served:
+        fields = {"logprobs": True, "include_reasoning": False, "chat_template_kwargs": {"thinking": thinking}}
+        body = await served.ask(raw if thinking else f"<think>\n{raw}", tools=None, **fields)
+        (choice,) = body["choices"]
+        assert choice["message"] == {"role": "assistant", "content": said, "refusal": None}
+        told = bytes(byte for each in choice["logprobs"]["content"] for byte in each["bytes"] or [])
+        assert told.removesuffix(b"<|end|>").lstrip(b"\n") == said.encode()
+        response = await served.refused(**fields, tools=None, stream=True)
+        assert streamed_logprobs(response) == choice["logprobs"]["content"]
+
+
 async def test_logprobs_cover_every_token_once(serve: Any) -> None:
     async with serve() as served:
         raw = f"<think>\nHm.\n</think>\n\nOh.\n{CALL}"
@@ -350,9 +369,7 @@ async def test_logprobs_cover_every_token_once(serve: Any) -> None:
         ids = served.world.tokenizer.encode(raw)
         assert [bytes(each["bytes"]) for each in content[:-1]] == list(map(served.world.tokenizer.token_bytes, ids))
         response = await served.refused(**fields, stream=True)
-        chunks = [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
-        streamed = [each for chunk in chunks for each in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
-        assert streamed == content
+        assert streamed_logprobs(response) == content
 
 
 async def test_parsers_can_be_named_and_switched_off(serve: Any) -> None:
