@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -98,6 +99,31 @@ async def test_a_stop_string_ends_the_answer_and_the_work(client: httpx.AsyncCli
     got = events(await client.post("/v1/chat/completions", json={**asked, "stream": True}))
     assert got.pop() == "[DONE]"
     assert "".join(each["choices"][0]["delta"].get("content", "") for each in got) == "The cat sat on the "
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_work_ends_with_the_last_choice_also_when_the_worker_ended_that(
+    client: httpx.AsyncClient, world: Any, stream: bool
+) -> None:
+    world.answers[:] = ["The cat sat" + " and sat" * 50, "A dog ran to the cat's own mat."]
+    # The first choice is cut at its third word; the worker goes on with it when it has ended the second.
+    world.dispatcher.hold_at = len(world.tokenizer.encode(world.answers[1])) + 1
+    asked = {**CHAT, "n": 2, "stop": "sat", "stream": stream}
+    async with asyncio.timeout(20):
+        response = await client.post("/v1/chat/completions", json=asked)
+    assert world.dispatcher.accepted[0].cancelled.is_set()
+    if stream:
+        got = events(response)
+        assert got.pop() == "[DONE]"
+        said = ["", ""]
+        for each in got:
+            (choice,) = each["choices"]
+            said[choice["index"]] += choice["delta"].get("content", "")
+    else:
+        choices = response.json()["choices"]
+        said = [choice["message"]["content"] for choice in choices]
+        assert [choice["stop_reason"] for choice in choices] == ["sat", None]
+    assert said == ["The cat ", world.answers[1]]
 
 
 async def test_cached_tokens_of_a_stopped_answer_are_those_at_acceptance(client: httpx.AsyncClient, world: Any) -> None:

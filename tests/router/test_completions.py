@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from router.requests import job
 from router.requests.echo import echo_of, token_offsets
 from tandem.testing.tokenizer import END
 from tandem.types import GenerateRequest, TokenLogprob
@@ -72,6 +73,25 @@ async def test_no_output_scores_each_prompt_and_ends(client: httpx.AsyncClient, 
         assert "".join(each["choices"][0]["text"] for each in mine) == text
         assert joined(mine) == body["choices"][index]["logprobs"]
         assert [each["choices"][0]["finish_reason"] for each in mine] == [None, "length"]
+
+
+async def test_echoed_scores_are_bounded_over_all_choices(
+    client: httpx.AsyncClient, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"prompt": [[5] * 10, [5] * 20], "echo": True, "logprobs": 1, "max_tokens": 1, "n": 3}
+    values = (10 + 20) * 3 * 2
+    for limit, more, status in (
+        (values, {}, 200), (values - 1, {}, 400), (values - 1, {"best_of": 4}, 400), (values - 1, {"n": 2}, 200),
+        (values - 1, {"logprobs": 0}, 200), (0, {"logprobs": None}, 200), (0, {"echo": False}, 200),
+    ):  # fmt: skip
+        monkeypatch.setattr(job, "MAX_ECHOED", limit)
+        world.dispatcher.requests.clear()
+        response = await client.post(PATH, json={**asked, **more})
+        assert response.status_code == status, (limit, more)
+        assert bool(world.dispatcher.requests) == (status == 200)
+        if status == 400:
+            error = response.json()["error"]
+            assert error["param"] == "logprobs" and str(limit) in error["message"]
 
 
 async def test_a_prompt_may_fill_the_context_when_no_output_is_wanted(client: httpx.AsyncClient) -> None:

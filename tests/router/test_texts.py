@@ -18,7 +18,7 @@ from router.requests.job import OutputOptions
 from router.requests.texts import ModelTexts
 from tandem.cli.options import build
 from tandem.config import RouterConfig, UpConfig
-from tandem.errors import ConfigError, Unavailable
+from tandem.errors import CheckpointError, ConfigError, Unavailable
 from tandem.testing.tokenizer import BOS, byte_level_tokenizer
 from tandem.testing.tokenizer_kinds import kinds
 from tandem.text.tokenizer import Tokenizer
@@ -133,6 +133,25 @@ async def test_another_model_s_tokeniser_is_loaded_anew(tmp_path: Path) -> None:
         loaded += [await texts.get(model), await texts.get(model)]
     first, again, other, again_other = loaded
     assert first is again is not other is again_other
+
+
+@pytest.mark.parametrize("error", [OSError("the share is not there"), CheckpointError("no tokenizer")])
+async def test_a_load_that_failed_is_tried_again_by_the_next_request(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, model = ModelTexts(None, use_defaults=False), ModelInfo("tiny", "/tiny", "f" * 32, 500, 512, (1,))
+    results: list[Exception | Tokenizer] = [error, Tokenizer(byte_level_tokenizer())]
+
+    def load(path: str, chat_template: Path | None) -> Tokenizer:
+        if isinstance(result := results.pop(0), Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(Tokenizer, "load", load)
+    with pytest.raises((OSError, Unavailable), match=str(error)):
+        await texts.get(model)
+    text = await texts.get(model)
+    assert text is await texts.get(model)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "gemma", "t5", "bert"])
