@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 8192
 """Characters from which encoding leaves the event loop (about a millisecond of work)."""
-LONG_AT_ONCE = 2
-"""Long texts encoded at once. They take seconds, and chat templates need the loop's own threads."""
+HUGE_TEXT = 1 << 18
+"""Characters from which texts take turns: they keep a thread for tenths of a second, up to seconds."""
+HUGE_AT_ONCE = 2
+"""Of those at once: chat templates, and other texts, need the loop's threads too."""
 MANY_IDS = 4096
 """Ids from which decoding does."""
 TEMPLATE_S = 5.0
@@ -67,8 +69,8 @@ class Tokenizer:
         self.backend: Any = wrapped.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._long: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
-        """Turns of long texts, and the loop that they are of."""
+        self._huge: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        """Turns of huge texts, and the loop that they are of."""
         added = self.backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids that decoding skips by default."""
@@ -116,16 +118,18 @@ class Tokenizer:
         return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
 
     async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """As `encode`; long texts are encoded in threads, at most `LONG_AT_ONCE` of them, and wait for their turn.
+        """As `encode`; long texts are encoded in threads, huge ones only `HUGE_AT_ONCE`: the others wait.
 
         Not for use from several loops at once.
         """
         if len(text) < LONG_TEXT:
             return self.encode(text, add_special_tokens)
+        if len(text) < HUGE_TEXT:
+            return await asyncio.to_thread(self.encode, text, add_special_tokens)
         loop = asyncio.get_running_loop()
-        if self._long is None or self._long[0] is not loop:
-            self._long = loop, asyncio.Semaphore(LONG_AT_ONCE)
-        turns = self._long[1]
+        if self._huge is None or self._huge[0] is not loop:
+            self._huge = loop, asyncio.Semaphore(HUGE_AT_ONCE)
+        turns = self._huge[1]
         await turns.acquire()
         work = loop.run_in_executor(None, self.encode, text, add_special_tokens)
         work.add_done_callback(lambda _: turns.release())

@@ -14,7 +14,7 @@ import pytest
 from tandem.errors import BadRequest, CheckpointError
 from tandem.testing.polling import eventually
 from tandem.testing.tokenizer import byte_fallback_tokenizer, byte_level_tokenizer
-from tandem.text.tokenizer import LONG_AT_ONCE, LONG_TEXT, MANY_IDS, Tokenizer
+from tandem.text.tokenizer import HUGE_AT_ONCE, HUGE_TEXT, LONG_TEXT, MANY_IDS, Tokenizer
 
 WITHOUT_TORCH = """
 import sys
@@ -74,20 +74,20 @@ async def test_long_texts_leave_threads_for_templates(monkeypatch: pytest.Monkey
         return [len(text)]
 
     monkeypatch.setattr(tokenizer, "encode", encode)
-    given_up = [asyncio.ensure_future(tokenizer.encode_async("x" * LONG_TEXT)) for _ in range(many)]
+    given_up = [asyncio.ensure_future(tokenizer.encode_async("x" * HUGE_TEXT)) for _ in range(many)]
     try:
-        await eventually(lambda: len(texts) == LONG_AT_ONCE)
+        await eventually(lambda: len(texts) == HUGE_AT_ONCE)
         for each in given_up:
             each.cancel()
         await asyncio.wait(given_up)
-        kept = [asyncio.ensure_future(tokenizer.encode_async("y" * LONG_TEXT)) for _ in range(many)]
+        kept = [asyncio.ensure_future(tokenizer.encode_async("y" * HUGE_TEXT)) for _ in range(many)]
         async with asyncio.timeout(20):
             assert "Hi" in await tokenizer.render_async([{"role": "user", "content": "Hi"}])
-        assert len(texts) == LONG_AT_ONCE, "the work of those who gave up goes on, and counts"
+        assert len(texts) == HUGE_AT_ONCE, "the work of those who gave up goes on, and counts"
     finally:
         free.set()
-    assert await asyncio.gather(*kept) == [[LONG_TEXT]] * many
-    assert len(texts) == LONG_AT_ONCE + many, "what had not begun for those who gave up never did"
+    assert await asyncio.gather(*kept) == [[HUGE_TEXT]] * many
+    assert len(texts) == HUGE_AT_ONCE + many, "what had not begun for those who gave up never did"
 
 
 def test_template_refusals_are_bad_requests_of_one_line() -> None:
