@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from tandem.kv import BlockHash, KvLayout
@@ -65,6 +65,10 @@ class StepTiming:
     per_token_ms: float
 
 
+EARLIER = "earlier"
+"""Stands for the workers of pairs that are no longer told apart; no incarnation."""
+
+
 @dataclass(frozen=True, slots=True)
 class MoveStat:
     """What a decode worker received over one pair since it started."""
@@ -80,6 +84,16 @@ class MoveStat:
     """Hand-overs that landed something; one that goes on with another sender counts for each pair."""
     failures: int = 0
     """Hand-overs that this pair did not bring to their end."""
+
+    def plus(self, other: MoveStat) -> MoveStat:
+        """What both counted, as this pair's."""
+        return replace(
+            self,
+            bytes=self.bytes + other.bytes,
+            seconds=self.seconds + other.seconds,
+            tickets=self.tickets + other.tickets,
+            failures=self.failures + other.failures,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import grpc.aio
 from router.cache.prefix_index import PrefixIndex
 from router.workers.fleet_link import Link, Worker
 from router.workers.members import Members
-from tandem.cluster import Incarnation, MoveStat, Role, Status, WorkerInfo, WorkerUpdate
+from tandem.cluster import EARLIER, Incarnation, MoveStat, Role, Status, WorkerInfo, WorkerUpdate
 from tandem.errors import Fenced
 from tandem.trust import Trust
 
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 END_CAUSES = ("goodbye", "lost")
 MAX_PAST_PAIRS = 512
 """Pairs remembered whose receiver is gone."""
-EARLIER = "earlier"
-"""Sender and receiver of what older pairs moved."""
 
 
 class FleetListener(Protocol):
@@ -236,17 +234,10 @@ class Fleet(Members[Worker]):
 
         An incarnation that is found again after hundreds of others have gone counts twice.
         """
-        past = [name for name in self._past_moves if name[0] != EARLIER]
+        past = [name for name in self._past_moves if name[1] != EARLIER]
         for name in past[: max(0, len(past) - MAX_PAST_PAIRS)]:
             old, into = self._past_moves.pop(name), (EARLIER, EARLIER, name[2])
-            both = old, self._past_moves.get(into, MoveStat(*into))
-            self._past_moves[into] = MoveStat(
-                *into,
-                bytes=sum(each.bytes for each in both),
-                seconds=sum(each.seconds for each in both),
-                tickets=sum(each.tickets for each in both),
-                failures=sum(each.failures for each in both),
-            )
+            self._past_moves[into] = self._past_moves.get(into, MoveStat(*into)).plus(old)
 
 
 def _by_pair(worker: Worker) -> dict[tuple[str, str, str], MoveStat]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from tandem.cluster import Candidate, Incarnation, MoveStat, Plan, Status
+from tandem.cluster import EARLIER, Candidate, Incarnation, MoveStat, Plan, Status
 
 FIRST_S = 2.0
 """Seconds for which a pair is avoided after its first failure; doubled by each that follows."""
@@ -39,11 +39,11 @@ class PairHealth:
     def observe(self, status: Status) -> None:
         """A decode worker's counts. What it counted before this router knew it is history."""
         known = self._receivers.get(status.incarnation)
-        pairs = self._receivers.setdefault(status.incarnation, {})
+        pairs: dict[Incarnation, _Health] = {}
+        self._receivers[status.incarnation] = pairs  # without senders that it no longer tells apart
         for sender, (failures, tickets) in _by_sender(status.moves).items():
-            health = pairs.get(sender)
-            if health is None:
-                health = pairs[sender] = _Health(0, 0) if known is not None else _Health(failures, tickets)
+            health = _Health(failures, tickets) if known is None else known.get(sender) or _Health(0, 0)
+            pairs[sender] = health
             if failures > health.failures:
                 health.strikes += 1
                 health.until = self._clock() + min(FIRST_S * 2.0 ** (health.strikes - 1), LONGEST_S)
@@ -70,7 +70,7 @@ class PairHealth:
 
 def _by_sender(moves: Collection[MoveStat]) -> dict[Incarnation, tuple[int, int]]:
     found: dict[Incarnation, tuple[int, int]] = {}
-    for move in moves:
+    for move in (each for each in moves if each.sender != EARLIER):
         failures, tickets = found.get(move.sender, (0, 0))
         found[move.sender] = failures + move.failures, tickets + move.tickets
     return found

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from tandem.cluster import Incarnation, MoveStat
+from tandem.cluster import EARLIER, Incarnation, MoveStat
 
 FORGET = 0.95
 """Weight of the past in the measured rate, per write."""
+MAX_PAIRS = 256
+"""Senders told apart, each once by transport: one that was restarted is another one."""
 
 
 class MoveLedger:
-    """Counts landed KV."""
+    """Counts landed KV: of the latest senders each, and of all older ones together, so that no total goes back."""
 
     def __init__(self, receiver: str) -> None:
         self._receiver = receiver
         self._stats: dict[tuple[str, str], MoveStat] = {}
+        """The one used last is last."""
+        self._earlier: dict[str, MoveStat] = {}
+        """By transport."""
 
     def add(self, sender: str, transport: str, size: int, seconds: float) -> None:
         """One hand-over of `size` bytes took `seconds` from its first grant to its end."""
         if size <= 0:
             return
-        key = (sender, transport)
-        old = self._stats.get(key, MoveStat(sender, self._receiver, transport))
-        self._stats[key] = replace(old, bytes=old.bytes + size, seconds=old.seconds + seconds, tickets=old.tickets + 1)
+        self._count(MoveStat(sender, self._receiver, transport, size, seconds, tickets=1))
 
     def failed(self, sender: str, transport: str) -> None:
         """A hand-over from `sender` was not brought to its end."""
-        old = self._stats.get((sender, transport), MoveStat(sender, self._receiver, transport))
-        self._stats[sender, transport] = replace(old, failures=old.failures + 1)
+        self._count(MoveStat(sender, self._receiver, transport, failures=1))
+
+    def _count(self, more: MoveStat) -> None:
+        key = (more.sender, more.transport)
+        old = self._stats.pop(key, None)
+        self._stats[key] = more if old is None else old.plus(more)
+        if len(self._stats) > MAX_PAIRS:
+            oldest = self._stats.pop(next(iter(self._stats)))
+            over = oldest.transport
+            folded = self._earlier.get(over, MoveStat(EARLIER, self._receiver, over))
+            self._earlier[over] = folded.plus(oldest)
 
     def stats(self) -> tuple[MoveStat, ...]:
-        """All pairs so far."""
-        return tuple(self._stats.values())
+        """The latest pairs, and what earlier ones come to, by transport."""
+        return (*self._earlier.values(), *self._stats.values())
 
 
 class WriteRate:

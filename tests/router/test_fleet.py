@@ -13,11 +13,11 @@ import grpc.aio
 import pytest
 
 from router.cache.prefix_index import PrefixIndex
-from router.workers.fleet import EARLIER, MAX_PAST_PAIRS, Fleet
+from router.workers.fleet import MAX_PAST_PAIRS, Fleet
 from router.workers.fleet_link import Worker
 from router.workers.registry import serve_registry
 from router.workers.snapshot import Load
-from tandem.cluster import CacheEvent, EventKind, Incarnation, MoveStat, Role, Status, WorkerInfo
+from tandem.cluster import EARLIER, CacheEvent, EventKind, Incarnation, MoveStat, Role, Status, WorkerInfo
 from tandem.errors import BadRequest, ConfigError, Fenced, TandemError
 from tandem.kv import KvLayout, LayerGroup, Plane
 from tandem.testing.polling import eventually
@@ -131,6 +131,21 @@ async def test_what_workers_of_long_ago_moved_is_kept_as_one_pair_by_transport()
     }
     first = next(move.sender for move in told if move.sender != EARLIER)
     assert first == f"sender-{folded}", "the oldest go first"
+
+
+async def test_what_receivers_of_long_ago_did_not_tell_apart_is_kept_as_one_pair_too() -> None:
+    made = Setting()
+    channel = grpc.aio.insecure_channel("127.0.0.1:1")
+    try:
+        for _ in range(MAX_PAST_PAIRS + 100):
+            worker = made.fleet.join(fake_info(Role.DECODE), channel)
+            worker.status = replace(worker.status, moves=(MoveStat(EARLIER, worker.incarnation, "tcp", 10),))
+            made.fleet.gone(worker, "test")
+    finally:
+        await channel.close()
+    told = made.fleet.moves()
+    assert len(told) == MAX_PAST_PAIRS + 1
+    assert sum(move.bytes for move in told) == (MAX_PAST_PAIRS + 100) * 10
 
 
 async def test_a_silent_worker_is_given_up_after_its_lease() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from router.workers.pairs import FIRST_S, LONGEST_S, PENALTY_MS, PairHealth, avoiding
-from tandem.cluster import Candidate, MoveStat, Plan, Status
+from tandem.cluster import EARLIER, Candidate, MoveStat, Plan, Status
 
 
 class Clock:
@@ -53,6 +53,16 @@ def test_a_new_worker_s_first_failure_counts_and_the_gone_are_forgotten() -> Non
     assert health.broken() == {("p", "d")}
     health.forget("p")
     assert health.broken() == frozenset()
+
+
+def test_senders_that_are_no_longer_told_apart_are_no_pair() -> None:
+    health = PairHealth(Clock())
+    health.observe(told(1))
+    health.observe(told(9, sender=EARLIER))
+    health.observe(told(10, sender=EARLIER))
+    assert health.broken() == frozenset()
+    health.observe(told(1))
+    assert health.broken() == {("p", "d")}, "it failed anew"
 
 
 def candidate(decode: str, prefill: str | None) -> Candidate:
