@@ -80,7 +80,8 @@ class PrefixIndex:
         elif event.kind is EventKind.PROMISED:
             self._insert(event, lambda stored, promised: (stored, promised | (bit & ~stored)))
         elif event.kind is EventKind.EVICTED:
-            self._edits.mark(event.hashes, lambda stored, promised: (stored & ~bit, promised))
+            # A promise by a request that found the block there would otherwise stay: nothing stores it again.
+            self._edits.mark(event.hashes, lambda stored, promised: (stored & ~bit, promised & ~bit))
         else:
             self._edits.mark(event.hashes, lambda stored, promised: (stored, promised & ~bit))
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tandem.engine.grammar.constraint import GrammarConstraint, Vocabulary
+from tandem.engine.grammar.constraint import FORCED_CHARS, GrammarConstraint, Vocabulary
 from tandem.engine.grammar.vocabulary import load_vocabulary
 from tandem.text.tokenizer import Tokenizer
 
@@ -47,6 +47,20 @@ def test_special_tokens_without_a_role_are_no_text(folder: Path) -> None:
     text.fill(mask, 0)
     allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
     assert allowed[ALPHABET["a"]] and not allowed[END:BEYOND].any()
+
+
+def test_a_long_forced_text_is_tokenised_in_parts(folder: Path) -> None:
+    text, encoded = constraint(folder, {"const": "ab" * FORCED_CHARS}), []
+    vocabulary = text._vocabulary
+    assert vocabulary is not None
+    whole = vocabulary.encode('"' + "ab" * FORCED_CHARS + '"')
+    encode = vocabulary.encode
+    vocabulary.encode = lambda part: encoded.append(part) or encode(part)  # type: ignore[func-returns-value]
+    forced: list[int] = []
+    while part := text.force(4 * FORCED_CHARS):
+        forced += part
+    assert forced == list(whole)
+    assert len(encoded) > 2 and max(map(len, encoded)) == FORCED_CHARS
 
 
 @pytest.mark.parametrize("name", ["<eos>", "<|eot|>", "<|header|>", "<tool>", "<beyond>"])

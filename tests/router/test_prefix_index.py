@@ -90,6 +90,7 @@ class IndexMachine(RuleBasedStateMachine):
         hashes = chain(path)[skip:]
         self.index.apply(worker, CacheEvent(EventKind.EVICTED, hashes[::-1] if backwards else hashes))
         self.stored[worker] -= set(hashes)
+        self.promised[worker] -= set(hashes)
 
     @rule(worker=st.sampled_from(WORKERS), path=PATHS, skip=st.integers(0, 8))
     def withdraw(self, worker: str, path: list[int], skip: int) -> None:

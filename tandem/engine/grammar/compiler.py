@@ -172,7 +172,9 @@ class GrammarCompiler:
                 done = _Cached(None, complaint, FAILURE_BYTES, until=until)
             except EOFError:
                 self._kill(process)
-                done = _Cached(None, "compiling it ended the compiler", FAILURE_BYTES)
+                # The machine may have ended it, and not the text.
+                until = asyncio.get_running_loop().time() + self._settings.again_s
+                done = _Cached(None, "compiling it ended the compiler", FAILURE_BYTES, until=until)
             except BaseException:
                 self._kill(process)
                 raise

@@ -13,6 +13,10 @@ from tandem.types import TokenIds
 
 Bitmask = NDArray[np.int32]
 """`[rows, ceil(vocabulary / 32)]`: bit t % 32 of word t // 32 says whether token t is allowed."""
+FORCED_CHARS = 512
+"""Of a forced text, tokenised at once: the rest of a long one is not tokenised again for every token."""
+UNDECIDED = 8
+"""Tokens before such a cut that may be others in the whole text."""
 
 
 class Vocabulary:
@@ -63,14 +67,18 @@ class GrammarConstraint:
         """See `TokenConstraint`.
 
         The text is tokenised as a whole. Its last token is left to the model where a longer one may stand in its place:
-        what would follow decides that, and a model is used to the longer one.
+        what would follow decides that, and a model is used to the longer one. Of a long text a part is taken at a time.
         """
         if self._vocabulary is None or not self.active or self.finished:
             return []
-        text = self._forced_text()
+        whole = self._forced_text()
+        text = whole[:FORCED_CHARS]
         rest = text.encode()
+        tokens = self._vocabulary.encode(text) if rest else ()
+        if text != whole:  # what follows decides the last ones
+            tokens = tokens[:-UNDECIDED]
         taken: list[int] = []
-        for token in self._vocabulary.encode(text)[:limit] if rest else ():
+        for token in tokens[:limit]:
             spelled = self._vocabulary.texts[token] if token < len(self._vocabulary.texts) else b""
             if not spelled or not rest.startswith(spelled) or (spelled == rest and self._reaches_beyond(rest)):
                 break
