@@ -1,10 +1,11 @@
 """Measures a Tandem cluster for the simulator: `python -m benchmarks.fit_machine machine.json --system tandem-4p2d`.
 
 Requests are asked one at a time, with pauses: step times are those that the workers report on their metrics pages
-meanwhile. Each is asked twice: the second finds its prefix where it will be decoded, so that the first one's rest is
-the hand-over. What all processes, the client among them, spend beside steps is divided among requests and tokens by
+meanwhile, and what lies between them is in the answers' pace. Each is asked twice: the second finds its prefix where it
+will be decoded. What all processes, the client among them, spend beside steps is divided among requests and tokens by
 comparing these short answers with long ones, less what an idle cluster spends. At last clients keep all cores busy: how
-much more CPU time the same steps take then is the crowding.
+much more CPU time the same steps take then is the crowding. What a hand-over takes is measured on a second cluster,
+whose policy makes one of every new prompt.
 
 `tandem replay TRACE --machine machine.json` takes the result.
 """
@@ -20,7 +21,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, NamedTuple
@@ -34,7 +35,7 @@ from rich.console import Console
 
 from benchmarks.client import Sample
 from benchmarks.load import Endpoint, Load, run
-from benchmarks.report import ttft
+from benchmarks.report import tpot, ttft
 from benchmarks.shapes import checkpoint
 from benchmarks.systems import Peers, Server, Setting, StartError, server
 from benchmarks.workloads import Conversation, Shape, Turn, make
@@ -56,6 +57,8 @@ BANNER_S = 30.0
 WORKER = re.compile(r"(?:prefill|decode)-\d+ +\S+ +pid (\d+) +(\d+) pages +metrics (\d+)")
 """A worker's line in what `tandem up` prints."""
 PAGE_TOKENS = 16
+ALWAYS_HANDS_OVER = "round_robin"
+"""A policy that lets no decode worker compute a prompt that nobody knows; an idle cluster's own policy may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +113,35 @@ def fit_steps(intervals: Iterable[Counts]) -> StepTiming:
     return StepTiming(max(float(base), 0.0), max(float(per_token), 0.0))
 
 
-def fit_request(
-    timing: StepTiming, pairs: Sequence[tuple[Sample, Sample]], kv_bytes: float
-) -> tuple[float, float, float]:
-    """Milliseconds around a request and of a hand-over, and the bytes it moves in one, from requests asked twice.
+def fit_pause(timing: StepTiming, answers: Sequence[Sample]) -> float:
+    """Milliseconds between two steps, from answers that came alone: a worker takes them beside what its steps count."""
+    return max(0.0, median(tpot(each) * 1e3 for each in answers) - timing.base_ms - timing.per_token_ms)
+
+
+def fit_around(timing: StepTiming, warm: Sequence[Sample]) -> float:
+    """Milliseconds around a request, from prompts whose prefix is where they are decoded: one step, and one message."""
+    step = timing.base_ms + timing.per_token_ms
+    return max(0.0, median(ttft(each) * 1e3 for each in warm) - MESSAGE_MS - step)
+
+
+def fit_hand_over(timing: StepTiming, around: float, cold: Sequence[Sample], kv_bytes: float) -> tuple[float, float]:
+    """Milliseconds of a hand-over, and the bytes it moves in one, from prompts that were all handed over.
 
     kv_bytes: of a token.
     """
-    step = timing.base_ms + timing.per_token_ms
-    around = max(0.0, median(ttft(warm) * 1e3 for _, warm in pairs) - MESSAGE_MS - step)
 
-    def left(cold: Sample) -> float:
-        tokens = cold.prompt_tokens - 1
-        steps = -(-tokens // BATCH_TOKENS)
-        return ttft(cold) * 1e3 - steps * timing.base_ms - tokens * timing.per_token_ms - step - 2 * MESSAGE_MS - around
+    def left(each: Sample) -> float:
+        tokens = each.prompt_tokens - 1
+        steps = 1 - (-tokens // BATCH_TOKENS)  # the last one is the decode worker's
+        work = steps * timing.base_ms + each.prompt_tokens * timing.per_token_ms
+        return ttft(each) * 1e3 - work - 2 * MESSAGE_MS - around
 
-    lengths = sorted({cold.prompt_tokens for cold, _ in pairs})
-    middles = [median(left(cold) for cold, _ in pairs if cold.prompt_tokens == length) for length in lengths]
+    lengths = sorted({each.prompt_tokens for each in cold})
+    middles = [median(left(each) for each in cold if each.prompt_tokens == length) for length in lengths]
     slope, fixed = np.polyfit(lengths, middles, 1) if len(lengths) > 1 else (0.0, middles[0])
     if slope <= 0:
-        return around, max(0.0, float(np.mean(middles))), FAST_LINK
-    return around, max(0.0, float(fixed)), min(kv_bytes / float(slope), FAST_LINK)
+        return max(0.0, float(np.mean(middles))), FAST_LINK
+    return max(0.0, float(fixed)), min(kv_bytes / float(slope), FAST_LINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +158,10 @@ class Spent:
     """Of answers."""
     engine_s: float = 0.0
     """CPU of the workers' engine threads."""
+
+    def with_pauses(self, pause_ms: float) -> Spent:
+        """As if what a worker does between steps were a part of them."""
+        return replace(self, steps=replace(self.steps, seconds=self.steps.seconds + self.steps.steps * pause_ms / 1e3))
 
 
 def fit_host(idle: Spent, loads: Sequence[Spent]) -> tuple[float, float, float]:
@@ -298,8 +313,11 @@ class Meter:
         return sum(each.user + each.system for each in times)
 
 
-def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
-    """Fields of `router.simulation.setting.Machine`. Raises ConnectionError, ValueError, httpx.HTTPError."""
+def measure(one: Server, url: str, kv_mib: int, seed: int) -> tuple[StepTiming, dict[str, float]]:
+    """What a step takes, and fields of `router.simulation.setting.Machine` but those of hand-overs.
+
+    Raises ConnectionError, ValueError, httpx.HTTPError.
+    """
     mixed = make("random", Shape(requests=110, input_tokens=600, output_tokens=64, spread=0.9), seed)
     asyncio.run(run(Endpoint(url), mixed[:20], Load(concurrency=3, seed=seed)))  # what is slow once is over
     known = wait_for_workers(one.log)
@@ -311,16 +329,33 @@ def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
     timing = fit_steps(meter.alone)
     full = meter.together(mixed[20:], 2 * len(known))
     tokens, alone = known[0].pages * PAGE_TOKENS, [spent for spent, _ in (*short, long)]
-    kv_bytes = kv_mib * 2**20 / tokens
-    around, hand_over, rate = fit_request(timing, [pair for _, pairs in short for pair in pairs], kv_bytes)
-    background, request, token = fit_host(idle, alone)
-    return {
+    crowding, pause = fit_crowding(timing, alone, full), fit_pause(timing, [each for pair in long[1] for each in pair])
+    background, request, token = fit_host(idle, [each.with_pauses(pause) for each in alone])
+    timing = replace(timing, base_ms=timing.base_ms + pause)
+    around = fit_around(timing, [warm for _, pairs in short for _, warm in pairs])
+    return timing, {
         "base_ms": timing.base_ms, "per_token_ms": timing.per_token_ms, "per_context_ms": 0.0,
-        "overhead_ms": around, "hand_over_ms": hand_over, "link_bytes_per_ms": rate,
-        "request_cpu_ms": request, "token_cpu_ms": token, "background_cores": background,
-        "crowding": fit_crowding(timing, alone, full),
-        "kv_bytes": kv_bytes, "kv_tokens": tokens, "max_batch_tokens": BATCH_TOKENS, "max_running": RUNNING,
+        "overhead_ms": around, "request_cpu_ms": request, "token_cpu_ms": token, "background_cores": background,
+        "crowding": crowding, "kv_bytes": kv_mib * 2**20 / tokens, "kv_tokens": tokens,
+        "max_batch_tokens": BATCH_TOKENS, "max_running": RUNNING,
     }  # fmt: skip
+
+
+def handed_over(url: str, seed: int) -> list[Sample]:
+    """Prompts that nobody has computed, one by one, of a cluster that hands every one over. Raises ConnectionError."""
+    lengths = [length for length in LENGTHS for _ in range(6)]
+    rng = random.Random(f"fit hand-overs {seed}")
+    rng.shuffle(lengths)
+
+    async def each() -> list[Sample]:
+        samples: list[Sample] = []
+        for length in lengths:
+            prompt = Conversation((Turn(tuple(rng.choices(range(8, 250), k=length)), SHORT_ANSWER),))
+            samples += (await run(Endpoint(url), [prompt], Load(concurrency=1))).samples
+            await asyncio.sleep(PAUSE_S)
+        return samples
+
+    return asyncio.run(each())[len(LENGTHS) :]  # what is slow once is over
 
 
 def main(
@@ -334,15 +369,25 @@ def main(
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends this, the cluster ends too
     folder = Path(tempfile.mkdtemp(prefix="tandem-fit-"))
-    one: Server = server(system, Setting(checkpoint(model, None), kv_mib=kv_mib), Peers(), folder)
+    setting, topology = Setting(checkpoint(model, None), kv_mib=kv_mib), "-".join(system.split("-")[:2])
+    one: Server = server(system, setting, Peers(), folder)
+    other: Server = server(
+        f"{topology}-{ALWAYS_HANDS_OVER}", setting, Peers(), Path(tempfile.mkdtemp(prefix="tandem-fit-"))
+    )
     try:
         with one.running() as url:
-            found = measure(one, url, kv_mib, seed)
+            timing, found = measure(one, url, kv_mib, seed)
+        one.end()
+        with other.running() as url:
+            cold = handed_over(url, seed)
+        moved = fit_hand_over(timing, found["overhead_ms"], cold, found["kv_bytes"])
+        found |= dict(zip(("hand_over_ms", "link_bytes_per_ms"), moved, strict=True))
     except (ValueError, ConnectionError, StartError, httpx.HTTPError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     finally:
         one.end()
+        other.end()
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console.print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), soft_wrap=True)
 

@@ -12,9 +12,11 @@ from benchmarks.fit_machine import (
     Counts,
     Spent,
     counts,
+    fit_around,
     fit_crowding,
+    fit_hand_over,
     fit_host,
-    fit_request,
+    fit_pause,
     fit_steps,
     workers,
 )
@@ -38,14 +40,23 @@ def test_step_times_are_found_again() -> None:
 @pytest.mark.parametrize("move_ms", [0.0, 0.01])
 def test_what_surrounds_a_request_and_a_hand_over_is_found_again(move_ms: float) -> None:
     around, hand_over = 5.0, 3.0
-    pairs = []
-    for tokens in (101, 401, 1001):
-        warm = around + 1.0 + 2.1
-        cold = around + 2.0 + 2.1 + hand_over + -(-(tokens - 1) // 512) * 2.0 + (tokens - 1) * (0.1 + move_ms)
-        pairs += [(sample(tokens, cold), sample(tokens, warm))] * 2
-    found = fit_request(TIMING, pairs, kv_bytes=2048)
-    assert found[:2] == pytest.approx((around, hand_over), abs=0.02)
-    assert found[2] == pytest.approx(2048 / move_ms if move_ms else FAST_LINK, rel=0.01)
+    warm = [sample(tokens, around + 1.0 + 2.1) for tokens in (101, 401, 1001)]
+    assert fit_around(TIMING, warm) == pytest.approx(around)
+    cold = [
+        sample(tokens, around + 2.0 + 2.1 + hand_over + -(-(tokens - 1) // 512) * 2.0 + (tokens - 1) * (0.1 + move_ms))
+        for tokens in (101, 401, 1001) * 2
+    ]
+    fixed, rate = fit_hand_over(TIMING, around, cold, kv_bytes=2048)
+    assert fixed == pytest.approx(hand_over, abs=0.02)
+    assert rate == pytest.approx(2048 / move_ms if move_ms else FAST_LINK, rel=0.01)
+
+
+def test_what_lies_between_steps_is_in_the_pace_of_answers() -> None:
+    answers = [replace(sample(100, 9.0), chunks=[1.0, 1.0 + 9 * 2.5e-3], output_tokens=10) for _ in range(3)]
+    assert fit_pause(TIMING, answers) == pytest.approx(0.4)
+    assert fit_pause(TIMING, [replace(each, chunks=[1.0, 1.001]) for each in answers]) == 0.0
+    load = Spent(9.0, 9.0, Counts(10, 0.5, 99)).with_pauses(0.4)
+    assert load.steps.seconds == pytest.approx(0.504)
 
 
 def test_what_processes_spend_beside_steps_is_found_again() -> None:
