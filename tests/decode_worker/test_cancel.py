@@ -136,10 +136,10 @@ async def test_while_the_pair_connects(small_model: Path, monkeypatch: pytest.Mo
         client = workers.decode.services._pairs  # type: ignore[attr-defined]
         connect = client._connect
 
-        async def held(target: Any) -> Any:
+        async def held(target: Any, needed: bool) -> Any:
             connecting.set()
             await go.wait()
-            return await connect(target)
+            return await connect(target, needed)
 
         monkeypatch.setattr(client, "_connect", held)
         name = await workers.submit(PROMPT, SHORT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,17 @@ def test_special_tokens_without_a_role_are_no_text(folder: Path) -> None:
 
 
 def test_a_long_forced_text_is_tokenised_in_parts(folder: Path) -> None:
-    text, encoded = constraint(folder, {"const": "ab" * FORCED_CHARS}), []
+    text, encoded = constraint(folder, {"const": "ab" * FORCED_CHARS}), list[str]()
     vocabulary = text._vocabulary
     assert vocabulary is not None
     whole = vocabulary.encode('"' + "ab" * FORCED_CHARS + '"')
     encode = vocabulary.encode
-    vocabulary.encode = lambda part: encoded.append(part) or encode(part)  # type: ignore[func-returns-value]
+
+    def watched(part: str) -> Sequence[int]:
+        encoded.append(part)
+        return encode(part)
+
+    vocabulary.encode = watched
     forced: list[int] = []
     while part := text.force(4 * FORCED_CHARS):
         forced += part

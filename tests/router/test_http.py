@@ -87,7 +87,7 @@ def test_defaults_are_read_and_what_is_out_of_range_is_logged(tmp_path: Path, ca
          GenerationDefaults(max_new_tokens=99), ""),
         ('{"temperature": -1, "top_k": 2.5, "top_p": 0.5, "max_new_tokens": 0, "min_p": true}',
          GenerationDefaults(top_p=0.5), "temperature is -1"),
-        ("{", GenerationDefaults(), "not valid JSON"),
+        ("{", GenerationDefaults(), "cannot be read as JSON"),
         ("[]", GenerationDefaults(), ""),
     ):  # fmt: skip
         caplog.clear()
