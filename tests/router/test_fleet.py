@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -109,18 +109,25 @@ async def test_a_dead_worker_vanishes_from_the_index_at_once_and_is_then_gone() 
         assert made.fleet.worker(worker.info.incarnation) is None
 
 
-async def test_what_workers_of_long_ago_moved_is_kept_as_one_pair_by_transport() -> None:
+async def all_gone(count: int, moved: Callable[[int, str], tuple[MoveStat, ...]]) -> Setting:
+    """After so many decode workers have come and gone. moved: by number and incarnation."""
     made = Setting()
     channel = grpc.aio.insecure_channel("127.0.0.1:1")
     try:
-        for index in range(MAX_PAST_PAIRS + 100):
+        for index in range(count):
             worker = made.fleet.join(fake_info(Role.DECODE), channel)
-            ends = f"sender-{index}", worker.incarnation
-            moves = tuple(MoveStat(*ends, over, 10, 0.5, 2, 1) for over in ("tcp", "nixl"))
-            worker.status = replace(worker.status, moves=moves)
+            worker.status = replace(worker.status, moves=moved(index, worker.incarnation))
             made.fleet.gone(worker, "test")
     finally:
         await channel.close()
+    return made
+
+
+async def test_what_workers_of_long_ago_moved_is_kept_as_one_pair_by_transport() -> None:
+    def moved(index: int, incarnation: str) -> tuple[MoveStat, ...]:
+        return tuple(MoveStat(f"sender-{index}", incarnation, over, 10, 0.5, 2, 1) for over in ("tcp", "nixl"))
+
+    made = await all_gone(MAX_PAST_PAIRS + 100, moved)
     told = made.fleet.moves()
     assert len(told) == MAX_PAST_PAIRS + 2
     assert sum(move.bytes for move in told) == (MAX_PAST_PAIRS + 100) * 20
@@ -134,15 +141,7 @@ async def test_what_workers_of_long_ago_moved_is_kept_as_one_pair_by_transport()
 
 
 async def test_what_receivers_of_long_ago_did_not_tell_apart_is_kept_as_one_pair_too() -> None:
-    made = Setting()
-    channel = grpc.aio.insecure_channel("127.0.0.1:1")
-    try:
-        for _ in range(MAX_PAST_PAIRS + 100):
-            worker = made.fleet.join(fake_info(Role.DECODE), channel)
-            worker.status = replace(worker.status, moves=(MoveStat(EARLIER, worker.incarnation, "tcp", 10),))
-            made.fleet.gone(worker, "test")
-    finally:
-        await channel.close()
+    made = await all_gone(MAX_PAST_PAIRS + 100, lambda _, incarnation: (MoveStat(EARLIER, incarnation, "tcp", 10),))
     told = made.fleet.moves()
     assert len(told) == MAX_PAST_PAIRS + 1
     assert sum(move.bytes for move in told) == (MAX_PAST_PAIRS + 100) * 10

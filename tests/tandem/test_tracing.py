@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -259,7 +260,8 @@ def test_a_platforms_variable_that_cannot_be_used_stops_nothing(
     if library is not None:
         monkeypatch.setattr("tandem.config.process.OTLP_EXPORTER", library)
     for schema, given in ((RouterConfig, {}), (DecodeConfig, {"model": "m"}), (UpConfig, {"model": "m"})):
-        assert build(schema, given).otlp_endpoint == ""  # type: ignore[attr-defined]
+        built: Any = build(schema, given)
+        assert built.otlp_endpoint == ""
     config = build(UpConfig, {"model": "m"})
     assert config.untraced() == f"nothing is traced: OTEL_EXPORTER_OTLP_ENDPOINT {reason}"
     child = RouterConfig(otlp_endpoint=config.otlp_endpoint)
