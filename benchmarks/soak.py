@@ -51,7 +51,10 @@ QUIET_S = 20.0
 WARM_SHARE = 1 / 3
 FLAT_MIB_MIN = 0.1
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
-SMALL_STORES = ("--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096")
+SMALL_STORES = (
+    "--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096", "--turn-cache-mib", "1"
+)  # fmt: skip
+SMALL_GRAMMARS = ("--grammar-cache-mib", "2")
 """Bounded stores are full within the warm-up, so that what still grows afterwards is none of them."""
 
 
@@ -247,7 +250,7 @@ def running_cluster(folder: Path, policy: str, workers: int = WORKERS) -> Iterat
     settings += ["--max-batch-tokens", "128", "--slab-mib", "8"]
     other.start()
     try:
-        with cluster(MODEL, folder, workers, workers, settings, (), more, token) as first:
+        with cluster(MODEL, folder, workers, workers, settings, SMALL_GRAMMARS, more, token) as first:
             first.router.name = "router-0"
             second = Cluster(other, first.workers, token=token)
             second.wait_ready()

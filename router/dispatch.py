@@ -50,6 +50,8 @@ CLOSE_S = 2.0
 MIB = 1 << 20
 MAX_TAILS = 65_536
 """Finished sequences whose last, partial block is remembered."""
+BLOCKS_PER_TAIL = 16
+"""A small index keeps fewer: without the blocks before it, a tail says nothing."""
 
 
 class Accepted:
@@ -93,7 +95,7 @@ class Dispatcher:
         clock: Callable[[], float],
     ) -> None:
         self.fleet = fleet
-        self.tails = TailMemory(MAX_TAILS, clock)
+        self.tails = TailMemory(min(MAX_TAILS, 1 + config.index_max_blocks // BLOCKS_PER_TAIL), clock)
         self._config = config
         self._index = index
         self._recorder = recorder

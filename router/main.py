@@ -89,7 +89,9 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
         relay = Relay(place.folder, place.index, place.count, Trust.of(config))
         siblings = Siblings(place.folder, place.index, place.count)
     async with ControlPlane(config, relay) as control, monitored(config, control, metrics):
-        texts = ModelTexts(config.model, config.generation_config == "auto", config.chat_template)
+        texts = ModelTexts(
+            config.model, config.generation_config == "auto", config.chat_template, config.turn_cache_mib << 20
+        )
         timers = control.traces.start if control.traces is not None else None
         api = Api(config, control.dispatcher, texts, metrics, control.recorder, control.callers, siblings, timers)
         server = HttpServer(create_app(config, api), config.drain_s, allow_descriptors(config.max_connections))

@@ -11,6 +11,8 @@ from tandem.kv import BlockHash
 
 TAU_S = 20.0
 """Time constant: an older request counts less."""
+FORGET_S = 10 * TAU_S
+"""A prefix that nobody has asked for so long is forgotten; a thousand requests would count as less than a tenth."""
 EXACT = 16
 """Prefixes of up to so many blocks are told apart by one; longer ones by an eighth of their length, or less."""
 
@@ -22,7 +24,7 @@ class _Heat:
 
 
 class PrefixHeat:
-    """Counts requests by their prompts' prefixes. Bounded; the least recently asked for is forgotten first.
+    """Counts requests by their prompts' prefixes. Bounded in number and by age; the least recently asked for go first.
 
     clock: seconds, monotonic.
     """
@@ -47,7 +49,7 @@ class PrefixHeat:
             else:
                 heat.count, heat.at = 1.0 + self._left(heat, now), now
                 self._heats.move_to_end(name)
-        while len(self._heats) > self._max_prefixes:
+        while self._heats and (len(self._heats) > self._max_prefixes or self._oldest().at < now - FORGET_S):
             self._heats.popitem(last=False)
 
     def counts(self, hashes: Sequence[BlockHash]) -> dict[int, float]:
@@ -55,6 +57,9 @@ class PrefixHeat:
         now = self._clock()
         known = ((depth, self._heats.get(hashes[depth - 1])) for depth in depths(len(hashes)))
         return {depth: self._left(heat, now) for depth, heat in known if heat is not None}
+
+    def _oldest(self) -> _Heat:
+        return next(iter(self._heats.values()))
 
     def _left(self, heat: _Heat, now: float) -> float:
         return heat.count * math.exp(-(now - heat.at) / TAU_S)

@@ -10,6 +10,7 @@ from router.requests.defaults import GenerationDefaults, read_defaults
 from tandem.errors import TandemError, Unavailable
 from tandem.text.prompt import PromptTokenizer
 from tandem.text.tokenizer import Tokenizer
+from tandem.text.turns import DEFAULT_TURN_BYTES, TurnCache
 from tandem.types import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,18 @@ class ModelTexts:
     """A `TextSource`. path: folder or hub id to load from; None takes what the workers report.
 
     use_defaults: whether the model's `generation_config.json` counts. chat_template: a file to take the chat template
-    from; None takes the checkpoint's.
+    from; None takes the checkpoint's. turn_bytes: memory for what conversations were tokenised to.
     """
 
-    def __init__(self, path: str | None, use_defaults: bool = True, chat_template: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        use_defaults: bool = True,
+        chat_template: Path | None = None,
+        turn_bytes: int = DEFAULT_TURN_BYTES,
+    ) -> None:
         self._path = path
+        self._turn_bytes = turn_bytes
         self._chat_template = chat_template
         self._use_defaults = use_defaults
         self._defaults = GenerationDefaults()
@@ -51,10 +59,13 @@ class ModelTexts:
 
     async def _load(self, path: str) -> PromptTokenizer:
         try:
-            text = await asyncio.to_thread(lambda: PromptTokenizer(Tokenizer.load(path, self._chat_template)))
+            text = await asyncio.to_thread(self._build, path)
         except TandemError as error:
             log.error("the tokeniser cannot be loaded: %s", error)
             raise Unavailable(f"the tokeniser cannot be loaded: {error}") from error
         if self._use_defaults:
             self._defaults = await asyncio.to_thread(read_defaults, Path(path))
         return text
+
+    def _build(self, path: str) -> PromptTokenizer:
+        return PromptTokenizer(Tokenizer.load(path, self._chat_template), TurnCache(self._turn_bytes))

@@ -88,6 +88,9 @@ class RouterConfig(ProcessConfig, TracedSettings):
     index_max_age_s: Annotated[float, Field(gt=0), IN_SECONDS] = Field(
         14_400.0, description="seconds an unused index entry is kept"
     )
+    turn_cache_mib: Annotated[int, Field(ge=1), MEBIBYTES] = Field(
+        64, description="memory for what conversations were tokenised to, MiB"
+    )
     explain_requests: Annotated[int, Field(ge=0), COUNT] = Field(
         4096, description="recent requests of which plan and outcome are remembered; 0 is none"
     )

@@ -19,6 +19,7 @@ from tandem.types import TokenIds
 
 MAX_BOUNDARIES = 1024
 """Ends of turns that are looked at in one text, the last ones; a bound on the work that a text can cause."""
+DEFAULT_TURN_BYTES = 64 << 20
 ENTRY_BYTES = 400
 """Memory that an entry takes beside its ids: dictionary slots, key and object."""
 
@@ -94,7 +95,7 @@ class Boundaries:
 class TurnCache:
     """A bounded LRU of turns. A turn is never older than its children, so evicting the oldest evicts leaves first."""
 
-    def __init__(self, max_bytes: int = 64 << 20) -> None:
+    def __init__(self, max_bytes: int = DEFAULT_TURN_BYTES) -> None:
         """max_bytes: memory for ids and entries, approximately."""
         self._max_bytes = max_bytes
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.replication.heat import EXACT, TAU_S, PrefixHeat, depths
+from router.replication.heat import EXACT, FORGET_S, TAU_S, PrefixHeat, depths
 
 
 def chain(*parts: int) -> list[bytes]:
@@ -53,3 +53,19 @@ def test_the_least_recently_asked_for_is_forgotten() -> None:
     assert len(heat) == 4
     assert set(heat.counts(chain(1, 1)).values()) == {2.0}
     assert heat.counts(chain(2, 2)) == {2: 1.0}
+
+
+def test_what_nobody_asks_for_any_more_is_forgotten() -> None:
+    now = 0.0
+    heat = PrefixHeat(10_000, lambda: now)
+    heat.asked([])
+    heat.asked(chain(1, 1))
+    now = FORGET_S
+    heat.asked(chain(2))
+    assert len(heat) == 3
+    now = FORGET_S + 1
+    heat.asked([])
+    assert len(heat) == 1
+    now = 3 * FORGET_S
+    heat.asked([])
+    assert len(heat) == 0
