@@ -25,7 +25,6 @@ from tandem.types import FinishReason, GenerateRequest
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.kv_sink import PageSink, Reservations
 from tandem.worker.metrics import WorkerMetrics
-from tandem.worker.promises import Promises
 from tandem.worker.publish import Publisher
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class DecodeWorker:
         self._choices: dict[str, Choice] = {}
         self._outboxes: dict[str, Outbox] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._promises = Promises(publisher.announce)
+        self._promises = publisher.promises
         self._reservations = Reservations(engine, thread)
         self.tenants = TenantLedger(asyncio.get_running_loop().time)
         self._loop = asyncio.get_running_loop()
@@ -239,20 +238,19 @@ class DecodeWorker:
         if record.finished:
             record.finished_at = self._loop.time()
             self.tenants.ended(record.request, record.router_id)
-            self._promises.keep(record.request.request_id)
+            self._promises.end(record.request.request_id)
             self._metrics.end_to_end.observe(record.finished_at - record.admitted_at)
             self._metrics.requests.labels(reason.value).inc()
             if record.spans is not None:
                 record.spans.ended(record, record.finished_at)
 
     def _end(self, record: Request, reason: FinishReason, error: str = "", leaving: bool = False) -> bool:
-        """Ends what is open of a request, takes its promise back and tells its router. False when nothing was open.
+        """Ends what is open of a request and tells its router. False when nothing was open.
 
         leaving: it could go on at another worker.
         """
         if record.finished:
             return False
-        self._promises.withdraw(record.request.request_id)
         self._publisher.poke()
         outbox = self._outboxes.get(record.router_id)
         for choice in list(record.open_choices()):

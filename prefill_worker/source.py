@@ -11,7 +11,6 @@ from tandem.kv import Span, block_hashes
 from tandem.types import TokenIds
 from tandem.worker.kv_source import EngineKvSource
 from tandem.worker.process import Parts
-from tandem.worker.promises import Promises
 
 
 class PromisingSource:
@@ -23,7 +22,7 @@ class PromisingSource:
         self._metrics = parts.metrics
         self._root = parts.root
         self._max_waiting = max_waiting
-        self._promises = Promises(parts.publisher.announce)
+        self._promises = parts.publisher.promises
         self._tickets: set[str] = set()
 
     async def open(
@@ -61,10 +60,10 @@ class PromisingSource:
         self._source.give_up(ticket_id)
 
     async def close(self, ticket_id: str) -> None:
-        """See `KvSource.close`. What was stored closed its promise; the rest is taken back."""
+        """See `KvSource.close`. Its promise is taken back; what was stored stays known."""
         if ticket_id not in self._tickets:  # refused before the engine heard of it
             return
         self._tickets.remove(ticket_id)
         await self._source.close(ticket_id)
-        self._promises.withdraw(ticket_id)
+        self._promises.end(ticket_id)
         self._publisher.poke()

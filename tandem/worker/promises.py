@@ -12,41 +12,55 @@ Announce = Callable[[tuple[CacheEvent, ...]], None]
 
 
 class Promises:
-    """Which requests promise which blocks. A block's promise is taken back when nobody who made it is left."""
+    """Which requests promise which blocks.
+
+    A block is taken back when nobody who promised it is left, however they ended: what was stored stays known, and
+    what came and went between two of the engine's reports is in neither of them. Routers hear of it after the report
+    that tells what the requests stored, so that no block is unknown in between: `seal` before the engine is asked,
+    `taken_back` behind what it said.
+    """
 
     def __init__(self, announce: Announce) -> None:
         self._announce = announce
         self._made: dict[str, tuple[BlockHash, ...]] = {}
         self._counts: Counter[BlockHash] = Counter()
+        self._ended: dict[BlockHash, None] = {}
+        self._sealed: dict[BlockHash, None] = {}
 
     def make(self, name: str, hashes: tuple[BlockHash, ...]) -> None:
         """A request promises blocks from the root on; it must not have promised any."""
         if hashes:
             self._made[name] = hashes
             self._counts.update(hashes)
+            for block in hashes:
+                self._ended.pop(block, None)
+                self._sealed.pop(block, None)
             self._announce((CacheEvent(EventKind.PROMISED, hashes),))
 
-    def keep(self, name: str) -> None:
-        """The request has ended as it should: what it promised was stored. Nothing if it promised nothing."""
-        self._end(name)
-
-    def withdraw(self, name: str) -> None:
-        """The request ended before its time: takes back what nobody else promises; what was stored stays so."""
-        if alone := self._end(name):
-            self._announce((CacheEvent(EventKind.WITHDRAWN, alone),))
-
-    def _end(self, name: str) -> tuple[BlockHash, ...]:
-        """Forgets a request's promise; the blocks that only it had promised."""
+    def end(self, name: str) -> None:
+        """The request has ended, in whatever way; nothing if it promised nothing."""
         hashes = self._made.pop(name, ())
         self._counts.subtract(hashes)
-        alone = tuple(block for block in hashes if not self._counts[block])
-        for block in alone:
-            del self._counts[block]
-        return alone
+        for block in hashes:
+            if not self._counts[block]:
+                del self._counts[block]
+                self._ended[block] = None
+
+    def seal(self) -> None:
+        """What the requests that ended so far stored is in the report that is asked for next."""
+        self._sealed |= self._ended
+        self._ended.clear()
+
+    def taken_back(self) -> tuple[CacheEvent, ...]:
+        """To be told behind the report before which it was sealed, but for what was promised again since."""
+        sealed = tuple(self._sealed)
+        self._sealed.clear()
+        return (CacheEvent(EventKind.WITHDRAWN, sealed),) if sealed else ()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the counts are not those of the promises."""
         assert self._counts == Counter(block for hashes in self._made.values() for block in hashes)
+        assert not self._counts.keys() & (self._ended.keys() | self._sealed.keys()), "promised and taken back"
 
     def leaks(self) -> list[str]:
         """Requests whose promise has not ended."""

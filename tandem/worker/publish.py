@@ -11,6 +11,7 @@ from tandem.cluster import CacheEvent, Status, WorkerUpdate
 from tandem.engine.engine import Engine
 from tandem.engine.output import EngineStatus
 from tandem.worker.engine_thread import EngineThread
+from tandem.worker.promises import Promises
 
 log = logging.getLogger(__name__)
 MAX_BACKLOG = 256
@@ -33,7 +34,10 @@ class Publisher:
         thread: EngineThread,
         compose: Callable[[], Callable[[EngineStatus], Status]],
     ) -> None:
-        """compose: called before the engine is asked, what it returns afterwards: the engine has all it names."""
+        """compose: called before the engine is asked, what it returns afterwards: the engine has all it names.
+
+        `promises` are what the engine does not know of: routers hear of them at once.
+        """
         self._incarnation = incarnation
         self._engine = engine
         self._thread = thread
@@ -41,14 +45,11 @@ class Publisher:
         self._watchers: dict[asyncio.Queue[Item], None] = {}
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self.promises = Promises(self._announce)
 
     def poke(self) -> None:
         """Something changed: publish soon."""
         self._wake.set()
-
-    def announce(self, events: tuple[CacheEvent, ...]) -> None:
-        """Sends events that the engine does not know of: promises and their withdrawal."""
-        self._fan_out((events, None))
 
     async def run(self) -> None:
         """Publishes until cancelled."""
@@ -58,12 +59,18 @@ class Publisher:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._wake.wait()
             self._wake.clear()
-            if self._watchers:
-                async with self._lock:
-                    composed = self._compose()
-                    events, status = await self._thread.call(self._drain)
-                    self._fan_out((events, composed(status)))
+            async with self._lock:
+                await self._publish()
             await asyncio.sleep(INTERVAL_S)
+
+    async def _publish(self) -> None:
+        self.promises.seal()
+        if self._watchers:
+            composed = self._compose()
+            events, status = await self._thread.call(self._drain)
+            self._fan_out(((*events, *self.promises.taken_back()), composed(status)))
+        else:
+            self.promises.taken_back()
 
     async def watch(self) -> AsyncIterator[WorkerUpdate]:
         """One watcher's updates: a snapshot, then what follows it, without a gap between the two."""
@@ -89,6 +96,9 @@ class Publisher:
     def _drain_and_snapshot(self) -> tuple[tuple[CacheEvent, ...], tuple[CacheEvent, ...], EngineStatus]:
         events, status = self._drain()
         return events, tuple(self._engine.snapshot_events()), status
+
+    def _announce(self, events: tuple[CacheEvent, ...]) -> None:
+        self._fan_out((events, None))
 
     def _fan_out(self, item: Item) -> None:
         for backlog in list(self._watchers):

@@ -15,6 +15,7 @@ from tandem.kv import HashRoot, Span, block_hashes
 from tandem.testing.kv import FakeSource, small_layout
 from tandem.types import TokenIds
 from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.promises import Promises
 
 ROOT = HashRoot("cluster", "model", "float32")
 TOKENS = tuple(range(150))
@@ -26,9 +27,12 @@ class Announcements:
     def __init__(self) -> None:
         self.events: list[CacheEvent] = []
         self.poked = 0
+        self.promises = Promises(self.events.extend)
 
-    def announce(self, events: tuple[CacheEvent, ...]) -> None:
-        self.events += events
+    def report(self) -> None:
+        """What follows the next report."""
+        self.promises.seal()
+        self.events += self.promises.taken_back()
 
     def poke(self) -> None:
         self.poked += 1
@@ -64,6 +68,7 @@ async def test_a_prompt_s_whole_blocks_are_promised_and_taken_back() -> None:
     assert rig.publisher.events == [CacheEvent(EventKind.PROMISED, hashes)]
     assert rig.inner.closed == []
     await rig.source.close("a")
+    rig.publisher.report()
     assert rig.publisher.events[1:] == [CacheEvent(EventKind.WITHDRAWN, hashes)]
     assert rig.inner.closed == ["a"]
     assert rig.publisher.poked
@@ -93,6 +98,7 @@ async def test_a_promise_that_the_engine_refuses_is_taken_back() -> None:
     with pytest.raises(Overloaded):
         await rig.open("a")
     await rig.source.close("a")
+    rig.publisher.report()
     assert rig.kinds == [EventKind.PROMISED, EventKind.WITHDRAWN]
 
 
@@ -100,6 +106,7 @@ async def test_a_prompt_without_a_whole_block_promises_nothing() -> None:
     rig = Rig()
     await rig.open("a", TOKENS[:63])
     await rig.source.close("a")
+    rig.publisher.report()
     assert rig.publisher.events == []
     assert rig.inner.closed == ["a"]
 

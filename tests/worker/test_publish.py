@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import pytest
 
+from router.cache.prefix_index import PrefixIndex
 from tandem.cluster import CacheEvent, EventKind, Status, WorkerUpdate
 from tandem.engine.output import EngineStatus
 from tandem.kv import block_hashes
@@ -82,7 +83,7 @@ async def test_a_snapshot_then_every_change_numbered_without_a_gap(
         first = await anext(updates)
         assert (first.sequence, first.snapshot, first.events) == (0, True, ())
         assert first.status == Status("i" * 32, free_pages=64)
-        publisher.announce((PROMISE,))
+        publisher.promises.make("p", PROMISE.hashes)
         await compute(rig, "a")
         publisher.poke()
         numbers, events = await take(updates, EventKind.STORED)
@@ -103,7 +104,7 @@ async def test_who_comes_later_gets_the_whole_cache_and_the_same_future(
         snapshot = await anext(late)
         assert snapshot.snapshot
         assert stored(list(snapshot.events)) == list(HASHES)
-        publisher.announce((PROMISE,))
+        publisher.promises.make("p", PROMISE.hashes)
         _, events = await take(early, EventKind.PROMISED)
         assert stored(events) == list(HASHES), "what the snapshot showed one watcher, another one heard"
         numbers, events = await take(late, EventKind.PROMISED)
@@ -134,13 +135,13 @@ async def test_a_watcher_that_lags_ends_and_the_other_goes_on(rig_maker: Rigs, m
         await anext(quick)
         seen = 0
         for _ in range(MAX_BACKLOG + 1):
-            publisher.announce((PROMISE,))
+            publisher.promises.make("p", PROMISE.hashes)
             update = await anext(quick)
             seen += len(update.events)
         assert seen == MAX_BACKLOG + 1
         numbers = [update.sequence async for update in slow]
         assert numbers == list(range(1, MAX_BACKLOG + 1)), "it gets what it had, then the end: it subscribes anew"
-        publisher.announce((PROMISE,))
+        publisher.promises.make("p", PROMISE.hashes)
         assert (await anext(quick)).events == (PROMISE,)
         await quick.aclose()
 
@@ -200,4 +201,42 @@ async def test_a_status_names_no_dispatch_that_came_after_the_engine_was_asked(r
         step.set()
         update = await first
         assert update.status is not None and update.status.dispatches == {"router": 0}
+        await updates.aclose()
+
+
+async def test_a_promise_is_taken_back_behind_the_report_of_what_was_stored(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_maker(pages=12) as rig, publishing(rig, monkeypatch) as publisher:
+        updates = watch(publisher)
+        await anext(updates)
+        publisher.promises.make("a", HASHES)
+        await compute(rig, "a")
+        publisher.promises.end("a")
+        publisher.poke()
+        _, events = await take(updates, EventKind.WITHDRAWN)
+        kinds = [event.kind for event in events]
+        assert kinds.index(EventKind.STORED) < kinds.index(EventKind.WITHDRAWN)
+        assert events[-1].hashes == HASHES
+        await updates.aclose()
+
+
+async def test_a_block_that_comes_and_goes_between_two_reports_does_not_stay_promised(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in neither report; an index that followed would otherwise keep it for hours."""
+    monkeypatch.setattr(publish, "HEARTBEAT_S", 60.0)
+    async with rig_maker(pages=12) as rig, publishing(rig, monkeypatch) as publisher:
+        updates, index = watch(publisher), PrefixIndex(1000, 1e9, lambda: 0.0)
+        await anext(updates)
+        publisher.promises.make("a", HASHES)
+        await compute(rig, "a")
+        publisher.promises.end("a")
+        await compute(rig, "b", tuple(reversed(PROMPT)))
+        publisher.poke()
+        _, events = await take(updates, EventKind.WITHDRAWN)
+        assert HASHES[0] not in stored(events)
+        for event in events:
+            index.apply("i" * 32, event)
+        assert index.match(HASHES) == {}
         await updates.aclose()
