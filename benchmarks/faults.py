@@ -1,9 +1,9 @@
 """What clients see when a process is killed, stopped, ended or restarted, or its network fails: `docs/faults.md`.
 
 Real processes and real NIXL: a router, two prefill and two decode workers with a small random checkpoint, each worker
-in a network namespace of its own where this machine permits. Each cell sets a number of streams going, strikes when
-they are in the phase that the cell names, puts things right, and reads what came of it. The answers are compared with
-those to the same prompts afterwards, when nothing is wrong.
+in a network namespace of its own where this machine permits. Each cell asks its prompts without a fault, sets them
+going again under another salt, strikes when the victim is in the phase that the cell names, puts things right, and
+reads what came of it; `benchmarks/fault_cells.py` says what counts.
 
     python -m benchmarks.faults --out docs/faults.md [--only TEXT]
 """
@@ -13,91 +13,45 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime as dt
-import platform
-import re
 import signal
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 from openai import AsyncOpenAI
 
+from benchmarks.fault_cells import (
+    LOST,
+    NETWORK_S,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    REPLACED_S,
+    STOPPED_S,
+    STREAMS,
+    Cell,
+    Outcome,
+    Stream,
+    cells,
+    page,
+    row,
+)
 from benchmarks.fault_network import Network, network
-from tandem.obs import FIRST_TOKEN_SECONDS
+from benchmarks.fault_phases import audit, first_tokens, met, moved
 from tandem.testing.checkpoints import CheckpointSpec, make_checkpoint
 from tandem.testing.cluster import Cluster, Process, cluster
 
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-ROLES = ("prefill", "decode")
-FAULTS = ("SIGKILL", "SIGSTOP", "SIGTERM", "restart", "partition", "slow link")
-PHASES = ("idle", "mid-prefill", "mid-transfer", "mid-decode")
-ROUTER_FAULTS = ("SIGKILL", "SIGTERM", "restart")
-STREAMS = 6
-PROMPT_TOKENS = 700
-OUTPUT_TOKENS = 150
-STOPPED_S = 20.0
-NETWORK_S = 5.0
-"""How long a pair is cut or a link is slow."""
-REPLACED_S = 1.0
-"""Seconds until a supervisor starts what was killed; none for a restart on the same address."""
+TRIES = 3
+"""Times that a cell is played until its fault meets the victim in its phase."""
 ANSWER_S = 90.0
 """A stream that has no end by then is lost."""
 SETTLE_S = 20.0
 POLL_S = 0.02
-TARGET_S = 5.0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One fault of one role in one phase."""
-
-    role: str
-    fault: str
-    phase: str
-
-    @property
-    def victim(self) -> str:
-        """The process that is struck."""
-        return "router" if self.role == "router" else f"{self.role}-0"
-
-    def __str__(self) -> str:
-        return f"{self.role}, {self.fault}, {self.phase}"
-
-
-@dataclass
-class Outcome:
-    """What came of a cell."""
-
-    cell: Cell
-    skipped: str = ""
-    reached: bool = False
-    """Whether the fault came in the cell's phase; else the streams had ended before."""
-    answered: int = 0
-    errors: list[str] = field(default_factory=list)
-    """What clients were told."""
-    lost: int = 0
-    """Streams without an end, or with a clean end too early, or with another text."""
-    service_s: float = 0.0
-    """From the replacement's first answer, or the end of the fault, until all workers serve again."""
-    leaked: list[str] = field(default_factory=list)
-
-    @property
-    def leaked_bytes(self) -> int:
-        """Bytes that leaks name, one for each that names none."""
-        return sum(int(found[1]) if (found := re.search(r"(\d+) bytes", line)) else 1 for line in self.leaked)
-
-
-def cells() -> list[Cell]:
-    """The matrix."""
-    made = [Cell(role, fault, phase) for role in ROLES for fault in FAULTS for phase in PHASES]
-    return made + [Cell("router", fault, "mid-decode") for fault in ROUTER_FAULTS]
 
 
 class Bench:
@@ -109,8 +63,8 @@ class Bench:
 
     # Streams --------------------------------------------------------------------------------------------------------
 
-    async def _stream(self, seed: int) -> tuple[str, str]:
-        """One answer's text, or why there is none; ("", "lost: ...") for what no client could notice."""
+    async def _stream(self, seed: int, salt: str) -> Stream:
+        """One answer's text, or why there is none."""
         prompt = [(seed * 7919 + position * (17 + seed % 11)) % 250 for position in range(PROMPT_TOKENS)]
         text, tokens = "", 0
         finish: str | None = None
@@ -123,7 +77,7 @@ class Bench:
                     temperature=0,
                     stream=True,
                     stream_options={"include_usage": True},
-                    extra_body={"ignore_eos": True},
+                    extra_body={"ignore_eos": True, "cache_salt": salt},
                 )
                 async for chunk in stream:
                     for choice in chunk.choices:
@@ -132,73 +86,82 @@ class Bench:
                             finish = choice.finish_reason
                     tokens = chunk.usage.completion_tokens if chunk.usage else tokens
         except TimeoutError:
-            return "", f"lost: no end within {ANSWER_S:g} s"
+            return Stream(problem=f"{LOST}no end within {ANSWER_S:g} s")
         except Exception as error:  # noqa: BLE001 - whatever it is, the client sees it
-            return "", f"{type(error).__name__}: {error}"
+            return Stream(problem=f"{type(error).__name__}: {error}")
         if finish != "length" or tokens != OUTPUT_TOKENS:
-            return "", f"lost: a clean end after {tokens} of {OUTPUT_TOKENS} tokens"
-        return text, ""
+            return Stream(problem=f"{LOST}a clean end after {tokens} of {OUTPUT_TOKENS} tokens")
+        return Stream(text)
 
-    async def _reached(self, cell: Cell, before: tuple[float, float], streams: Sequence[asyncio.Task[Any]]) -> bool:
-        """Waits until the streams are in the cell's phase; False when they ended before. before: the counters then."""
-        while cell.phase != "idle" and not all(task.done() for task in streams):
-            firsts, moved = await self._counters()
-            if cell.phase == "mid-decode":
-                reached = firsts >= before[0] + STREAMS
-            else:
-                reached = await self._open_tickets() and (cell.phase == "mid-prefill" or moved > before[1])
-            if reached:
-                return True
-            await asyncio.sleep(POLL_S)
-        return cell.phase == "idle"
-
-    async def _counters(self) -> tuple[float, float]:
-        """First tokens that clients were sent, and KV bytes moved."""
-        names = FIRST_TOKEN_SECONDS + "_count", "tandem_kv_moved_bytes_total"
-        return await _read(self._running, names[0]), await _read(self._running, names[1])
-
-    async def _open_tickets(self) -> bool:
-        senders = [process for name, process in self._running.workers.items() if name.startswith("prefill")]
-        held = await asyncio.gather(*(_audit(self._running, process) for process in senders))
-        return any("ticket" in line for lines in held for line in lines)
+    def _streams(self, seeds: Sequence[int], salt: str) -> list[asyncio.Task[Stream]]:
+        return [asyncio.create_task(self._stream(seed, salt)) for seed in seeds]
 
     # One cell -------------------------------------------------------------------------------------------------------
 
     async def play(self, cell: Cell) -> Outcome:
-        """Streams, fault, end of the fault, and what came of it."""
+        """The cell, more than once if its fault did not meet the phase."""
         outcome = Outcome(cell)
-        if cell.fault in ("partition", "slow link") and isinstance(self._net, str):
+        if cell.network and isinstance(self._net, str):
             outcome.skipped = self._net
             return outcome
-        seeds = [self._seeds + number for number in range(STREAMS)]
+        for _ in range(TRIES):
+            outcome.join(await self._once(cell))
+            if outcome.reached:
+                break
+        return outcome
+
+    async def _once(self, cell: Cell) -> Outcome:
+        """Streams without a fault, streams with one, the end of the fault, and the same streams again."""
+        outcome, running = Outcome(cell), self._running
+        seeds = range(self._seeds, self._seeds + STREAMS)
         self._seeds += STREAMS
-        before = await self._counters()
-        streams = [] if cell.phase == "idle" else [asyncio.create_task(self._stream(seed)) for seed in seeds]
-        outcome.reached = await self._reached(cell, before, streams)
+        before = await moved(running)
+        right = await asyncio.gather(*self._streams(seeds, "without a fault"))
+        after = await moved(running)
+        used = {pair for pair, size in after.items() if size > before.get(pair, 0.0)}
+        begun = await first_tokens(running) + STREAMS
+        streams = [] if cell.phase == "idle" else self._streams(seeds, "struck")
+        peers = await self._peers(cell, begun, streams)
+        pair = await self._pair(cell, used, peers) if cell.fault == "partition" else None
+        outcome.reached = peers is not None and (cell.fault != "partition" or pair is not None)
 
         def struck() -> None:
             # An idle cluster is struck first and asked then.
-            streams.extend(asyncio.create_task(self._stream(seed)) for seed in seeds if cell.phase == "idle")
+            streams.extend(self._streams(seeds, "struck") if cell.phase == "idle" else [])
 
-        outcome.service_s = await self._strike(cell, struck)
-        results = await asyncio.gather(*streams)
-        again = await asyncio.gather(*(self._stream(seed) for seed in seeds))
-        for (text, error), (right, problem) in zip(results, again, strict=True):
-            if problem:
-                outcome.errors.append(f"afterwards: {problem}")
-            elif error.startswith("lost") or (not error and text != right):
-                outcome.lost += 1
-                outcome.errors.append(error or "another text than without the fault")
-            elif error:
-                outcome.errors.append(error)
-            else:
-                outcome.answered += 1
+        outcome.service_s = await self._strike(cell, pair or ("prefill-0", "decode-0"), struck)
+        during = await asyncio.gather(*streams)
+        outcome.judge(right, during, await asyncio.gather(*self._streams(seeds, "struck")))
         outcome.leaked = await self._leaks()
         return outcome
 
-    async def _strike(self, cell: Cell, struck: Callable[[], object]) -> float:
+    async def _peers(self, cell: Cell, begun: float, streams: Sequence[asyncio.Task[Any]]) -> list[str] | None:
+        """Waits until the victim is in the phase: its peers then; None when the streams ended before."""
+        if cell.phase == "idle":
+            return []
+        victim = self._victim(cell)
+        while not all(task.done() for task in streams):
+            if (peers := await met(self._running, victim, cell.phase, begun)) is not None:
+                return peers
+        return None
+
+    async def _pair(self, cell: Cell, used: set[tuple[str, str]], peers: list[str] | None) -> tuple[str, str] | None:
+        """Names of the victim and of the worker it is cut off from: one that it moves KV to or from."""
+        names = {}
+        for name, process in self._running.workers.items():
+            names[await asyncio.to_thread(self._running.incarnation, process)] = name
+        pairs = {(names.get(sender, ""), names.get(receiver, "")) for sender, receiver in used}
+        others = {one if other == cell.victim else other for one, other in pairs if cell.victim in (one, other)}
+        busy = {names.get(peer, "") for peer in peers or ()}
+        found = sorted((others & busy) if busy else others)
+        return (cell.victim, found[0]) if found else None
+
+    def _victim(self, cell: Cell) -> Process:
+        return self._running.router if cell.role == "router" else self._running.workers[cell.victim]
+
+    async def _strike(self, cell: Cell, pair: tuple[str, str], struck: Callable[[], object]) -> float:
         """The fault and its end; seconds from then until everything serves."""
-        victim = self._running.router if cell.role == "router" else self._running.workers[cell.victim]
+        victim = self._victim(cell)
         if cell.fault in ("SIGKILL", "SIGTERM", "restart"):
             await self._replace(cell, victim, struck)
         elif cell.fault == "SIGSTOP":
@@ -210,13 +173,13 @@ class Bench:
             assert isinstance(self._net, Network)
             cut = cell.fault == "partition"
             if cut:
-                self._net.cut("prefill-0", "decode-0")
+                self._net.cut(*pair)
             else:
                 self._net.slow(cell.victim)
             struck()
             await asyncio.sleep(NETWORK_S)
             if cut:
-                self._net.mend("prefill-0", "decode-0")
+                self._net.mend(*pair)
             else:
                 self._net.fast(cell.victim)
         begun = time.monotonic()
@@ -246,25 +209,10 @@ class Bench:
         """What is still held some time after everything is over."""
         running, deadline = self._running, time.monotonic() + SETTLE_S
         while True:
-            held = [f"{name}: {line}" for name in WORKERS for line in await _audit(running, running.workers[name])]
+            held = [f"{name}: {line}" for name in WORKERS for line in await audit(running, running.workers[name])]
             if not held or time.monotonic() > deadline:
                 return held
             await asyncio.sleep(0.2)
-
-
-async def _read(running: Cluster, name: str) -> float:
-    """A counter of the router's; 0 while it does not answer, or has none yet."""
-    with contextlib.suppress(OSError, AssertionError):
-        return await asyncio.to_thread(running.metric, name)
-    return 0.0
-
-
-async def _audit(running: Cluster, process: Process) -> list[str]:
-    """What a worker holds; a word of its own for one that does not answer."""
-    try:
-        return await asyncio.to_thread(running.audit, process)
-    except grpc.RpcError:
-        return ["it does not answer"]
 
 
 async def _until(condition: Callable[[], bool], most_s: float) -> None:
@@ -304,51 +252,6 @@ async def play(running: Cluster, net: Network | str, chosen: Sequence[Cell]) -> 
             sys.stderr.write(f"{cell}: {row(outcome)}\n")
             await _until(running.complete, 60.0)
     return outcomes
-
-
-def row(outcome: Outcome) -> str:
-    """A line of the table."""
-    cell = outcome.cell
-    head = f"| {cell.role} | {cell.fault} | {cell.phase} "
-    if outcome.skipped:
-        return head + f"| not run: {outcome.skipped} | | | |"
-    told = "; ".join(sorted({error[:80].replace("|", "/") for error in outcome.errors})) or "none"
-    head += "" if outcome.reached else "(not met: the streams had ended) "
-    figures = f"{outcome.lost} | {outcome.service_s:.1f} | {outcome.leaked_bytes} |"
-    return head + f"| {len(outcome.errors)} of {STREAMS} ({told}) | {figures}"
-
-
-def page(outcomes: Sequence[Outcome]) -> str:
-    """`docs/faults.md`."""
-    played = [outcome for outcome in outcomes if not outcome.skipped]
-    missed = [str(o.cell) for o in played if o.lost or o.leaked or o.service_s > TARGET_S]
-    seen = [str(o.cell) for o in played if o.errors and o.cell.role != "router"]
-    today = dt.datetime.now(dt.UTC).date().isoformat()
-    return "\n".join(
-        (
-            "# What faults cost",
-            "",
-            "Generated by `make faults` (`benchmarks/faults.py`); do not edit. Real processes, real gRPC and NIXL "
-            "over TCP: a router, two prefill and two decode workers, each in a network namespace of its own. In each "
-            f"cell {STREAMS} streams of {PROMPT_TOKENS} prompt and {OUTPUT_TOKENS} output tokens run (idle: begin "
-            "right after the fault). SIGSTOP lasts 20 s, a cut or a slow link 5 s; what was killed is started again "
-            "after 1 s, a restart follows at once on the same address.",
-            "",
-            "*Errors*: streams whose client was told of an error. *Lost*: streams without an end, with a clean end too "
-            "early, or with another text than the same prompt has without a fault. *Service*: seconds from the "
-            "replacement's first answer, or the end of the fault, until the router serves with every worker. *Leaked*: "
-            "bytes held when all was over.",
-            "",
-            f"{today}, {platform.machine()}, Python {platform.python_version()}: "
-            f"{len(played)} of {len(outcomes)} cells played; targets missed in: {', '.join(missed) or 'none'}; "
-            f"faults of one worker seen by clients: {', '.join(seen) or 'none'}.",
-            "",
-            "| role | fault | phase | errors | lost | service, s | leaked, bytes |",
-            "|---|---|---|---|---|---|---|",
-            *map(row, outcomes),
-            "",
-        )
-    )
 
 
 def main() -> int:

@@ -179,7 +179,11 @@ class PairClient:
 
     def leaks(self) -> list[str]:
         """What is still in use, one line each; empty when the pair is idle or its landing is destroyed."""
-        found = [f"ticket {name} is not quiesced" for name in self._fetches]
+        found = [
+            f"ticket {name} of sender {self.peer} is not quiesced: {len(fetch.state.landed)} of "
+            f"{len(fetch.state.spans or ())} spans have landed"
+            for name, fetch in self._fetches.items()
+        ]
         if self._slab.used_bytes:
             found.append(f"{self._slab.used_bytes} bytes of the slab are in use")
         if self._arrivals is not None and self._arrivals.outstanding:

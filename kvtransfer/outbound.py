@@ -96,7 +96,11 @@ class OutboundPair:
 
     def leaks(self) -> list[str]:
         """Tickets that have not quiesced, one line each."""
-        return [f"ticket {name} of receiver {self.peer} has not quiesced" for name in self._tickets]
+        return [
+            f"ticket {name} of receiver {self.peer} has not quiesced: token {sending.state.computed} of "
+            f"{sending.state.end} is computed, {len(sending.state.sent)} spans are sent"
+            for name, sending in self._tickets.items()
+        ]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a ticket is inconsistent."""

@@ -136,10 +136,18 @@ class Cluster:
 
     def audit(self, process: Process) -> list[str]:
         """What a worker still holds; raises grpc.RpcError when it does not answer."""
-        token = (("tandem-token", self.token),) if self.token else None
-        with grpc.insecure_channel(f"{process.host.address}:{process.port}") as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
+        with self._asking(process) as (stub, token):
             return list(stub.Audit(worker_pb2.AuditRequest(), timeout=2.0, metadata=token).leaks)
+
+    def incarnation(self, process: Process) -> str:
+        """A worker's; raises grpc.RpcError when it does not answer."""
+        with self._asking(process) as (stub, token):
+            return str(stub.Describe(worker_pb2.DescribeRequest(), timeout=2.0, metadata=token).incarnation)
+
+    @contextlib.contextmanager
+    def _asking(self, process: Process) -> Iterator[tuple[worker_pb2_grpc.WorkerStub, tuple[tuple[str, str], ...]]]:
+        with grpc.insecure_channel(f"{process.host.address}:{process.port}") as channel:
+            yield worker_pb2_grpc.WorkerStub(channel), (("tandem-token", self.token),) if self.token else ()
 
     def check_leaks(self, within_s: float = 10.0) -> None:
         """Raises AssertionError unless every live process soon holds nothing."""
