@@ -46,6 +46,10 @@ class Promises:
                 del self._counts[block]
                 self._ended[block] = None
 
+    def made(self) -> tuple[CacheEvent, ...]:
+        """All that are open, for a router that comes later."""
+        return tuple(CacheEvent(EventKind.PROMISED, hashes) for hashes in self._made.values())
+
     def seal(self) -> None:
         """What the requests that ended so far stored is in the report that is asked for next."""
         self._sealed |= self._ended

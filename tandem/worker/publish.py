@@ -45,6 +45,8 @@ class Publisher:
         self._watchers: dict[asyncio.Queue[Item], None] = {}
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._announced: list[CacheEvent] = []
+        """Promises of this turn of the loop: a burst of requests is one update."""
         self.promises = Promises(self._announce)
 
     def poke(self) -> None:
@@ -80,6 +82,7 @@ class Publisher:
             earlier, whole, status = await self._thread.call(self._drain_and_snapshot)
             self._fan_out((earlier, None))
             self._watchers[backlog] = None
+            whole += self.promises.made()
         try:
             yield WorkerUpdate(self._incarnation, 0, whole, composed(status), snapshot=True)
             sequence = 0
@@ -98,9 +101,20 @@ class Publisher:
         return events, tuple(self._engine.snapshot_events()), status
 
     def _announce(self, events: tuple[CacheEvent, ...]) -> None:
-        self._fan_out((events, None))
+        if not self._announced:
+            asyncio.get_running_loop().call_soon(self._tell_announced)
+        self._announced += events
+
+    def _tell_announced(self) -> None:
+        announced, self._announced = tuple(self._announced), []
+        if announced:
+            self._put((announced, None))
 
     def _fan_out(self, item: Item) -> None:
+        self._tell_announced()
+        self._put(item)
+
+    def _put(self, item: Item) -> None:
         for backlog in list(self._watchers):
             try:
                 backlog.put_nowait(item)

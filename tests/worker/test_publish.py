@@ -240,3 +240,24 @@ async def test_a_block_that_comes_and_goes_between_two_reports_does_not_stay_pro
             index.apply("i" * 32, event)
         assert index.match(HASHES) == {}
         await updates.aclose()
+
+
+async def test_a_burst_of_promises_cuts_nobody_and_who_comes_later_hears_of_them(
+    rig_maker: Rigs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of the engine can answer more admissions in one turn of the loop than a watcher may lag updates."""
+    async with rig_maker() as rig, publishing(rig, monkeypatch) as publisher:
+        early = watch(publisher)
+        await anext(early)
+        made = tuple(
+            CacheEvent(EventKind.PROMISED, (number.to_bytes(16, "little"),)) for number in range(MAX_BACKLOG + 50)
+        )
+        for number, event in enumerate(made):
+            publisher.promises.make(str(number), event.hashes)
+        _, events = await take(early, EventKind.PROMISED)
+        assert tuple(events) == made
+        publisher.promises.end("0")
+        late = watch(publisher)
+        assert (await anext(late)).events == made[1:]
+        await early.aclose()
+        await late.aclose()
