@@ -105,8 +105,12 @@ class Outbox:
                 self._wake.set()
                 break
             del self._dirty[choice]
-            if not choice.closed:
-                deltas.append(choice.delta())
-                scores += len(deltas[-1].prompt_logprobs)
+            if choice.closed:
+                continue
+            delta = choice.delta()
+            # A choice that was rewound to where it stands has nothing new.
+            if delta.tokens or delta.finish or delta.prompt_logprobs:
+                deltas.append(delta)
+                scores += len(delta.prompt_logprobs)
                 choice.mark_sent()
         return deltas

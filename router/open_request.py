@@ -126,7 +126,8 @@ class OpenRequest:
         request, reader = self.request, self._reader
         if reader is not None and attempt == request.attempt and 0 <= choice < len(self._choices):
             state = self._choices[choice]
-            if first_index == len(state.tokens) and not state.finished and self.story.first_token_s is not None:
+            follows = tokens and first_index == len(state.tokens)
+            if follows and not state.finished and self.story.first_token_s is not None:
                 state.tokens += tokens
                 try:
                     reader.tokens(choice, first_index, tokens)

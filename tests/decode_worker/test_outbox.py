@@ -114,6 +114,23 @@ async def test_a_new_reader_gets_what_was_rewound_and_the_former_ends() -> None:
     assert outbox.idle_since is not None
 
 
+async def test_a_reader_that_missed_nothing_is_told_nothing() -> None:
+    outbox, record = Outbox("router", 0.01), make_record()
+    choice, messages = record.choices[0], outbox.messages(outbox.attach())
+    grow(choice, 1, 2)
+    outbox.mark(choice)
+    outbox.flush()
+    await read(messages)
+    messages = outbox.messages(outbox.attach())
+    choice.rewind(2)
+    outbox.mark(choice)
+    assert await read(messages) == [], "a heartbeat"
+    grow(choice, 3)
+    outbox.mark(choice)
+    outbox.flush()
+    assert [(delta.first_index, delta.tokens) for delta in await read(messages)] == [(2, (3,))]
+
+
 async def test_the_end_is_sent_again_to_a_router_that_missed_it() -> None:
     outbox, record = Outbox("router", 100.0), make_record()
     choice = record.choices[0]

@@ -101,6 +101,7 @@ class Fragile:
     def __init__(self, bad: int) -> None:
         self.bad = bad
         self.seen: list[int] = []
+        self.deltas = 0
 
     def tokens(self, choice: int, first_index: int, tokens: Sequence[int]) -> None:
         self.delta(Delta("", 0, choice, first_index, tuple(tokens)))
@@ -109,6 +110,7 @@ class Fragile:
         if self.bad in delta.tokens:
             raise RuntimeError("cannot read this")
         self.seen += delta.tokens
+        self.deltas += 1
 
 
 async def test_plain_tokens_are_told_at_once_and_a_failing_reader_hurts_only_itself() -> None:
@@ -120,6 +122,7 @@ async def test_plain_tokens_are_told_at_once_and_a_failing_reader_hurts_only_its
     assert record.push_tokens(1, 0, 1, [2]) == record.push_tokens(1, 0, 1, [2, 3]) == ""
     assert record.push_tokens(0, 0, 3, [4]) == record.push_tokens(1, 9, 3, [4]) == "", "another attempt, no such choice"
     assert reader.seen == [1, 2, 3]
+    assert record.push_tokens(1, 0, 3, []) == "" and reader.deltas == 3, "a worker that was asked to go on, and has not"
     assert "tokens 3 to 4 were lost" in record.push_tokens(1, 0, 5, [4])
     assert record.push_tokens(1, 0, 3, [7]) == ""
     with pytest.raises(RuntimeError, match="cannot read"):
