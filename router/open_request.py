@@ -37,8 +37,9 @@ class _Choice:
 class OpenRequest:
     """What has come of each choice; its one reader is told at once, or of all there is when it begins to follow.
 
-    max_buffered: tokens of each choice that may wait for the reader. One message may bring many of every choice: a
-    worker merges what it made while this process had no time to read.
+    max_buffered: scored tokens of each choice that may wait for the reader; one message may bring many of every choice:
+    a worker merges what it made while this process had no time to read. Others wait at no cost, among the tokens that
+    are kept of each choice anyway: whoever asked for many prompts at once reads none before the last one is taken.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class OpenRequest:
         self._choices = [_Choice() for _ in range(request.choices)]
         self._buffer: deque[Delta] = deque()
         self._buffered = 0
+        self._waiting: dict[int, int] = {}
+        """By choice: from where on its tokens wait for the reader, behind what is buffered."""
         self._reader: Reader | None = None
         self._done: asyncio.Future[None] | None = None
         """What the reader's `follow` waits for."""
@@ -104,10 +107,13 @@ class OpenRequest:
         self.request = self.request.again()
         self._choices = [_Choice() for _ in self._choices]
         self._buffer.clear()
+        self._waiting.clear()
         self._buffered = 0
 
     async def follow(self, reader: Reader) -> None:
         """See `router.backend.Accepted`."""
+        for number in list(self._waiting):
+            self._gather(number)
         while self._buffer:
             delta = self._buffer.popleft()
             self._buffered -= _weight(delta)
@@ -152,7 +158,8 @@ class OpenRequest:
         delta = _without_first(delta, choice.next_index - delta.first_index)
         if not (delta.tokens or delta.finish or delta.prompt_logprobs):
             return ""
-        if self._buffered and self._buffered + _weight(delta) > self._max_buffered:
+        weight = _weight(delta)
+        if weight and self._buffered and self._buffered + weight > self._max_buffered:
             return f"the client reads too slowly: more than {self._max_buffered} tokens wait for it"
         choice.tokens += delta.tokens
         choice.finished = delta.finish is not None
@@ -182,8 +189,12 @@ class OpenRequest:
 
     def _put(self, delta: Delta) -> None:
         if self._reader is None or self._done is None:
+            if not (weight := _weight(delta)):
+                self._waiting.setdefault(delta.choice, delta.first_index)
+                return
+            self._gather(delta.choice, delta.first_index)
             self._buffer.append(delta)
-            self._buffered += _weight(delta)
+            self._buffered += weight
             return
         try:
             self._reader.delta(delta)
@@ -191,6 +202,13 @@ class OpenRequest:
             self._failed(error)
         if self.finished and not self._done.done():
             self._done.set_result(None)
+
+    def _gather(self, number: int, end: int | None = None) -> None:
+        """Buffers a choice's waiting tokens, up to index `end`, as one delta."""
+        start = self._waiting.pop(number, None)
+        if start is not None:
+            tokens = tuple(self._choices[number].tokens[start:end])
+            self._buffer.append(Delta(self.request.request_id, self.request.attempt, number, start, tokens))
 
     def _failed(self, error: Exception) -> None:
         """The reader cannot go on."""
@@ -200,7 +218,9 @@ class OpenRequest:
 
 
 def _weight(delta: Delta) -> int:
-    return len(delta.tokens) or 1
+    """What it counts in the buffer; nothing where it tells of tokens alone."""
+    more = delta.logprobs or delta.prompt_logprobs or delta.usage or delta.finish
+    return (len(delta.logprobs) or 1) if more else 0
 
 
 def _without_first(delta: Delta, repeated: int) -> Delta:

@@ -233,7 +233,8 @@ class Api:
             timer.received()
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
-                events = EventStream(Streaming(answer, out, timer).produce, self._config.stream_queue, self._flusher)
+                produce, limit = Streaming(answer, out, timer).produce, self._config.stream_queue
+                events = EventStream(produce, limit, self._flusher, len(answer.choices))
                 events.headers[ROUTE_HEADER] = answer.route()
                 return events
             whole = await while_connected(request.receive, _collect(answer, out))

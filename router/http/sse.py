@@ -13,6 +13,8 @@ from router.http.body import wait_disconnect
 
 DIRECT = "tandem.direct"
 """The scope's extension that writes the body without ASGI's calls, which cost more than all else of a token."""
+MANY_BYTES = 16 << 20
+"""What the events of many choices may take together; as many as one choice may have, may be larger."""
 
 
 class SlowClient(Exception):
@@ -53,12 +55,14 @@ class EventBuffer:
     Written directly while the client reads; what it does not take waits for `take`, up to a limit.
     """
 
-    def __init__(self, limit: int, flusher: Flusher, direct: DirectBody | None = None) -> None:
-        """limit: events held at most."""
+    def __init__(self, limit: int, flusher: Flusher, direct: DirectBody | None = None, choices: int = 1) -> None:
+        """limit: events of each choice held at most."""
         self._limit = limit
+        self._choices = choices
         self._flusher = flusher
         self._direct = direct
         self._events: list[bytes] = []
+        self._bytes = 0
         self._wake = asyncio.Event()
         self._taken = False
         """What was taken may not be written yet: nothing may overtake it."""
@@ -68,9 +72,13 @@ class EventBuffer:
         """Adds an event. Raises SlowClient when the buffer is full."""
         events = self._events
         if not events:
+            self._bytes = 0
             self._flusher.mark(self)
-        elif len(events) >= self._limit:
+        elif len(events) >= self._limit and (
+            len(events) >= self._limit * self._choices or self._bytes + len(event) > MANY_BYTES
+        ):
             raise SlowClient
+        self._bytes += len(event)
         events.append(event)
 
     def flush(self) -> None:
@@ -109,17 +117,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, produce: Produce, limit: int, flusher: Flusher) -> None:
-        """limit: events buffered for a slow client before it is cut."""
+    def __init__(self, produce: Produce, limit: int, flusher: Flusher, choices: int = 1) -> None:
+        """limit: events of each choice buffered for a slow client before it is cut."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._produce = produce
         self._limit = limit
         self._flusher = flusher
+        self._choices = choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        buffer = EventBuffer(self._limit, self._flusher, scope.get("extensions", {}).get(DIRECT))
+        direct = scope.get("extensions", {}).get(DIRECT)
+        buffer = EventBuffer(self._limit, self._flusher, direct, self._choices)
         producer = asyncio.ensure_future(self._run(buffer))
         sender = asyncio.ensure_future(self._send(buffer, send))
         watch = asyncio.ensure_future(wait_disconnect(receive))

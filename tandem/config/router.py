@@ -105,7 +105,7 @@ class RouterConfig(ProcessConfig, TracedSettings):
         10.0, description="seconds after which a silent worker is forgotten"
     )
     stream_queue: Annotated[int, Field(ge=1), COUNT] = Field(
-        4096, description="tokens buffered for one slow reader before it is cut"
+        4096, description="tokens of each choice buffered for one slow reader before it is cut"
     )
     drain_s: Annotated[float, Field(ge=0), IN_SECONDS] = Field(
         30.0, description="seconds that answers under way get to end after SIGTERM; a second signal ends them at once"

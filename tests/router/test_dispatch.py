@@ -14,7 +14,7 @@ from tandem.kv import BLOCK_TOKENS, HashRoot, block_hashes
 from tandem.testing.polling import eventually
 from tandem.testing.router import Deltas
 from tandem.testing.workers import MODEL, FakeWorker, answer
-from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
+from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 from tests.router.dispatch_cluster import STOP, cluster, read, request
 
 
@@ -138,7 +138,8 @@ async def test_a_slow_reader_is_cut_alone() -> None:
         first, second = worker.submissions
         reading = asyncio.create_task(read(quick))
         for index in range(20):
-            worker.send(answer(first, [index], index), answer(second, [index], index))
+            scores = (TokenLogprob(index, -1.0),)
+            worker.send(answer(first, [index], index, logprobs=scores), answer(second, [index], index, logprobs=scores))
         worker.send(answer(second, [20], 20, **STOP))
         assert len(await reading) == 21
         deltas = await read(slow)

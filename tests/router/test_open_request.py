@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.explain.story import Story
 from router.open_request import Chain, OpenRequest
 from tandem.testing.router import Deltas
-from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob, Usage
 
 LENGTH = 12
 SLICES = st.lists(
@@ -84,6 +84,24 @@ def test_a_message_with_many_tokens_of_each_choice_cuts_nobody() -> None:
     record = make(choices=2, max_buffered=4)
     assert [record.push(delta(choice, 0, 4)) for choice in (0, 1)] == ["", ""]
     assert "more than 8 tokens wait" in record.push(delta(0, 4, 5))
+
+
+def test_tokens_alone_wait_together_however_many() -> None:
+    """Who asked for several prompts at once reads none before all of them are taken."""
+    record = make(choices=2, max_buffered=4)
+    usage = Usage(1, 1, 0)
+    for choice in (0, 1):
+        assert record.push(Delta("r", 1, choice, 0, (0,), usage=usage)) == ""
+    for index in range(1, 100):
+        for choice in (0, 1):
+            assert record.push_tokens(1, choice, index, [index]) == ""
+    assert record.push(Delta("r", 1, 0, 100, (100,), finish=FinishReason.LENGTH)) == ""
+    record.end(FinishReason.CANCELLED)
+    deltas = asyncio.run(drain(record))
+    assert [(d.first_index, d.tokens) for d in deltas if d.choice] == [(0, (0,)), (1, tuple(range(1, 100))), (100, ())]
+    assert [(d.first_index, d.tokens) for d in deltas if not d.choice] == [
+        (0, (0,)), (1, tuple(range(1, 100))), (100, (100,)),
+    ]  # fmt: skip
 
 
 def test_a_new_attempt_starts_from_nothing() -> None:

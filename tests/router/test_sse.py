@@ -124,6 +124,20 @@ async def test_a_full_buffer_refuses() -> None:
     assert await buffer.take() == b""
 
 
+async def test_many_choices_may_have_more_events_and_together_not_too_many_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.http.sse.MANY_BYTES", 10)
+    for event, held in ((b"x", 6), (b"xxxx", 2), (b"x" * 20, 2)):
+        buffer = EventBuffer(2, Flusher(), choices=3)
+        for _ in range(2):  # what was taken does not count
+            for _ in range(held):
+                buffer.put(event)
+            with pytest.raises(SlowClient):
+                buffer.put(event)
+            assert await buffer.take() == event * held
+
+
 class Direct:
     """A transport that is written to without ASGI, while `open`."""
 
