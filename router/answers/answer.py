@@ -68,12 +68,7 @@ class Answer:
         try:
             accepted = list(await asyncio.gather(*submits))
         except BaseException:
-            for submit in submits:
-                submit.cancel()
-            results = await asyncio.gather(*submits, return_exceptions=True)
-            for result in results:
-                if not isinstance(result, BaseException):
-                    await result.cancel()
+            await asyncio.shield(_withdraw(submits))  # to its end, also if the client goes away meanwhile
             raise
         return cls(job, accepted, text, timer)
 
@@ -183,6 +178,15 @@ class _Follower:
             self._cut |= delta.finish is None
         if not self.open and self._cut:
             self._satisfied()
+
+
+async def _withdraw(submits: Sequence[asyncio.Future[Accepted]]) -> None:
+    """Ends submissions, and cancels what was taken all at once: a worker may take its time to answer."""
+    for submit in submits:
+        submit.cancel()
+    results = await asyncio.gather(*submits, return_exceptions=True)
+    taken = [result.cancel() for result in results if not isinstance(result, BaseException)]
+    await asyncio.gather(*taken, return_exceptions=True)
 
 
 def _first(errors: ExceptionGroup[Exception]) -> Exception:

@@ -1,0 +1,67 @@
+"""One HTTP request at work: prompts that are taken together, or not at all, and what is counted of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from router.answers.answer import Answer
+from router.requests.defaults import GenerationDefaults
+from router.requests.formats import ModelFormats
+from router.requests.job import Endpoint, Job, completion_job
+from router.requests.openai import CompletionBody, parse
+from tandem.cluster import new_id
+from tandem.errors import Overloaded
+from tandem.testing.router import FakeAccepted
+from tandem.types import GenerateRequest
+
+
+async def job_of(world: Any, **fields: Any) -> Job:
+    endpoint = Endpoint(new_id(), world.dispatcher.info, "tiny", world.text, GenerationDefaults(), ModelFormats())
+    return await completion_job(parse(CompletionBody, json.dumps(fields).encode()), endpoint)
+
+
+class Full:
+    """Takes what it is sent but the last of `prompts`; workers answer a Cancel when `answer` is set."""
+
+    def __init__(self, world: Any, prompts: int) -> None:
+        self.world = world
+        self.left = prompts
+        self.answer = asyncio.Event()
+        self.asked = 0
+        self.cancelled = 0
+
+    async def submit(self, request: GenerateRequest) -> FakeAccepted:
+        self.left -= 1
+        if not self.left:
+            raise Overloaded("full")
+        accepted: FakeAccepted = await self.world.dispatcher.submit(request)
+        accepted.cancel = self.cancel  # type: ignore[method-assign]
+        return accepted
+
+    async def cancel(self) -> None:
+        self.asked += 1
+        await self.answer.wait()
+        self.cancelled += 1
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_refused_prompt_cancels_the_others_at_once_whoever_waits(world: Any, leaves: bool) -> None:
+    full, job = Full(world, 5), await job_of(world, prompt=["x"] * 5)
+    starting = asyncio.ensure_future(Answer.start(job, full, world.text, world.metrics.start("completion")))  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        while full.asked < 4:
+            await asyncio.sleep(0)
+    if leaves:
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    full.answer.set()
+    if not leaves:
+        with pytest.raises(Overloaded):
+            await starting
+    await asyncio.sleep(0)
+    assert full.cancelled == 4
