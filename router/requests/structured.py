@@ -60,11 +60,18 @@ def _response_format(value: Any, field: str) -> Read:
         case "structural_tag":
             return GrammarKind.STRUCTURAL_TAG, _json(value, field)
         case "regex":
-            return _text(GrammarKind.REGEX)(value.get("pattern"), field)
+            return GrammarKind.REGEX, _named_text(value, "pattern", field)
         case "ebnf" | "grammar":
-            return _text(GrammarKind.EBNF)(value.get("grammar"), field)
+            return GrammarKind.EBNF, _named_text(value, "grammar", field)
     kinds = "text, json_object, json_schema, structural_tag, regex, ebnf"
     raise BadRequest(f"{field}.type must be one of {kinds}", field)
+
+
+def _named_text(value: dict[str, Any], name: str, field: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str) or not text:
+        raise BadRequest(f"{field}.{name} must be a string that is not empty", field)
+    return plain_text(text, field)
 
 
 def _any_schema(value: Any, field: str) -> Read:

@@ -50,3 +50,17 @@ def test_a_schema_in_text_is_as_deep_as_one_in_the_body_may_be() -> None:
         with pytest.raises(BadRequest, match=said) as refused:
             grammar_of(CompletionBody.model_validate({"prompt": "x", "guided_json": "[" * depth + "]" * depth}))
         assert refused.value.param == "guided_json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "made"),
+    [("regex", "pattern", GrammarKind.REGEX), ("ebnf", "grammar", GrammarKind.EBNF),
+     ("grammar", "grammar", GrammarKind.EBNF)],
+)  # fmt: skip
+def test_a_format_without_its_text_is_refused_and_not_free(kind: str, key: str, made: GrammarKind) -> None:
+    for fields in ({}, {key: None}, {key: ""}, {key: 1}, {kind + "s": "a"}):
+        with pytest.raises(BadRequest, match=f"response_format.{key} must be a string") as refused:
+            grammar_of(CompletionBody.model_validate({"prompt": "x", "response_format": {"type": kind, **fields}}))
+        assert refused.value.param == "response_format"
+    asked = {"type": kind, key: "a"}
+    assert grammar_of(CompletionBody.model_validate({"prompt": "x", "response_format": asked})) == Grammar(made, "a")
