@@ -31,6 +31,8 @@ class Sample:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    first_tokens: int = 0
+    """Output tokens of the first chunk with output; 0 unless the server tells the usage with each chunk."""
     text: str = ""
     error: str = ""
     """A few words that count as a kind; empty for success."""
@@ -38,11 +40,14 @@ class Sample:
 
     def take(self, chunk: dict[str, Any], now: float) -> None:
         """One event of the stream."""
+        before = len(self.chunks)
         for choice in chunk.get("choices") or ():
             if (piece := _output(choice)) is not None:
                 self.chunks.append(now)
                 self.text += piece
         if usage := chunk.get("usage"):
+            if self.chunks and not before:
+                self.first_tokens = usage["completion_tokens"]
             self.prompt_tokens, self.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
             self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 

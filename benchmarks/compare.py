@@ -37,6 +37,7 @@ FIGURES: dict[str, tuple[str, Callable[[Report], float]]] = {
     "ttft_p99_ms": ("TTFT p99, ms", lambda r: r.ttft.p99),
     "tpot_p50_ms": ("TPOT p50, ms", lambda r: r.tpot.p50),
     "tpot_p99_ms": ("TPOT p99, ms", lambda r: r.tpot.p99),
+    "tpot_none": ("answers without TPOT", lambda r: float(r.tpot_none)),
     "end_to_end_p50_ms": ("end to end p50, ms", lambda r: r.end_to_end.p50),
     "cached_share": ("cached share", lambda r: r.cached_share),
     "errors": ("errors", lambda r: float(sum(r.errors.values()))),

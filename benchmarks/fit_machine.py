@@ -35,7 +35,7 @@ from rich.console import Console
 
 from benchmarks.client import Sample
 from benchmarks.load import Endpoint, Load, run
-from benchmarks.report import tpot, ttft
+from benchmarks.report import tpots, ttft
 from benchmarks.shapes import checkpoint
 from benchmarks.systems import Peers, Server, Setting, StartError, server
 from benchmarks.workloads import Conversation, Shape, Turn, make
@@ -114,8 +114,13 @@ def fit_steps(intervals: Iterable[Counts]) -> StepTiming:
 
 
 def fit_pause(timing: StepTiming, answers: Sequence[Sample]) -> float:
-    """Milliseconds between two steps, from answers that came alone: a worker takes them beside what its steps count."""
-    return max(0.0, median(tpot(each) * 1e3 for each in answers) - timing.base_ms - timing.per_token_ms)
+    """Milliseconds between two steps, from answers that came alone: a worker takes them beside what its steps count.
+
+    Raises ValueError when each answer came in one chunk.
+    """
+    if not (paces := tpots(answers)):
+        raise ValueError("answers came in one chunk each, which says nothing of what lies between steps")
+    return max(0.0, median(paces) * 1e3 - timing.base_ms - timing.per_token_ms)
 
 
 def fit_around(timing: StepTiming, warm: Sequence[Sample]) -> float:

@@ -1,8 +1,15 @@
 """What was measured, in the words of the field, and how it is shown.
 
 TTFT: from sending a request to its first chunk of output. ITL: between two successive chunks. TPOT: by request, the
-time from the first to the last chunk over the output tokens after the first; unlike ITL it does not depend on how many
-tokens a server puts into a chunk. Goodput: requests a second that kept every service level objective asked for.
+time from the first to the last chunk over the output tokens after the first chunk; unlike ITL it does not depend on how
+many tokens a server puts into the later ones. Goodput: requests a second that kept every service level objective asked
+for.
+
+How many tokens the first chunk had cannot be seen in its text. It is known only where a server tells the usage with
+each chunk (`--extra 'stream_options={"include_usage":true,"continuous_usage_stats":true}'` asks Tandem and vLLM for it,
+and costs a server something for each chunk); elsewhere it is taken to be one, which makes TPOT too low by a factor of
+(n - k) / (n - 1) for k of n tokens. An answer in one chunk has no TPOT: it is in no percentile, and is held to an
+objective by its whole time over all its tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +74,7 @@ class Objective:
         return not (
             sample.error
             or (self.ttft_ms and ttft(sample) * 1e3 > self.ttft_ms)
-            or (self.tpot_ms and tpot(sample) * 1e3 > self.tpot_ms)
+            or (self.tpot_ms and _pace(sample) * 1e3 > self.tpot_ms)
         )
 
 
@@ -89,6 +96,10 @@ class Report:
     ttft: Latency
     itl: Latency
     tpot: Latency
+    tpot_none: int
+    """Answers of several tokens whose TPOT cannot be known, such as those in one chunk."""
+    tpot_assumed: int
+    """Answers whose first chunk was taken to have one token, since the server did not say."""
     end_to_end: Latency
     goodput_per_s: float | None
     """None when no objective was given."""
@@ -103,11 +114,25 @@ def ttft(sample: Sample) -> float:
     return (sample.chunks[0] if sample.chunks else sample.ended) - sample.started
 
 
-def tpot(sample: Sample) -> float:
-    """Seconds for each output token after the first; 0 if there is none."""
-    if sample.output_tokens < 2 or len(sample.chunks) < 2:
+def tpot(sample: Sample) -> float | None:
+    """Seconds for each output token after the first chunk; None if nothing was seen to come after it."""
+    later = sample.output_tokens - (sample.first_tokens or 1)
+    if later < 1 or len(sample.chunks) < 2:
+        return None
+    return (sample.chunks[-1] - sample.chunks[0]) / later
+
+
+def tpots(samples: Sequence[Sample]) -> list[float]:
+    """Of those that have one."""
+    return [found for found in map(tpot, samples) if found is not None]
+
+
+def _pace(sample: Sample) -> float:
+    """What an objective for TPOT is asked of. One token has no pace."""
+    if sample.output_tokens < 2:
         return 0.0
-    return (sample.chunks[-1] - sample.chunks[0]) / (sample.output_tokens - 1)
+    known = tpot(sample)
+    return (sample.ended - sample.started) / sample.output_tokens if known is None else known
 
 
 def summarize(measured: Measured, objective: Objective | None = None) -> Report:
@@ -128,7 +153,9 @@ def summarize(measured: Measured, objective: Objective | None = None) -> Report:
         cached_share=sum(s.cached_tokens for s in good) / prompts if prompts else 0.0,
         ttft=Latency.of([ttft(s) for s in good]),
         itl=Latency.of([after - before for s in good for before, after in pairwise(s.chunks)]),
-        tpot=Latency.of([tpot(s) for s in good if s.output_tokens > 1]),
+        tpot=Latency.of(tpots(good)),
+        tpot_none=sum(s.output_tokens > 1 and tpot(s) is None for s in good),
+        tpot_assumed=sum(not s.first_tokens and tpot(s) is not None for s in good),
         end_to_end=Latency.of([s.ended - s.started for s in good]),
         goodput_per_s=None if kept is None else kept / seconds,
         goodput_share=None if kept is None else kept / max(1, len(measured.samples)),
@@ -159,6 +186,8 @@ def show(report: Report, title: str) -> None:
     sums.add_row("requests/s", f"{report.requests_per_s:.2f}")
     if report.goodput_per_s is not None and report.goodput_share is not None:
         sums.add_row("goodput, requests/s", f"{report.goodput_per_s:.2f} ({report.goodput_share:.0%} of all)")
+    sums.add_row("answers without TPOT", f"{report.tpot_none} of {report.requests - failed}")
+    sums.add_row("TPOT if first chunk has 1", f"{report.tpot_assumed} of {report.requests - failed}")
     sums.add_row("prompt tokens cached", f"{report.cached_share:.1%} of {report.prompt_tokens}")
     sums.add_row("load generator", f"{report.client_cpu_share:.1%} of one core")
     for kind, count in report.errors.items():
@@ -195,7 +224,7 @@ def plot(path: Path, measured: Measured, title: str) -> None:
         axes,
         {
             "time to first token": sorted(ttft(s) * 1e3 for s in good),
-            "time per output token": sorted(tpot(s) * 1e3 for s in good if s.output_tokens > 1),
+            "time per output token": sorted(found * 1e3 for found in tpots(good)),
         }.items(),
         strict=False,
     ):

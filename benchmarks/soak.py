@@ -4,10 +4,12 @@ Two routers, two prefill and two decode workers, real processes and NIXL. One of
 for some seconds now and then, as all are, but never ended, so that its memory can be judged; the others are killed,
 ended and restarted in turns. Half of the clients use either router. An error counts as a router's own when that
 router was struck while the request ran; every other one is unexplained, and so is whatever is still held at the end.
+As many requests must have ended, in whatever way, as were begun.
 
     python -m benchmarks.soak [--minutes 30] [--mix even] [--policy cost] [--rate 2] [--seed 0]
 
-A process is flat when the lower end of its slope's interval is at most `FLAT_MIB_MIN`.
+What a process's slope shows, `benchmarks/soak_watch.py` says. Each spared process must have one, which takes some
+minutes; one of those that are struck may live too short.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pathlib import Path
 import grpc
 
 from benchmarks.soak_clients import MIXES, Clients, End
-from benchmarks.soak_watch import Watch, after, slope
+from benchmarks.soak_watch import FLAT_MIB_MIN, GROWS, NOT_JUDGED, NOT_SHOWN, Watch, after, slope, verdict
 from tandem.obs import REQUESTS_QUEUED, REQUESTS_RUNNING
 from tandem.ports import free_ports
 from tandem.testing.cluster import Cluster, Process, cluster
@@ -49,7 +51,6 @@ MOST_OPEN = 48
 """Requests at once; more are not begun, so that a slow machine is not buried."""
 QUIET_S = 20.0
 WARM_SHARE = 1 / 3
-FLAT_MIB_MIN = 0.1
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
 SMALL_STORES = (
     "--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096", "--turn-cache-mib", "1"
@@ -78,7 +79,10 @@ class Report:
     """What is still held after all clients have gone."""
     grown: list[tuple[str, float, str, list[str]]] = field(default_factory=list)
     """Name, minutes of its longest life, memory at its end, and a slope for each figure."""
-    steep: list[str] = field(default_factory=list)
+    verdicts: dict[str, str] = field(default_factory=dict)
+    """What each process's memory shows, as `benchmarks.soak_watch.verdict` says."""
+    begun: int = 0
+    """Requests; each must be among the ends."""
     skipped: int = 0
     late: list[str] = field(default_factory=list)
     """Faults after which not everybody served again within `tandem.testing.cluster.START_S`."""
@@ -86,6 +90,16 @@ class Report:
     def unexplained(self) -> list[End]:
         """Errors and losses that no fault explains."""
         return [end for end in self.ends if end.outcome == "lost" or (end.outcome == "error" and not self.reason(end))]
+
+    def judged(self, as_what: str) -> list[str]:
+        """The processes of which this is the verdict."""
+        return [name for name, found in self.verdicts.items() if found == as_what]
+
+    def failed(self) -> bool:
+        """Whether anything is unexplained, vanished, held, late, grows, or was to be judged and was not."""
+        unjudged = set(SPARED) - {name for name, found in self.verdicts.items() if found != NOT_JUDGED}
+        wrong = self.unexplained() or self.held or self.late or self.judged(GROWS) or unjudged
+        return bool(wrong) or len(self.ends) != self.begun
 
     def reason(self, end: End) -> str:
         """What a request's error is owed to; empty for nothing. A stop is no reason for one."""
@@ -104,13 +118,15 @@ class Report:
         told = Counter(f"{self.reason(end)}: {end.cause}" for end in errors)
         wrong = Counter(f"{end.kind}: {end.outcome}: {end.cause}" for end in self.unexplained())
         lines = [
-            f"{len(self.ends)} requests ({self.skipped} not begun): {dict(outcomes)}; "
-            f"{len(self.faults)} faults: {dict(kinds)}",
+            f"{self.begun} requests ({self.skipped} more not begun), of which {len(self.ends)} ended: "
+            f"{dict(outcomes)}; {len(self.faults)} faults: {dict(kinds)}",
             f"- errors that a fault explains: {dict(told) or 'none'}",
             f"- unexplained: {dict(wrong) or 'none'}",
             f"- not everybody back in time after: {', '.join(self.late) or 'none'}",
             f"- held at the end: {'; '.join(self.held) or 'nothing'}",
-            f"- steeper than {FLAT_MIB_MIN} MiB/min: {', '.join(self.steep) or 'none'}",
+            f"- grows, by more than {FLAT_MIB_MIN} MiB/min: {', '.join(self.judged(GROWS)) or 'none'}",
+            f"- neither that nor flat is shown: {', '.join(self.judged(NOT_SHOWN)) or 'none'}",
+            f"- not judged, lived too short: {', '.join(self.judged(NOT_JUDGED)) or 'none'}",
             "",
             "Growth a minute after the first third, of memory in MiB; *own* is what no file backs.",
             "",
@@ -155,17 +171,20 @@ class Soak:
 
     async def _load(self, until: float, rate: float) -> None:
         """Requests at random moments, `rate` a second, whatever became of those before."""
-        open_now: set[asyncio.Task[End]] = set()
+        open_now: set[asyncio.Task[None]] = set()
         while time.monotonic() < until:
             await asyncio.sleep(self._source.expovariate(rate))
             if len(open_now) >= MOST_OPEN:
                 self.report.skipped += 1
                 continue
-            task = asyncio.create_task(self._clients.ask())
+            task = asyncio.create_task(self._one())
             open_now.add(task)
             task.add_done_callback(open_now.discard)
-            task.add_done_callback(lambda ended: self.report.ends.append(ended.result()))
         await asyncio.gather(*open_now)
+
+    async def _one(self) -> None:
+        self.report.begun += 1
+        self.report.ends.append(await self._clients.ask())
 
     async def _disturb(self, until: float, fault_s: float) -> None:
         """Strikes another process each time, and comes round to each kind."""
@@ -228,15 +247,15 @@ class Soak:
             return ["it does not answer"]
 
     def _judge(self, warm_s: float) -> None:
+        # A spared process that nobody ever saw alive is named too.
+        self.report.verdicts = dict.fromkeys(SPARED, NOT_JUDGED)
         for name, life in self.watch.longest().items():
             warm = after(life, warm_s)
             slopes = {figure: slope(warm, figure) for figure in FIGURES}
             minutes, last = (life[-1].at_s - life[0].at_s) / 60, life[-1].figures
             end = f"{last['rss']:.0f} / {last['pss']:.0f} / {last['own']:.0f}"
             self.report.grown.append((name, minutes, end, [str(slopes[figure] or "-") for figure in FIGURES]))
-            grows = [slopes[figure] for figure in ("rss", "own")]
-            if any(found is not None and found.low > FLAT_MIB_MIN for found in grows):
-                self.report.steep.append(name)
+            self.report.verdicts[name] = verdict([slopes[figure] for figure in ("rss", "own")])
 
 
 @contextlib.contextmanager
@@ -262,7 +281,7 @@ def running_cluster(folder: Path, policy: str, workers: int = WORKERS) -> Iterat
 
 
 def main() -> int:
-    """Prints the report; 1 for anything lost, unexplained, held, steep or late."""
+    """Prints the report; 1 for what `Report.failed` names."""
     parser = argparse.ArgumentParser(description="Mixed load, faults, and what grows")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--fault-s", type=float, default=30.0, help="seconds from a fault to the next")
@@ -281,7 +300,7 @@ def main() -> int:
         sys.stdout.write(f"{given.minutes:g} min, {heading}: {report.text()}\n")
         if given.raw is not None:
             soak.write(given.raw)
-    return 1 if report.unexplained() or report.held or report.steep or report.late else 0
+    return 1 if report.failed() else 0
 
 
 if __name__ == "__main__":

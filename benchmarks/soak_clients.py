@@ -1,13 +1,15 @@
 """The clients of a soak: eight ways to ask, and what each must be given for its answer to count as one.
 
 An answer that ends cleanly but too early, is no valid JSON under a schema, or differs from what the same greedy prompt
-was answered before, is *lost*: no client could notice. An error is one that a client is told.
+was answered before, is *lost*: no client could notice. An error is one that a client is told. Whatever a client does
+not foresee, such as an event that is no JSON, is lost too: it must not vanish with the task that met it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import socket
 import string
@@ -20,6 +22,8 @@ import httpx
 import jsonschema
 
 from tandem.testing.schemas import random_schema
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 90.0
 """A stream that has no end by then is lost."""
@@ -117,6 +121,15 @@ class Clients:
         """Draws a request, asks it at a router drawn at random, and judges its end."""
         (kind,) = self._source.choices(list(self._mix), list(self._mix.values()))
         door, begun = self._source.randrange(len(self._doors)), time.monotonic()
+        try:
+            outcome, cause = await self._outcome(kind, door)
+        except Exception as error:
+            log.exception("a client met what it does not foresee")
+            outcome, cause = "lost", f"{type(error).__name__}: {str(error)[:90]}"
+        return End(kind, outcome, cause, door, begun, time.monotonic())
+
+    async def _outcome(self, kind: str, door: int) -> tuple[str, str]:
+        """Asks; how it ended, and why so."""
         path, body, chat = self._draw(kind)
         leaves = self._source.uniform(0.0, PATIENCE_S) if kind == "leaves" else None
         stalls = kind == "slow" and self._source.random() < 0.3
@@ -137,7 +150,7 @@ class Clients:
             outcome, cause = "error", type(error).__name__
         if chat is not None and outcome == "answered":
             self._chats.append([*chat, {"role": "assistant", "content": reply.texts[0]}])
-        return End(kind, outcome, cause, door, begun, time.monotonic())
+        return outcome, cause
 
     async def _read(
         self, client: httpx.AsyncClient, path: str, body: dict[str, Any], reply: Reply, pause_s: float, stalls: bool

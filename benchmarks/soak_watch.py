@@ -3,6 +3,9 @@
 A slope is Theil and Sen's, the median over all pairs of points: a spike, or a step while a cache fills, moves it
 little. Its interval is Sen's (1968), from Kendall's statistic; points are medians of half minutes, because samples
 that follow each other closely are not independent.
+
+What noise hides is not flat: a process is flat when the upper ends of its intervals are at most `FLAT_MIB_MIN`, it
+grows when a lower end is above, and between the two neither is shown.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from tandem.testing.cluster import Process
 SAMPLE_S = 5.0
 POINT_S = 30.0
 MIB = 1 << 20
+LEAST_POINTS = 5
+"""With fewer, not even the least and the largest of all pairs' slopes hold the true one with 95 %."""
+FLAT_MIB_MIN = 0.1
+FLAT, GROWS, NOT_SHOWN, NOT_JUDGED = "flat", "grows", "not shown", "not judged"
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,27 @@ class Slope:
 
 
 def theil_sen(points: Sequence[tuple[float, float]], confidence: float = 0.95) -> Slope:
-    """The median of all pairs' slopes, and its interval. Raises ValueError with fewer than three points."""
+    """The median of all pairs' slopes, and its interval. Raises ValueError with fewer than `LEAST_POINTS`."""
     count = len(points)
-    if count < 3:
+    if count < LEAST_POINTS:
         raise ValueError(f"{count} points have no slope with an interval")
     slopes = sorted((b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2))
     deviation = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
     width = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * deviation
-    low = max(0, math.floor((len(slopes) - width) / 2))
+    # Sen's limits are the M1-th and the (M2 + 1)-th slope, counted from one; broken ranks are rounded outward.
+    low = max(0, math.floor((len(slopes) - width) / 2) - 1)
     high = min(len(slopes) - 1, math.ceil((len(slopes) + width) / 2))
     return Slope(slopes[low], statistics.median(slopes), slopes[high])
+
+
+def verdict(slopes: Sequence[Slope | None]) -> str:
+    """What a process's slopes of memory show: `FLAT`, `GROWS`, `NOT_SHOWN`, or `NOT_JUDGED` where one has none."""
+    found = [each for each in slopes if each is not None]
+    if any(each.low > FLAT_MIB_MIN for each in found):
+        return GROWS
+    if not found or len(found) < len(slopes):
+        return NOT_JUDGED
+    return FLAT if all(each.high <= FLAT_MIB_MIN for each in found) else NOT_SHOWN
 
 
 def look(pid: int) -> dict[str, float] | None:
@@ -123,7 +141,7 @@ def after(life: Sequence[Sample], warm_s: float) -> list[Sample]:
 
 
 def slope(life: Sequence[Sample], figure: str) -> Slope | None:
-    """Growth of a figure a minute; None for a life too short for three points."""
+    """Growth of a figure a minute; None for a life too short for `LEAST_POINTS`."""
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in life:
         groups[int(sample.at_s // POINT_S)].append(sample)
@@ -131,4 +149,4 @@ def slope(life: Sequence[Sample], figure: str) -> Slope | None:
         (statistics.median(s.at_s for s in group) / 60, statistics.median(s.figures[figure] for s in group))
         for group in groups.values()
     ]
-    return theil_sen(points) if len(points) > 2 else None
+    return theil_sen(points) if len(points) >= LEAST_POINTS else None

@@ -55,6 +55,8 @@ def test_what_lies_between_steps_is_in_the_pace_of_answers() -> None:
     answers = [replace(sample(100, 9.0), chunks=[1.0, 1.0 + 9 * 2.5e-3], output_tokens=10) for _ in range(3)]
     assert fit_pause(TIMING, answers) == pytest.approx(0.4)
     assert fit_pause(TIMING, [replace(each, chunks=[1.0, 1.001]) for each in answers]) == 0.0
+    with pytest.raises(ValueError, match="in one chunk each"):
+        fit_pause(TIMING, [replace(each, chunks=[1.0]) for each in answers])
     load = Spent(9.0, 9.0, Counts(10, 0.5, 99)).with_pauses(0.4)
     assert load.steps.seconds == pytest.approx(0.504)
 

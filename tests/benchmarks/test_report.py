@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import compare
 from benchmarks.client import Sample
 from benchmarks.load import Measured
-from benchmarks.report import Latency, Objective, as_json, percentile, plot, summarize, tpot, ttft, write_json
+from benchmarks.report import Latency, Objective, as_json, percentile, plot, show, summarize, tpot, ttft, write_json
 
 
 def sample(first: float, gap: float, tokens: int, error: str = "", chunks: int | None = None) -> Sample:
@@ -36,7 +38,49 @@ def test_times_are_by_request() -> None:
     grouped = sample(0.5, 0.1, 11, chunks=3)
     assert tpot(grouped) == pytest.approx(0.02)
     assert ttft(sample(0.5, 0.02, 1, chunks=0)) == 1.0
-    assert tpot(sample(0.5, 0.02, 1)) == 0
+    assert tpot(sample(0.5, 0.02, 1)) is None
+
+
+def test_the_first_chunks_tokens_are_not_in_the_time_after_it() -> None:
+    """Ten tokens, 10 ms each, of which the first five come at once."""
+    five = dataclasses.replace(sample(0.5, 0.01, 10, chunks=6), first_tokens=5)
+    assert tpot(five) == pytest.approx(0.01)
+    assert tpot(dataclasses.replace(five, first_tokens=0)) == pytest.approx(0.05 / 9)
+    assert tpot(dataclasses.replace(five, first_tokens=10)) is None
+
+
+def test_an_answer_in_one_chunk_is_in_no_percentile_and_held_to_its_whole_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = sample(2.0, 0.0, 10, chunks=1)
+    samples = (whole, sample(0.1, 0.03, 10), sample(0.1, 0.03, 1))
+    for limit_ms, kept in ((20, 1), (31, 2), (210, 3)):
+        assert summarize(Measured(samples, 1.0, 0.0), Objective(tpot_ms=limit_ms)).goodput_per_s == kept
+    held_back = sample(2.0, 0.0, 10, chunks=0)  # all of its text was empty, and a second passed
+    for limit_ms, kept in ((99, 0), (101, 1)):
+        assert summarize(Measured((held_back,), 1.0, 0.0), Objective(tpot_ms=limit_ms)).goodput_per_s == kept
+    report = summarize(Measured(samples, 1.0, 0.0))
+    assert report.tpot.p50 == report.tpot.max == pytest.approx(30)
+    assert (report.tpot_none, report.tpot_assumed) == (1, 1)
+    show(report, "title")
+    told = capsys.readouterr().out.splitlines()
+    assert any("answers without TPOT" in line and "1 of 3" in line for line in told)
+    assert any("TPOT if first chunk has 1" in line and "1 of 3" in line for line in told)
+
+
+def test_a_server_may_say_what_the_first_chunk_had() -> None:
+    def chunk(text: str | None, tokens: int | None) -> dict[str, Any]:
+        delta = {"role": "assistant"} if text is None else {"content": text}
+        usage = None if tokens is None else {"prompt_tokens": 7, "completion_tokens": tokens}
+        return {"choices": [{"index": 0, "delta": delta}], "usage": usage}
+
+    told, silent = Sample(0.0, 9), Sample(0.0, 9)
+    for at, (text, tokens) in enumerate(((None, 0), ("abc", 3), ("de", 5), ("f", 9))):
+        told.take(chunk(text, tokens), float(at))
+        silent.take(chunk(text, None), float(at))
+    silent.take({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}}, 4.0)
+    assert (told.first_tokens, silent.first_tokens) == (3, 0)
+    assert (tpot(told), tpot(silent)) == (2 / 6, 2 / 8)
 
 
 def test_a_load_in_numbers() -> None:

@@ -31,6 +31,7 @@ async def test_a_minute_of_mixed_load_and_faults(tmp_path: Path) -> None:
         await soak.run(SECONDS, FAULT_S, rate=2.0)
     report = soak.report
     assert not report.unexplained() and not report.held, report.text()
+    assert report.begun == len(report.ends), report.text()
     assert len(report.faults) >= 3 and len(report.ends) > SECONDS, report.text()
     assert {end.kind for end in report.ends if end.outcome == "answered"} >= {"chat", "grammar", "several", "known"}
     lives = soak.watch.longest()
