@@ -1,10 +1,13 @@
-"""An abort storm: nine of ten clients go away at random moments. What do the others have of it, and what stays held?
+"""An abort storm: up to nine of ten clients go away at random moments. What do the others have of it, what stays held?
 
-Three kinds of round in turn, each with as many requests beginning at the same moments: `storm`, in which 89 % are
-given up while they wait, while their prompt is computed or moved, or while they generate; `stay`, the same offered load
-of which nobody goes away; and `alone`, only those that stay. Each request's own time counts, from its own begin to its
-last token: how long a round lasts says little, since requests begin over most of it. Throughput is output tokens over
-the sum of those times.
+Three kinds of round in turn, each with as many requests beginning at the same moments: `storm`, in which 89 % draw a
+moment to give up: while they wait, while their prompt is computed or moved, or while they generate; `stay`, the same
+offered load of which nobody goes away; and `alone`, only those that stay. The moments are drawn from nothing up to what
+an answer takes (the median of a round in which nobody goes), so that some answers end before theirs: these are not
+given up, and the report says how many were. Each request's own time counts, from its own begin to its last token: how
+long a round lasts says little, since requests begin over most of it. Throughput is output tokens over the sum of those
+times. Every prompt is drawn for its request alone: a cache has no more of one kind's than of another's, and the report
+says what it had.
 
 After each round a `pinned` one: as many requests, begun over a moment, are all given up at once, in whatever phase each
 is. From then on the routers' counters and every worker's audit (pages, cache handles, sequences, tickets, slab ranges,
@@ -20,12 +23,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +43,9 @@ from tandem.testing.cluster import Cluster, cluster
 
 REQUESTS = 100
 STAYING = 11
-"""Of each round's requests; 89 % are given up."""
+"""Of each round's requests; the other 89 % draw a moment to give up."""
 PROMPT_TOKENS = 200
+VOCABULARY = 250
 OUTPUT_TOKENS = 120
 KINDS = ("storm", "stay", "alone")
 POLL_S = 0.01
@@ -55,7 +61,10 @@ class Storm:
     own_s: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     first_s: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     """Until the first token."""
+    cached_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """Of the prompts of those that stay."""
     given_up: int = 0
+    """Of those that had drawn a moment; the others' answers ended before it."""
     pinned_s: list[float] = field(default_factory=list)
     """From the moment at which all went away until nothing was held, or infinity; of each round."""
     still_held: int = 0
@@ -65,20 +74,33 @@ class Storm:
         """Output tokens a second of those that stay, while each was served."""
         return OUTPUT_TOKENS * len(self.own_s[kind]) / sum(self.own_s[kind])
 
+    def cached_share(self, kind: str) -> float:
+        """Of the prompt tokens of those that stay, what a cache had."""
+        return self.cached_tokens[kind] / (PROMPT_TOKENS * len(self.own_s[kind]))
+
+    def add(self, kind: str, asked: Sequence[Asked], given_up: int) -> None:
+        """One round."""
+        self.own_s[kind] += [each.own_s for each in asked]
+        self.first_s[kind] += [each.first_s for each in asked]
+        self.cached_tokens[kind] += sum(each.cached_tokens for each in asked)
+        self.given_up += given_up
+
     def text(self) -> str:
         """All of it."""
         storm = self.throughput("storm")
+        drew = len(self.own_s["storm"]) * (REQUESTS - STAYING) // STAYING
         lines = [
             f"{kind}: {self.throughput(kind):.0f} tokens/s a request, first token after "
             f"{statistics.median(self.first_s[kind]) * 1000:.0f} ms, whole answer after "
-            f"{statistics.median(self.own_s[kind]) * 1000:.0f} ms (medians of {len(self.own_s[kind])})"
+            f"{statistics.median(self.own_s[kind]) * 1000:.0f} ms (medians of {len(self.own_s[kind])}), "
+            f"{self.cached_share(kind):.1%} of the prompts cached"
             for kind in KINDS
         ]
         return "\n".join(
             (
                 *lines,
                 f"storm over stay {storm / self.throughput('stay'):.2f}, over alone "
-                f"{storm / self.throughput('alone'):.2f}; {self.given_up} given up",
+                f"{storm / self.throughput('alone'):.2f}; {self.given_up} given up of {drew} that drew a moment to",
                 f"pinned after all went away at once: median {statistics.median(self.pinned_s):.2f} s, "
                 f"longest {max(self.pinned_s):.2f} s of {len(self.pinned_s)} times",
                 *([f"still held after {HELD_S:g} s: {self.still_held} times"] if self.still_held else ()),
@@ -93,24 +115,35 @@ class Asked:
     answered: bool
     first_s: float
     own_s: float
+    cached_tokens: int = 0
+
+
+def prompt_of(seed: int) -> list[int]:
+    """Tokens that no other seed's prompt begins with."""
+    # Of a text: as numbers, a seed and its negative are one.
+    return random.Random(f"prompt {seed}").choices(range(VOCABULARY), k=PROMPT_TOKENS)
 
 
 async def ask(client: httpx.AsyncClient, seed: int, begins_s: float, leaves_s: float | None) -> Asked:
     """One request. Raises RuntimeError when it is not answered, and was not given up."""
     await asyncio.sleep(begins_s)
-    prompt = [(seed * 31 + position * 17 + seed * position) % 250 for position in range(PROMPT_TOKENS)]
-    body = {"model": "llama", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "stream": True}
-    begun, first, last = time.monotonic(), 0.0, ""
+    body = {
+        "model": "llama", "prompt": prompt_of(seed), "max_tokens": OUTPUT_TOKENS, "ignore_eos": True,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    begun, first, before, last = time.monotonic(), 0.0, "", ""
     try:
         async with asyncio.timeout(leaves_s), client.stream("POST", "/v1/completions", json=body) as answer:
             async for line in answer.aiter_lines():
                 first = first or time.monotonic()
-                last = line or last
+                if line:
+                    before, last = last, line
     except TimeoutError:
         return Asked(False, 0.0, 0.0)
     if answer.status_code != 200 or last != "data: [DONE]":
         raise RuntimeError(f"not answered: {answer.status_code} {last}")
-    return Asked(True, first - begun, time.monotonic() - begun)
+    own_s, usage = time.monotonic() - begun, json.loads(before.removeprefix("data: "))["usage"]
+    return Asked(True, first - begun, own_s, usage["prompt_tokens_details"]["cached_tokens"])
 
 
 async def play_round(
@@ -181,9 +214,7 @@ async def measure(running: Cluster, rounds: int, rate: float) -> Storm:
             # Each kind comes first, second and last equally often in three rounds.
             for kind in (KINDS[(number + turn) % len(KINDS)] for turn in range(len(KINDS))):
                 asked, given_up = await play_round(client, number, kind, rate, patience_s)
-                storm.own_s[kind] += [each.own_s for each in asked]
-                storm.first_s[kind] += [each.first_s for each in asked]
-                storm.given_up += given_up
+                storm.add(kind, asked, given_up)
                 storm.still_held += math.isinf(await until_free(running))
             storm.pinned_s.append(await pinned(client, running, number))
             storm.still_held += math.isinf(storm.pinned_s[-1])
