@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from jinja2 import Environment, FileSystemLoader
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import BadRequest
@@ -22,18 +25,49 @@ from tests.security.rig import Front
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
-ESCAPES = (
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('touch ' ~ messages) }}",
-    "{{ messages.__class__.__base__ }}",
-    "{{ messages.append(1) }}",
-    "{{ self.__init__.__globals__ }}",
-    "{% set x = namespace() %}{{ x.__class__.__mro__ }}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-    "{{ ('%s' | attr('__class__')).__mro__ }}",
-    "{{ range(10 ** 9) | list }}",
-)
+SHELL = "os.system('touch FOLDER/canary')"
+CLASSES = "{0.__class__.__mro__}"
+ESCAPES = {
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "base": "{{ messages.__class__.__base__ }}",
+    "own globals": "{{ self.__init__.__globals__ }}",
+    "namespace": "{% set x = namespace() %}{{ x.__class__.__mro__ }}",
+    "attr filter": "{{ ('%s' | attr('__class__')).__mro__ }}",
+    "item": "{{ messages['__class__'].__mro__ }}",
+    "format": "{{ '" + CLASSES + "'.format(messages) }}",
+    "format by filter": "{{ ('" + CLASSES + "' | attr('format'))(messages) }}",
+    "format kept": "{% set f = '" + CLASSES + "'.format %}{{ f(messages) }}",
+    "format_map": "{{ '{messages.__class__.__mro__}'.format_map({'messages': messages}) }}",
+    "shell": "{{ cycler.__init__.__globals__." + SHELL + " }}",
+    "shell of a function": "{{ lipsum.__globals__." + SHELL + " }}",
+    "shell by items": "{{ joiner['__init__']['__globals__']." + SHELL + " }}",
+    "builtins": "{{ lipsum.__globals__['__builtins__'].open('FOLDER/canary', 'w').close() }}",
+    "include": "{% include 'FOLDER/secret' %}",
+    "append": "{{ messages.append(1) }}",
+    "update": "{{ messages[0].update(role='system') }}",
+    "clear": "{{ messages[0].clear() }}",
+    "range": "{{ range(200000) | join }}",
+}
+"""Templates that do harm outside a sandbox, each of which `harm` sees; FOLDER becomes one that they may write to."""
+SECRET = "root:x:0:0"
+
+
+def prepared(template: str, folder: Path) -> tuple[str, list[Any]]:
+    """A template with something to steal, and messages of its own to change."""
+    (folder / "secret").write_text(SECRET)
+    return template.replace("FOLDER", str(folder)), copy.deepcopy(MESSAGES)
+
+
+def harm(said: str, messages: list[Any], folder: Path) -> list[str]:
+    """What a template did to whoever rendered it."""
+    found = {
+        "ran something": (folder / "canary").exists(),
+        "saw Python's classes": "<class" in said,
+        "read a file": SECRET in said,
+        "changed the messages": messages != MESSAGES,
+        "grew": len(said) > 100_000,
+    }
+    return [name for name, done in found.items() if done]
 
 
 def with_template(template: str) -> Tokenizer:
@@ -42,14 +76,22 @@ def with_template(template: str) -> Tokenizer:
     return Tokenizer(made)
 
 
-@pytest.mark.parametrize("template", ESCAPES)
-def test_templates_cannot_leave_the_sandbox(template: str) -> None:
-    try:
-        said = with_template(template).render(MESSAGES)
-    except BadRequest as error:
-        said = str(error)
-    assert "<class" not in said and "root:" not in said and "subclasses" not in said.replace("__subclasses__", "")
-    assert len(said) < 400
+@pytest.mark.parametrize("name", ESCAPES)
+def test_an_escape_does_harm_where_there_is_no_sandbox(name: str, tmp_path: Path) -> None:
+    """Or it would say nothing of the sandbox that it does none there."""
+    template, messages = prepared(ESCAPES[name], tmp_path)
+    plain = Environment(loader=FileSystemLoader("/"))  # noqa: S701 (chat templates escape nothing either)
+    said = plain.from_string(template).render(messages=messages)
+    assert harm(said, messages, tmp_path)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_templates_cannot_leave_the_sandbox(name: str, tmp_path: Path) -> None:
+    template, messages = prepared(ESCAPES[name], tmp_path)
+    with pytest.raises(BadRequest, match="the chat template refused the messages") as refused:
+        with_template(template).render(messages)
+    said = str(refused.value)
+    assert not harm(said, messages, tmp_path) and len(said) < 400
 
 
 def test_the_sandbox_is_the_immutable_one(monkeypatch: pytest.MonkeyPatch) -> None:
