@@ -6,12 +6,15 @@ by name before anything is submitted, and the next request works.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
-import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from router.http.openapi import document
@@ -27,13 +30,41 @@ BASE: dict[str, tuple[str, dict[str, Any]]] = {
     "DetokenizeBody": ("/detokenize", {"tokens": [1]}),
 }
 LITERALS = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400")
-GROWTH_KIB = 256 << 10
-"""Of this process's largest size, over the whole battery: bodies have megabytes, and no value may become gigabytes."""
+GROWTH_BYTES = 256 << 20
+"""Of this process, at any moment of the whole battery: bodies have megabytes, and no value may become gigabytes."""
 
 WIDE_INTEGERS = {"seed"}
 """Every 64-bit number is a seed."""
 TEXTS = {("TokenizeBody", "prompt"), ("DetokenizeBody", "tokens")}
 """The body's own limit is theirs: the answer is as long as the question."""
+
+
+@pytest.fixture(scope="module")
+def settled() -> int:
+    """Bytes of this process before the battery, without those that earlier tests have freed."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    size: int = psutil.Process().memory_info().rss
+    return size
+
+
+def forget_peak() -> None:
+    """`peak` is of what comes now: that of the process's whole life would be an earlier test's."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes of this process at its largest moment since `forget_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+def test_a_peak_is_seen_and_an_earlier_one_forgotten(settled: int) -> None:
+    forget_peak()
+    bytearray(b"x") * (2 * GROWTH_BYTES)
+    assert peak() - settled > GROWTH_BYTES
+    forget_peak()
+    assert peak() - settled < GROWTH_BYTES
 
 
 def options(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -99,21 +130,22 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "name"), CASES)
 async def test_values_beyond_bounds_are_refused(
-    model: str, name: str, anyone: httpx.AsyncClient, opened: Front
+    model: str, name: str, anyone: httpx.AsyncClient, opened: Front, settled: int
 ) -> None:
     path, base = BASE[model]
     forms = list(options(SCHEMAS[model]["properties"][name]))
     values = [json.dumps(value) for form in forms for value in beyond(form)]
     values += [*hostile(name, forms), *LITERALS]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
     for value in values:
         body = json.dumps({**base, name: "here"}).replace('"here"', value)
         answer = await anyone.post(path, content=body)
         assert answer.status_code in (400, 404), f"{name} = {value[:60]}: {answer.status_code}"
         error = answer.json()["error"]
         assert len(error["message"]) < 500 and error["type"] == "invalid_request_error"
+        assert error["param"] == name, f"{name} = {value[:60]}: {error}"
     assert opened.dispatcher.requests == []
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH_KIB
+    assert peak() - settled < GROWTH_BYTES
     assert (await anyone.post(path, json=base)).status_code == 200
 
 
@@ -146,11 +178,22 @@ NESTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FIELDS = dict.fromkeys(NESTED, "messages") | {
+    "usage": "stream_options",
+    "prompts": "prompt",
+    "text": "prompt",
+    "ids": "prompt",
+    "choices": "n",
+}
+"""The field of the body that the error names."""
+
+
 @pytest.mark.parametrize("name", NESTED)
 async def test_what_lies_deeper_is_bounded_too(name: str, anyone: httpx.AsyncClient, opened: Front) -> None:
     path, body = NESTED[name]
     answer = await anyone.post(path, content=json.dumps(body))
     assert answer.status_code == 400, answer.text[:300]
+    assert answer.json()["error"]["param"] == FIELDS[name]
     assert opened.dispatcher.requests == []
     assert (
         await anyone.post(path, json=BASE["ChatBody" if "chat" in path else "CompletionBody"][1])
