@@ -82,7 +82,7 @@ class Endpoint:
         body: dict[str, Any] = json.loads(request.content)
         self.prompts.append(body["prompt"])
         usage = {"prompt_tokens": PROMPT_TOKENS, "prompt_tokens_details": {"cached_tokens": self._cached}}
-        events = [{"choices": [{"text": "a"}], "usage": None}]
+        events: list[dict[str, Any]] = [{"choices": [{"text": "a"}], "usage": None}]
         events += [{"choices": [], "usage": usage}] if body["stream_options"] == {"include_usage": True} else []
         text = "".join(f"data: {json.dumps(each)}\n\n" for each in events)
         return httpx.Response(200, text=text + "data: [DONE]\n\n")
