@@ -105,8 +105,8 @@ async def chat_job(body: ChatBody, to: Endpoint) -> Job:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    prompt, use, turn = await _chat_prompt(body, to)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    prompt, use, turn = await _chat_prompt(body, to, to.model.max_context - (1 if limit is None else limit))
     asked = Asked(
         prompt_field="messages",
         limit_field="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
@@ -141,7 +141,7 @@ def _chat_grammar(body: ChatBody, formats: ModelFormats, use: ToolUse, turn: Ass
     return calls_grammar(use, formats, turn.thoughts_end)
 
 
-async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, ToolUse, AssistantTurn]:
+async def _chat_prompt(body: ChatBody, to: Endpoint, room: int) -> tuple[Prompt, ToolUse, AssistantTurn]:
     tokenizer = to.text.tokenizer
     use = tool_use(body)
     check_tools(use, to.formats)
@@ -149,7 +149,8 @@ async def _chat_prompt(body: ChatBody, to: Endpoint) -> tuple[Prompt, ToolUse, A
     values = template_values(body.chat_template_kwargs, tokenizer.template_names)
     rendered = await tokenizer.render_async(turns, use.tools or None, values)
     turn = assistant_turn(body, use, to.formats, rendered, tokenizer.encode)
-    return await to.text.rendered(rendered + turn.prefill, to.tenant.salt_of(body.cache_salt or "")), use, turn
+    salt = to.tenant.salt_of(body.cache_salt or "")
+    return await to.text.rendered(rendered + turn.prefill, salt, room), use, turn
 
 
 async def completion_job(body: CompletionBody, to: Endpoint) -> Job:

@@ -34,7 +34,7 @@ class Prompt:
     reused: int = 0
     """Ids at the start that came from earlier turns and were not tokenised again."""
     conversation: Conversation | None = None
-    """Only for chats whose template ends turns with a special token."""
+    """Only for chats that may be remembered, and whose template ends turns with a special token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,12 @@ class PromptTokenizer:
         """A conversation that the model is to go on with. Raises BadRequest when the template refuses it."""
         return await self.rendered(await self.tokenizer.render_async(messages), salt)
 
-    async def rendered(self, text: str, salt: str = "") -> Prompt:
-        """A conversation as the template wrote it. The ids decode to the same text as those of a plain encoding."""
+    async def rendered(self, text: str, salt: str = "", limit: int | None = None) -> Prompt:
+        """A conversation as the template wrote it. The ids decode to the same text as those of a plain encoding.
+
+        limit: ids of one that may be remembered, at most. Who is refused has paid for nothing, and must not make this
+        forget what others said.
+        """
         if self.turn_end is None:
             return Prompt(tuple(await self.tokenizer.encode_async(text)))
         boundaries = Boundaries(text, self.turn_end.text, salt)
@@ -72,9 +76,13 @@ class PromptTokenizer:
                 known = turn.all_ids()
                 ids = (*known, *rest[1:])
                 new = [each for each in boundaries.found if each.position > boundary.position]
+                if limit is not None and len(ids) > limit:
+                    return Prompt(ids, len(known))
                 last = self._add_turns(ids, text[boundary.position :], new, (turn, len(known)))
                 return Prompt(ids, len(known), Conversation(boundaries, last))
         ids = tuple(await self.tokenizer.encode_async(text))
+        if limit is not None and len(ids) > limit:
+            return Prompt(ids)
         return Prompt(ids, 0, Conversation(boundaries, self._add_turns(ids, text, boundaries.found, None)))
 
     async def plain(self, text: str, add_special_tokens: bool = True) -> Prompt:

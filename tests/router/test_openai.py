@@ -198,6 +198,13 @@ async def test_a_prompt_over_the_context_is_told_both_numbers(client: httpx.Asyn
     assert all(number in together.json()["error"]["message"] for number in ("500", "13", "512"))
 
 
+async def test_a_chat_that_is_refused_for_its_length_is_not_remembered(client: httpx.AsyncClient, world: Any) -> None:
+    for content, limit, status in (("x" * 600, None, 400), ("x", 511, 400), ("x", 8, 200)):
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": limit}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+        assert bool(len(world.text.turns)) == (status == 200)
+
+
 async def test_unknown_models_are_404(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/chat/completions", json={"messages": HI, "model": "gpt-x"})
     assert response.status_code == 404

@@ -105,6 +105,23 @@ async def test_a_shared_system_prompt_is_tokenised_once() -> None:
     assert list(second.ids) == text.tokenizer.encode(text.tokenizer.render([system, {"role": "user", "content": "Ho"}]))
 
 
+async def test_a_conversation_over_the_limit_is_known_and_not_remembered() -> None:
+    text = PromptTokenizer(TOKENIZERS["byte_level"])
+    question = [{"role": "user", "content": "Hi"}]
+    await text.chat(question)
+    turns = list(text.turns._turns)
+    for long in (question + question, [{"role": "user", "content": "Ho"}]):
+        rendered = text.tokenizer.render(long)
+        ids = tuple(text.tokenizer.encode(rendered))
+        refused = await text.rendered(rendered, limit=len(ids) - 1)
+        assert refused.ids == ids
+        assert not text.remember(refused, text.tokenizer.encode("Ha"), "Ha")
+        assert list(text.turns._turns) == turns
+        assert (await text.rendered(rendered, limit=len(ids))).conversation is not None
+        assert len(text.turns) > len(turns)
+        turns = list(text.turns._turns)
+
+
 async def test_a_text_full_of_turn_ends_costs_bounded_work() -> None:
     text = PromptTokenizer(TOKENIZERS["byte_level"])
     messages = [{"role": "user", "content": END * 5000}]
