@@ -67,16 +67,29 @@ class Visit:
         self.tenant = tenant
         self._quotas = quotas
         self._ended = False
+        self._prompt = 0
 
     def prompt(self, tokens: int) -> None:
         """The prompt is known. Raises RateLimited when the tenant has no tokens left."""
-        self._quotas.spend_prompt(self.tenant, tokens)
+        self._quotas.take_prompt(self.tenant, tokens)
+        self._prompt += tokens
+
+    def refused(self) -> None:
+        """The cluster did not take it: what it was charged goes back."""
+        self._quotas.give_back(self.tenant, self._prompt)
+        self._prompt = 0
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(0)
 
     def end(self, output_tokens: int) -> None:
         """It has ended, after so many output tokens; a second time does nothing."""
         if not self._ended:
             self._ended = True
-            self._quotas.leave(self.tenant, output_tokens)
+            self._quotas.leave(self.tenant, self._prompt, output_tokens)
 
 
 class Quotas:
@@ -109,19 +122,24 @@ class Quotas:
         account.inside += 1
         return Visit(self, tenant)
 
-    def spend_prompt(self, tenant: Tenant, tokens: int) -> None:
+    def take_prompt(self, tenant: Tenant, tokens: int) -> None:
         """Takes a prompt's tokens. Raises RateLimited when they are not there; then none were taken."""
         account, now = self._account(tenant), self._clock()
         if (wait := account.tokens.wait_s(tokens, now)) > 0:
             text = f"this key may use {tenant.tokens_per_minute} tokens a minute, and the prompt has {tokens}"
             raise self._refusal(account, "tokens", text, wait)
-        self._spend(account, tokens, now)
+        account.tokens.take(tokens, now)
 
-    def leave(self, tenant: Tenant, output_tokens: int) -> None:
-        """A request has ended after so many output tokens."""
+    def give_back(self, tenant: Tenant, tokens: int) -> None:
+        """A prompt's tokens were taken for nothing."""
+        self._account(tenant).tokens.take(-tokens, self._clock())
+
+    def leave(self, tenant: Tenant, prompt_tokens: int, output_tokens: int) -> None:
+        """A request has ended after so many output tokens; those of its prompt were taken."""
         account = self._account(tenant)
         account.inside -= 1
-        self._spend(account, output_tokens, self._clock())
+        account.spent += prompt_tokens + output_tokens
+        account.tokens.take(output_tokens, self._clock())
 
     def headers(self, tenant: Tenant) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-*` headers, of the limits that there are."""
@@ -200,11 +218,6 @@ class Quotas:
                 tenant, Bucket(tenant.requests_per_minute, now), Bucket(tenant.tokens_per_minute, now)
             )
         return account
-
-    def _spend(self, account: _Account, tokens: int, now: float) -> None:
-        account.spent += tokens
-        if account.tokens.per_minute:
-            account.tokens.take(tokens, now)
 
     def _elsewhere(self, tenant: str) -> int:
         """Requests at work through other routers, as workers last said."""

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.admission.callers import Callers
+from router.admission.quota import Visit
 from router.admission.tenants import NOBODY, Tenant
 from router.answers.answer import Answer
 from router.answers.completion_format import CompletionFormat
@@ -137,8 +138,13 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: ids of a text, or of messages under the chat template."""
-        self._callers.tenant(request.headers)
-        body = parse(TokenizeBody, await read_body(request, self._max_body))
+        tenant = self._callers.tenant(request.headers)
+        raw = await read_body(request, self._max_body)
+        with self._enter(request, tenant):
+            return await self._tokenize(request, raw)
+
+    async def _tokenize(self, request: Request, raw: bytes) -> Response:
+        body = parse(TokenizeBody, raw)
         to = await self._endpoint(request, body.model)
         tokenizer = to.text.tokenizer
         if (body.prompt is None) == (body.messages is None):
@@ -163,8 +169,13 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`: text of ids."""
-        self._callers.tenant(request.headers)
-        body = parse(DetokenizeBody, await read_body(request, self._max_body))
+        tenant = self._callers.tenant(request.headers)
+        raw = await read_body(request, self._max_body)
+        with self._enter(request, tenant):
+            return await self._detokenize(request, raw)
+
+    async def _detokenize(self, request: Request, raw: bytes) -> Response:
+        body = parse(DetokenizeBody, raw)
         to = await self._endpoint(request, body.model)
         worst = max(body.tokens, default=0)
         if worst >= to.model.vocab_size:
@@ -228,8 +239,7 @@ class Api:
         try:
             tenant = self._callers.tenant(request.headers)
             raw = await read_body(request, self._max_body)
-            request.scope["state"][ANSWER_HEADERS] = lambda: self._callers.limits(tenant)
-            timer.visit = self._callers.enter(tenant)
+            timer.visit = self._enter(request, tenant)
             timer.received()
             answer, out = await while_connected(request.receive, self._start(raw, job_from, form, timer))
             if answer.job.options.stream:
@@ -248,6 +258,10 @@ class Api:
         response.headers[ROUTE_HEADER] = answer.route()
         return response
 
+    def _enter(self, request: Request, tenant: Tenant) -> Visit:
+        request.scope["state"][ANSWER_HEADERS] = lambda: self._callers.limits(tenant)
+        return self._callers.enter(tenant)
+
     async def _start(
         self, raw: bytes, job_from: JobFrom, form: Callable[..., Format], timer: RequestTimer
     ) -> tuple[Answer, Format]:
@@ -255,13 +269,14 @@ class Api:
         assert visit is not None
         job, body = await job_from(raw, visit.tenant)
         timer.tokenised(job, body)
-        visit.prompt(sum(len(prompt.ids) for prompt in job.prompts))
         text = await self._texts.get(job.model)
+        visit.prompt(sum(len(prompt.ids) for prompt in job.prompts))
         self._metrics.spliced_tokens.inc(sum(prompt.reused for prompt in job.prompts))
         self._metrics.encoded_tokens.inc(sum(len(prompt.ids) - prompt.reused for prompt in job.prompts))
         try:
             answer = await Answer.start(job, self._dispatcher, text, timer)
-        except BadRequest as error:
+        except TandemError as error:
+            visit.refused()
             # A worker does not know what the client called its prompt and its grammar.
             if isinstance(error, ContextTooLong):
                 error.param = job.prompt_field

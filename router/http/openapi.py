@@ -98,7 +98,7 @@ STATUSES = {
 }
 READY = "Whether a request could be served now"
 READING = (401, 500)
-PARSING = (400, 401, 404, 413, 500, 503)
+PARSING = (400, 401, 404, 413, 429, 500, 503)
 WORKING = (400, 401, 404, 413, 429, 500, 502, 503)
 
 

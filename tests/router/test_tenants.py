@@ -18,7 +18,7 @@ from router.admission.quota import Bucket, Quotas
 from router.admission.tenants import NOBODY, Keyring, Tenant, digest, read_keys
 from router.file_watch import FileWatch
 from tandem.cluster import Status, TenantUse
-from tandem.errors import BadRequest, ConfigError, RateLimited, Unauthorized
+from tandem.errors import BadRequest, ConfigError, Overloaded, RateLimited, TandemError, Unauthorized, Unavailable
 
 A, B = "key-of-tenant-a", "key-of-tenant-b"
 
@@ -183,6 +183,19 @@ def test_tokens_count_prompt_and_answer_and_debts_are_paid() -> None:
     visit.prompt(5000)
     with pytest.raises(RateLimited):
         visit.prompt(1)
+
+
+def test_what_the_cluster_refused_is_given_back_and_not_counted() -> None:
+    quotas, tenant = Quotas("me", Clock()), limited(tokens_per_minute=600)
+    for output in (0, 7):
+        visit = quotas.enter(tenant)
+        visit.prompt(500)
+        if not output:
+            visit.refused()
+        visit.end(output)
+        assert dict(quotas.headers(tenant))["x-ratelimit-remaining-tokens"] == ("93" if output else "600")
+    (spent,) = [f.samples for f in quotas.collect() if f.name == "tandem_tenant_tokens"]
+    assert [sample.value for sample in spent] == [507]
 
 
 def test_who_owes_tokens_is_refused_before_its_prompt_is_known_and_pays_no_request() -> None:
@@ -351,3 +364,25 @@ async def test_nobody_reads_the_story_of_another_tenants_request(keyed: httpx.As
     assert theirs.text.replace(name, "") == unknown.text.replace("0" * len(name), "")
     world.callers.replace(Keyring({digest(B): Tenant(name="b", operator=True)}))
     assert (await keyed.get(f"/v1/explain/{name}", headers=bearer(B))).status_code == 200
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("none", retry_s=1), Overloaded("full", retry_s=1), BadRequest("no")])
+async def test_a_refused_request_costs_no_tokens(keyed: httpx.AsyncClient, world: Any, refusal: TandemError) -> None:
+    world.dispatcher.refuse = refusal
+    for _ in range(2):
+        refused = await keyed.post("/v1/completions", json=BODY, headers=bearer(B))
+        assert refused.status_code in (400, 429, 503)
+        assert refused.headers["x-ratelimit-remaining-tokens"] == "10000"
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "Hello"}), ("/detokenize", {"tokens": [5]})])
+async def test_texts_and_ids_are_turned_for_those_who_may_ask(
+    keyed: httpx.AsyncClient, world: Any, path: str, body: Any
+) -> None:
+    for asked, status in ((body, 200), ({}, 400), (body, 429)):
+        assert (await keyed.post(path, json=asked, headers=bearer(B))).status_code == status
+    assert world.callers.inside() == {}
+    world.callers.replace(Keyring({digest(B): Tenant(name="b", concurrency=1)}))
+    with world.callers.enter(Tenant(name="b", concurrency=1)):
+        assert (await keyed.post(path, json=body, headers=bearer(B))).status_code == 429
+    assert (await keyed.post(path, json=body, headers=bearer(B))).status_code == 200
