@@ -132,6 +132,7 @@ class Answer:
             raise WorkerLost(f"the stream ended with {follower.open} choices unfinished")
         for choice in choices:
             if (answer := choice.whole_answer()) is not None:
+                await asyncio.sleep(0)  # each is decoded, and there may be many
                 self._text.remember(prompt, answer, "".join(choice.text))
 
 

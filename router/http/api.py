@@ -59,7 +59,9 @@ ANSWER_HEADERS = "answer_headers"
 """In a scope's state: a function of the headers that every answer to the request gets, an error too."""
 ROUTE_HEADER = "x-tandem-route"
 MANY = 4096
-"""Tokens from which what is said of each is written in a thread."""
+"""Tokens, or pieces of text, from which what is said of each is written in a thread."""
+TEXT_WORK = 64
+"""Characters of text that are as much work as one of those."""
 
 
 JobFrom = Callable[[bytes, Tenant], Awaitable[tuple[Job, GenerationBody]]]
@@ -366,26 +368,34 @@ class Streaming:
 
 
 class _Collected:
-    """All pieces of an answer that is given whole."""
+    """All pieces of an answer that is given whole. Text by the token is one piece up to the next of others."""
 
     def __init__(self, choices: int) -> None:
         self.pieces: list[list[Piece]] = [[] for _ in range(choices)]
+        self._texts: list[list[str]] = [[] for _ in range(choices)]
 
     def piece(self, piece: Piece) -> None:
-        """See `Give`."""
+        """See `Give`. A choice's end is one, too."""
+        if texts := self._texts[piece.choice]:
+            self.pieces[piece.choice].append(Piece(piece.choice, "".join(texts)))
+            texts.clear()
         self.pieces[piece.choice].append(piece)
 
     def text(self, choice: int, text: str) -> None:
         """See `Give`."""
-        self.pieces[choice].append(Piece(choice, text))
+        self._texts[choice].append(text)
 
 
 async def _collect(answer: Answer, out: Format) -> bytes:
     collected = _Collected(len(answer.choices))
     await answer.run(collected)
     pieces, repeated = collected.pieces, answer.job.requests[0].choices  # each choice may echo its prompt
-    scores = sum(len(piece.logprobs) + repeated * len(piece.prompt_logprobs) for mine in pieces for piece in mine)
-    if scores >= MANY:
+    work = sum(
+        1 + len(piece.text) // TEXT_WORK + len(piece.logprobs) + repeated * len(piece.prompt_logprobs)
+        for mine in pieces
+        for piece in mine
+    )
+    if work >= MANY:
         return await asyncio.to_thread(lambda: to_json(out.whole(pieces, answer.usage())))
     return to_json(out.whole(pieces, answer.usage()))
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
+import router.http.api as routes
 from router.answers.answer import Answer
+from router.answers.stream import Piece
 from router.requests.defaults import GenerationDefaults
 from router.requests.formats import ModelFormats
 from router.requests.job import Endpoint, Job, completion_job
@@ -16,7 +20,7 @@ from router.requests.openai import CompletionBody, parse
 from tandem.cluster import new_id
 from tandem.errors import Overloaded
 from tandem.testing.router import FakeAccepted
-from tandem.types import GenerateRequest
+from tandem.types import FinishReason, GenerateRequest
 
 
 async def job_of(world: Any, **fields: Any) -> Job:
@@ -65,3 +69,37 @@ async def test_a_refused_prompt_cancels_the_others_at_once_whoever_waits(world: 
             await starting
     await asyncio.sleep(0)
     assert full.cancelled == 4
+
+
+def test_text_of_a_whole_answer_is_kept_together() -> None:
+    collected, end = routes._Collected(2), Piece(0, "!", finish=FinishReason.STOP)
+    for text in ("a", "b", "c"):
+        collected.text(0, text)
+    collected.text(1, "x")
+    collected.piece(end)
+    collected.text(0, "d")
+    collected.piece(end)
+    assert collected.pieces == [[Piece(0, "abc"), end, Piece(0, "d"), end], []]
+
+
+@pytest.mark.parametrize(("most", "fields"), [(500, {}), (50, {"stop": ["never"]})])
+async def test_a_whole_answer_that_is_much_work_is_written_in_a_thread(
+    client: httpx.AsyncClient, world: Any, monkeypatch: pytest.MonkeyPatch, most: int, fields: dict[str, Any]
+) -> None:
+    written = 0
+    to_thread = asyncio.to_thread
+
+    async def counted(made: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal written
+        written += 1
+        return await to_thread(made, *arguments)
+
+    world.answers[:] = ["word " * 100]
+    asked = {"prompt": "x", "max_tokens": 500, **fields}
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    before = (await client.post("/v1/completions", json=asked)).json()["choices"]
+    assert written == 0
+    monkeypatch.setattr(routes, "TEXT_WORK", 1)
+    monkeypatch.setattr(routes, "MANY", most)
+    assert (await client.post("/v1/completions", json=asked)).json()["choices"] == before
+    assert (written, before[0]["text"]) == (1, world.answers[0])
