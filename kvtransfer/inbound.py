@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 import grpc.aio
 
 from kvtransfer.arrivals import Arrival, Arrivals, Expected, Fault
 from kvtransfer.base import MIB, WARM_BYTES, WARM_TICKET, Backend, FetchResult, Hooks, Identity, Landing, SpanSink
-from kvtransfer.layout import ahead, span_limit
+from kvtransfer.layout import ahead, ahead_together, span_limit
 from kvtransfer.leases import LeaseTable
 from kvtransfer.receiving import InboundTicket
 from kvtransfer.slab import Range, Ranges, SlabBudget
@@ -305,20 +306,26 @@ class PairClient:
             reserving.cancel()
 
     def _pump(self) -> None:
-        """Grants what the slab has room for, to the oldest tickets first."""
+        """Grants what the slab has room for, oldest tickets first: all that is computed, then some ahead of it."""
         if self.reason:
             return
-        tickets = [fetch.state for fetch in self._fetches.values() if not fetch.state.ended]
-        limit = ahead(self._slab.size // (self._me.layout.token_bytes * self._span_tokens), len(tickets))
-        grants: list[pb.Grant] = []
-        for state in tickets:
-            while (span := state.next_span(limit)) is not None:
-                if (taken := self._slab.allocate(self._bytes(state, span))) is None:
-                    break
-                grants.append(self._grant(state, span, taken))
+        states = [fetch.state for fetch in self._fetches.values()]
+        tickets = [state for state in states if not state.ended]
+        grants = [grant for state in tickets for grant in self._grants(state, 0)]
+        spans = self._slab.size // (self._me.layout.token_bytes * self._span_tokens)
+        limit, room = ahead(spans, len(tickets)), ahead_together(spans) - sum(state.ahead for state in states)
+        early = (grant for state in tickets for grant in self._grants(state, limit))
+        grants += islice(early, max(0, room))
         if grants:
             self._send(grants=pb.Grants(grants=grants))
             self._thread.wake()
+
+    def _grants(self, state: InboundTicket, limit: int) -> Iterator[pb.Grant]:
+        """Grants of a ticket's next spans, one for each that is asked for, while limit and slab last."""
+        while (span := state.next_span(limit)) is not None:
+            if (taken := self._slab.allocate(self._bytes(state, span))) is None:
+                return
+            yield self._grant(state, span, taken)
 
     def _bytes(self, state: InboundTicket, span: Span) -> int:
         return self._me.layout.span_bytes(span, state.end)

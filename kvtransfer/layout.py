@@ -46,8 +46,13 @@ def span_limit(layout: KvLayout, span_tokens: int, slab_bytes: int, max_bytes: i
 
 
 def ahead(slab_spans: int, tickets: int) -> int:
-    """Spans that a ticket may hold grants for beyond what is computed: all together half of the slab where possible.
+    """Spans that a ticket may hold grants for beyond what is computed: its share of what all may, but one at least."""
+    return max(1, min(AHEAD_SPANS, ahead_together(slab_spans) // max(1, tickets)))
+
+
+def ahead_together(slab_spans: int) -> int:
+    """Such spans of all tickets: half of the slab.
 
     A grant for a span that is not computed yet is slab space that nobody uses; it must not starve other tickets.
     """
-    return max(1, min(AHEAD_SPANS, slab_spans // 2 // max(1, tickets)))
+    return max(1, slab_spans // 2)

@@ -57,8 +57,13 @@ class InboundTicket:
         """The next span to grant, unless `ahead` granted spans already wait for the sender to compute them."""
         if self.spans is None or self.granted == len(self.spans) or self.ended or self.error or self.sent is not None:
             return None
-        waiting = sum(self.spans[sequence].end > self.computed for sequence in self.out)
-        return self.spans[self.granted] if waiting < ahead or self.spans[self.granted].end <= self.computed else None
+        span = self.spans[self.granted]
+        return span if self.ahead < ahead or span.end <= self.computed else None
+
+    @property
+    def ahead(self) -> int:
+        """Granted spans that wait for the sender to compute them."""
+        return sum(self._span(sequence).end > self.computed for sequence in self.out)
 
     def grant(self, taken: Range, now: float) -> int:
         """The next span was granted with this range; returns its sequence number."""
@@ -134,21 +139,25 @@ class InboundTicket:
     def expired(self, now: float) -> tuple[str, str] | None:
         """The deadline that passed, as (kind, error).
 
-        Queueing and moving have one each. A grant beyond what is computed waits for the sender's turn to compute, even
-        if cached spans before it have moved: that is queueing. Waiting for space has none; a sender that is gone is the
-        lease's matter.
+        Queueing and moving have one each. A span beyond what is computed, granted or not, waits for the sender's turn
+        to compute, even if cached spans before it have moved: that is queueing. Waiting for space has none; a sender
+        that is gone is the lease's matter.
         """
         if not self.started and now - self.opened_at > self.queue_s:
             return "queue_deadline", f"the sender did not start within queue_deadline_s = {self.queue_s:g}"
-        if not self.started or not self.out:
+        if not self.started or self.spans is None:
             return None
         idle = now - self.progress_at
-        if any(self._span(sequence).end <= self.computed for sequence in self.out):
+        if self.ahead < len(self.out):
             if idle > self.transfer_s:
                 return "transfer_deadline", f"no progress for transfer_deadline_s = {self.transfer_s:g}"
-        elif idle > self.queue_s:
+        elif idle > self.queue_s and (self.ahead or self._next_is_not_computed):
             return "queue_deadline", f"the sender computed nothing for queue_deadline_s = {self.queue_s:g}"
         return None
+
+    @property
+    def _next_is_not_computed(self) -> bool:
+        return self.spans is not None and any(span.end > self.computed for span in self.spans[self.granted :][:1])
 
     def _span(self, sequence: int) -> Span:
         assert self.spans is not None

@@ -245,6 +245,21 @@ async def test_a_slow_sink_holds_the_sender_back_and_fails_nothing(backend: Back
         await rig.quiet(client)
 
 
+async def test_prompts_that_wait_to_be_computed_leave_room_for_one_that_is_cached() -> None:
+    async with make_rig(InprocBackend()) as rig:
+        client = await rig.connected()
+        spans = rig.settings.slab_bytes // (32 * rig.layout.token_bytes)
+        rig.source.cached = 0
+        waiting = [start(client, rig.ticket(), FakeSink()) for _ in range(spans + 8)]
+        await eventually(lambda: len(rig.source.prompts) == len(waiting))
+        rig.source.cached = 1 << 40
+        async with asyncio.timeout(5.0):
+            assert (await client.fetch(rig.ticket(), TOKENS, "", "", 9, FakeSink())).landed_until == len(TOKENS)
+        for fetch in waiting:
+            fetch.cancel()
+        await rig.quiet(client)
+
+
 async def test_a_sink_that_fails_ends_its_own_ticket_only(backend: Backend) -> None:
     class Broken(FakeSink):
         async def land(self, span: Span, data: Buffer) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.layout import AHEAD_SPANS, SLAB_SPANS, ahead, cut, span_limit
+from kvtransfer.layout import AHEAD_SPANS, SLAB_SPANS, ahead, ahead_together, cut, span_limit
 from tandem.errors import ConfigError
 from tandem.testing.kv import small_layout
 
@@ -48,4 +48,5 @@ def test_a_span_leaves_room_for_others_in_the_slab_and_fits_the_senders_staging(
 def test_grants_ahead_of_computation_take_half_of_the_slab_at_most(spans: int, tickets: int) -> None:
     each = ahead(spans, tickets)
     assert 1 <= each <= AHEAD_SPANS
-    assert each == 1 or each * tickets <= spans // 2
+    assert each == 1 or each * tickets <= ahead_together(spans)
+    assert ahead_together(spans) == max(1, spans // 2)

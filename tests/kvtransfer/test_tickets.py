@@ -240,7 +240,7 @@ def test_deadlines_are_separate_and_waiting_for_space_has_none() -> None:
     late = ticket.expired(1003.1)
     assert late is not None
     assert late[0] == "transfer_deadline"
-    ticket.progressed(9, 1003.0)
+    ticket.progressed(16, 1003.0)
     assert ticket.expired(1006.0) is None
     ticket.arrived(0, 1007.0)
     assert ticket.expired(2000.0) is None, "the span has arrived: the sink's time is not the sender's"
@@ -260,6 +260,16 @@ def test_a_span_that_is_not_computed_yet_waits_in_the_queue_and_not_on_the_wire(
     ticket.progressed(16, 7.0)
     assert ticket.expired(10.0) is None
     assert ticket.expired(10.1) == ("transfer_deadline", "no progress for transfer_deadline_s = 3")
+
+
+def test_a_sender_that_stands_still_is_late_even_where_no_grant_could_be_given() -> None:
+    ticket = inbound()
+    ticket.progressed(8, 1.0)
+    ticket.plan(8, 8)
+    assert ticket.expired(6.0) is None
+    assert ticket.expired(6.1) == ("queue_deadline", "the sender computed nothing for queue_deadline_s = 5")
+    ticket.progressed(16, 6.0)
+    assert ticket.expired(1000.0) is None, "the next span is computed and waits for space"
 
 
 def test_only_spans_without_a_gap_count_as_landed() -> None:
