@@ -76,7 +76,7 @@ class DecodeServices:
             self._source,
             transports.all,
             self._transfers,
-            OutboundSettings(staging_mib=config.staging_mib),
+            OutboundSettings(config.staging_mib, quiesce_s=config.quiesce_s),
             hooks=_watched(metrics.sender(self._writes.add), parts),
             clock=asyncio.get_running_loop().time,
         )

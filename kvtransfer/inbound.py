@@ -173,10 +173,16 @@ class PairClient:
         return FetchResult(state.landed_until, state.cached, size, seconds, state.error, arrived, broken)
 
     async def close(self) -> None:
-        """Ends the pair and waits until the landing is destroyed."""
+        """Ends the pair and waits until the landing is destroyed.
+
+        One whose destruction hangs is waited for as long as a ticket would be: its slab stays quarantined, and nobody
+        else need hang.
+        """
         self._shut("closed by this end")
         if self._shutting is not None:
-            await asyncio.shield(self._shutting)
+            done, _ = await asyncio.wait({self._shutting}, timeout=self._settings.quiesce_s)
+            for destroyed in done:
+                destroyed.result()
 
     def leaks(self) -> list[str]:
         """What is still in use, one line each; empty when the pair is idle or its landing is destroyed."""

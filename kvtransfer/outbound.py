@@ -30,6 +30,8 @@ class Sender:
     staging: Staging
     thread: TransferThread
     hooks: Hooks
+    quiesce_s: float
+    """A link that takes longer to close is not waited for."""
 
 
 @dataclass(slots=True)
@@ -90,7 +92,10 @@ class OutboundPair:
             self._closing = self._loop.create_task(self._close())
 
     async def wait_closed(self) -> None:
-        """After `shut`: waits until no write is under way, the link is gone and every source ticket is closed."""
+        """After `shut`: waits until no write is under way, the link is gone and every source ticket is closed.
+
+        Where the link cannot be closed its tickets stay as they are: nothing is known of their writes.
+        """
         if self._closing is not None:
             await asyncio.shield(self._closing)
 
@@ -283,11 +288,14 @@ class OutboundPair:
             sending.changed.set()
         self._sender.staging.serve()
         await self._sender.thread.abandon(self._link)
-        await in_thread(self._link.close)
-        self._link_gone.set()
-        while self._tasks:
+        await asyncio.wait({self._loop.create_task(self._close_link())}, timeout=self._sender.quiesce_s)
+        while self._link_gone.is_set() and self._tasks:
             await asyncio.wait(self._tasks)
         self.outbox.put_nowait(None)
+
+    async def _close_link(self) -> None:
+        await in_thread(self._link.close)
+        self._link_gone.set()
 
 
 def _check(message: pb.Open) -> None:

@@ -70,6 +70,8 @@ class PairPool:
         self._make_pair = make_pair
         self._pairs: dict[Incarnation, PairClient] = {}
         """The one used last is the last."""
+        self._over: list[PairClient] = []
+        """Closed, and not destroyed yet: their slabs are still charged."""
         self._connecting: dict[Incarnation, asyncio.Task[PairClient]] = {}
         self._warming: set[asyncio.Task[None]] = set()
 
@@ -89,10 +91,10 @@ class PairPool:
 
     async def pair(self, target: Target, needed: bool = True) -> PairClient:
         """The pair, connected; if needed, at the cost of an idle one. Raises Fenced, Overloaded, Unavailable."""
-        pair = self._pairs.pop(target.incarnation, None)
-        if pair is not None and not pair.closed:
+        if (pair := self._pairs.pop(target.incarnation, None)) is not None:
             self._pairs[target.incarnation] = pair
-            return pair
+            if not pair.closed:
+                return pair
         task = self._connecting.get(target.incarnation)
         if task is None:
             task = self._connecting[target.incarnation] = asyncio.create_task(self._connect(target, needed))
@@ -108,9 +110,11 @@ class PairPool:
         except asyncio.CancelledError:
             await pair.close()  # nobody else knows of it
             raise
-        # A pair that is over, of a worker that was restarted perhaps, would hold its slab's memory for ever.
-        self._pairs = {name: old for name, old in self._pairs.items() if not old.closed or old.leaks()}
-        self._pairs[target.incarnation] = pair
+        finally:
+            # A pair that is over, of a worker that was restarted perhaps, is known until its slab has come back.
+            known = [*self._over, *self._pairs.values(), pair]
+            self._over = [each for each in known if each.closed and each.leaks()]
+            self._pairs = {each.peer: each for each in known if not each.reason}
         return pair
 
     async def _open(self, pair: PairClient, needed: bool) -> None:
@@ -125,14 +129,15 @@ class PairPool:
             await self._open(pair, needed)
 
     async def close(self) -> None:
-        """Closes every pair."""
+        """Closes every pair; `leaks` tells of those that cannot be destroyed."""
         pending = [*self._connecting.values(), *self._warming]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        await asyncio.gather(*(pair.close() for pair in self._pairs.values()))
+        self._over += self._pairs.values()
         self._pairs.clear()
+        await asyncio.gather(*(pair.close() for pair in self._over))
 
     def leaks(self) -> list[str]:
         """Tickets, grants and ranges still out."""
-        return [leak for pair in self._pairs.values() for leak in pair.leaks()]
+        return [leak for pair in [*self._over, *self._pairs.values()] for leak in pair.leaks()]

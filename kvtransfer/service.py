@@ -28,6 +28,7 @@ class OutboundSettings:
 
     staging_mib: float = 32.0
     handshake_deadline_s: float = 10.0
+    quiesce_s: float = 5.0
 
 
 class HandOverService(rpc.HandOverServicer):
@@ -49,7 +50,7 @@ class HandOverService(rpc.HandOverServicer):
         self._me, self._thread, self._settings, self._clock = me, thread, settings, clock
         self._backends = {backend.name: backend for backend in backends}
         self._staging = Staging(max(4096, int(settings.staging_mib * MIB)))
-        self._sender = Sender(me, source, self._staging, thread, hooks or Hooks())
+        self._sender = Sender(me, source, self._staging, thread, hooks or Hooks(), settings.quiesce_s)
         self._leases = LeaseTable(clock)
         self._pairs: dict[Incarnation, OutboundPair] = {}
         self._closing = False
@@ -92,8 +93,7 @@ class HandOverService(rpc.HandOverServicer):
     async def close(self) -> None:
         """Closes all pairs and waits until no write is under way."""
         self._closing = True
-        for pair in list(self._pairs.values()):
-            await self._drop(pair, "the sender is closing")
+        await asyncio.gather(*(self._drop(pair, "the sender is closing") for pair in list(self._pairs.values())))
 
     def leaks(self) -> list[str]:
         """What is in use, one line each; empty when nothing is being sent."""

@@ -48,7 +48,7 @@ class PrefillServices:
             source,
             transports.all,
             self._transfers,
-            OutboundSettings(staging_mib=config.staging_mib),
+            OutboundSettings(config.staging_mib, quiesce_s=config.quiesce_s),
             hooks=sending,
             clock=asyncio.get_running_loop().time,
         )

@@ -35,6 +35,7 @@ class FakePair:
     """Holds `connect` back while clear."""
     connected: int = 0
     closed: bool = False
+    reason: str = "not connected"
     asked: list[tuple[Ticket, TokenIds, str, str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -45,6 +46,7 @@ class FakePair:
         await self.gate.wait()
         if self.refuse is not None:
             raise self.refuse
+        self.reason = ""
 
     async def fetch(
         self, ticket: Ticket, tokens: TokenIds, salt: str, adapter: str, priority: int, sink: SpanSink
@@ -53,10 +55,10 @@ class FakePair:
         return self.results.pop(0) if self.results else FetchResult(len(tokens))
 
     async def close(self) -> None:
-        self.closed = True
+        self.closed, self.reason = True, "closed"
 
     def leaks(self) -> list[str]:
-        return [f"pair {self.peer} leaks"]
+        return [] if self.closed else [f"pair {self.peer} leaks"]
 
 
 class Rig:
@@ -123,6 +125,7 @@ class SlabPair(FakePair):
         if len(self.used) == 2:
             raise Overloaded("slab cap")
         self.used.append(self.peer)
+        self.reason = ""
 
     async def close(self) -> None:
         await super().close()
@@ -174,7 +177,7 @@ async def test_a_pair_is_used_again_and_a_broken_one_made_anew() -> None:
     await rig.fetch([A])
     await rig.fetch([A])
     assert len(rig.made) == 1
-    rig.pairs[A.incarnation].closed = True
+    await rig.pairs[A.incarnation].close()
     rig.pairs[A.incarnation] = FakePair(A.incarnation)
     assert (await rig.fetch([A])).complete
     assert len(rig.made) == 2
@@ -227,7 +230,8 @@ async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing() -> Non
     rig = Rig(dead, still_closing, new)
     for target in (A, B):
         await rig.fetch([target])
-    dead.closed = still_closing.closed = True
-    dead.leaks = list  # type: ignore[method-assign]
+        await rig.pairs[target.incarnation].close()
+    still_closing.leaks = lambda: ["the landing is not closed"]  # type: ignore[method-assign]
     await rig.fetch([C])
-    assert set(rig.pool._pairs) == {B.incarnation, C.incarnation}
+    assert set(rig.pool._pairs) == {C.incarnation}
+    assert rig.pool.leaks() == ["the landing is not closed", f"pair {C.incarnation} leaks"]

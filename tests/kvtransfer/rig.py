@@ -172,7 +172,9 @@ async def make_rig(
         stack.callback(thread.close)
         refused: list[str] = []
         sent = Hooks(failed=refused.append)
-        service = HandOverService(me, source, [senders or backend], thread, OutboundSettings(staging_mib), sent)
+        service = HandOverService(
+            me, source, [senders or backend], thread, OutboundSettings(staging_mib, quiesce_s=settings.quiesce_s), sent
+        )
         stack.push_async_callback(service.close)
         server = grpc.aio.server()
         rpc.add_HandOverServicer_to_server(service, server)
