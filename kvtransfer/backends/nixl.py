@@ -170,7 +170,11 @@ class NixlBackend:
             memory = slabs.pop()
         except IndexError:
             memory = allocate_memory(slab_bytes)
-        return NixlLanding(self._api, f"{me}<{peer}-{secrets.token_hex(4)}", memory, slabs.append)
+        try:
+            return NixlLanding(self._api, f"{me}<{peer}-{secrets.token_hex(4)}", memory, slabs.append)
+        except BaseException:
+            slabs.append(memory)  # an earlier peer may still finish a write into it
+            raise
 
     def link(self, me: Incarnation, peer: Incarnation, staging: Buffer) -> Link:
         """A link, not yet connected."""

@@ -4,7 +4,9 @@ import contextlib
 import socket
 import struct
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from kvtransfer import backends
 from kvtransfer.backends import choose
 from kvtransfer.backends.inproc import InprocBackend
+from kvtransfer.backends.nixl import NixlBackend
 from kvtransfer.backends.tcp import TcpBackend
 from kvtransfer.base import Backend, Buffer, Landing, Link, TransportError
 from tandem.errors import ConfigError
@@ -146,6 +149,31 @@ def test_tcp_keeps_strangers_out_and_the_peer_gets_in_afterwards() -> None:
 def test_a_host_that_is_not_ours_cannot_be_listened_on() -> None:
     with pytest.raises(TransportError, match=r"192\.0\.2\.1"):
         TcpBackend("192.0.2.1").landing("me", "peer", SLAB)
+
+
+def test_a_slab_that_served_is_kept_when_no_agent_can_be_made_for_it() -> None:
+    broken = False
+
+    def register(region: object, mem_type: str) -> str:
+        if broken:
+            raise RuntimeError("NIXL_ERR_BACKEND")
+        return "registered"
+
+    agent = SimpleNamespace(backends=["UCX"], register_memory=register, deregister_memory=lambda registered: None)
+    api = SimpleNamespace(
+        nixl_thread_sync_t=SimpleNamespace(NIXL_THREAD_SYNC_STRICT=0), nixl_agent_config=lambda **settings: None,
+        nixl_agent=lambda name, config: agent,
+    )  # fmt: skip
+    backend = NixlBackend.__new__(NixlBackend)
+    backend._api, backend._slabs = api, defaultdict(deque)
+    landing = backend.landing("me", "peer", SLAB)
+    memory = landing.memory
+    landing.close()
+    broken = True
+    with pytest.raises(TransportError, match="NIXL_ERR_BACKEND"):
+        backend.landing("me", "peer", SLAB)
+    broken = False
+    assert backend.landing("me", "peer", SLAB).memory is memory
 
 
 def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
