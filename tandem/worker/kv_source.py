@@ -30,6 +30,12 @@ class _Held:
     lost: bool = False
     """Nothing is exported any more: nobody wants it, or its pages were needed and nobody computes them again."""
     advanced: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at the next change; then another takes its place, so that no export clears what another still waits for."""
+
+    def wake(self) -> None:
+        """Something changed for the exports."""
+        self.advanced.set()
+        self.advanced = asyncio.Event()
 
 
 class EngineKvSource:
@@ -121,7 +127,7 @@ class EngineKvSource:
         if held is None:
             return
         held.computed = max(held.computed, computed)
-        held.advanced.set()
+        held.wake()
         if computed > held.reported:
             held.reported = computed
             held.on_progress(computed)
@@ -134,10 +140,10 @@ class EngineKvSource:
         while (held := self._held.get(ticket_id)) is not None:
             if held.lost:
                 raise Unavailable(f"the pages of ticket {ticket_id} are given away")
-            held.advanced.clear()
+            advanced = held.advanced  # from before the engine looks: what it computes again behind that is heard of
             if held.computed >= span.end and await self._thread.call(self._export, held.seq, span, out):
                 return
-            await held.advanced.wait()
+            await advanced.wait()
         raise Unavailable(f"ticket {ticket_id} is closed")
 
     def _export(self, seq: Seq, span: Span, out: np.ndarray | memoryview) -> bool:
@@ -152,14 +158,14 @@ class EngineKvSource:
         held = self._held.get(ticket_id)
         if held is not None and not held.lost:
             held.lost = True
-            held.advanced.set()
+            held.wake()
             self._thread.post(self._engine.cancel, ticket_id)
 
     async def close(self, ticket_id: str) -> None:
         """Lets go of the ticket's pages, whatever its state; idempotent."""
         held = self._held.pop(ticket_id, None)
         if held is not None:
-            held.advanced.set()
+            held.wake()
             await self._thread.call(self._engine.cancel, ticket_id)
             if self._released is not None:
                 self._released()
