@@ -32,7 +32,7 @@ class PrefillServices:
         self._engine_source = EngineKvSource(
             parts.engine, parts.thread, parts.root, parts.engine.capacity_tokens, computes=True
         )
-        source = PromisingSource(self._engine_source, parts, config.max_waiting)
+        source = PromisingSource(self._engine_source, parts, config.max_waiting, config.prefix_cache)
         self._traces = parts.traces
         self._writes = WriteRate()
         self._moves = MoveLedger(parts.info.incarnation)

@@ -16,8 +16,9 @@ from tandem.worker.process import Parts
 class PromisingSource:
     """A `kvtransfer.KvSource` that promises a prompt's blocks, so that the next request with this prefix comes here."""
 
-    def __init__(self, source: EngineKvSource, parts: Parts, max_waiting: int) -> None:
-        self._source = source
+    def __init__(self, source: EngineKvSource, parts: Parts, max_waiting: int, caches: bool) -> None:
+        """caches: whether what is computed stays; without a cache nothing is ever stored, and no promise kept."""
+        self._caches, self._source = caches, source
         self._publisher = parts.publisher
         self._metrics = parts.metrics
         self._root = parts.root
@@ -42,9 +43,10 @@ class PromisingSource:
         if cached_only:  # for another worker's cache: nothing is computed, and no request is served
             self._tickets.add(ticket_id)
             return await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant, True)
-        hashes = tuple(block_hashes(replace(self._root, salt=salt, adapter=adapter).digest(), tokens))
         self._tickets.add(ticket_id)
-        self._promises.make(ticket_id, hashes)
+        if self._caches:
+            root = replace(self._root, salt=salt, adapter=adapter).digest()
+            self._promises.make(ticket_id, tuple(block_hashes(root, tokens)))
         self._publisher.poke()
         cached = await self._source.open(ticket_id, tokens, salt, adapter, priority, on_progress, tenant)
         self._metrics.prompt_tokens.inc(len(tokens))

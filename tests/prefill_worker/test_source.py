@@ -41,12 +41,12 @@ class Announcements:
 class Rig:
     """A source over a fake engine source."""
 
-    def __init__(self, max_waiting: int = 2, **source: Any) -> None:
+    def __init__(self, max_waiting: int = 2, caches: bool = True, **source: Any) -> None:
         self.inner = FakeSource(small_layout(), **source)
         self.publisher = Announcements()
         self.metrics = WorkerMetrics(tuple)
         parts: Any = SimpleNamespace(publisher=self.publisher, metrics=self.metrics, root=ROOT)
-        self.source = PromisingSource(self.inner, parts, max_waiting)  # type: ignore[arg-type]
+        self.source = PromisingSource(self.inner, parts, max_waiting, caches)  # type: ignore[arg-type]
 
     async def open(self, ticket: str, tokens: TokenIds = TOKENS, salt: str = "", adapter: str = "") -> int:
         return await self.source.open(ticket, tokens, salt, adapter, 0, ignore)
@@ -100,6 +100,14 @@ async def test_a_promise_that_the_engine_refuses_is_taken_back() -> None:
     await rig.source.close("a")
     rig.publisher.report()
     assert rig.kinds == [EventKind.PROMISED, EventKind.WITHDRAWN]
+
+
+async def test_without_a_cache_nothing_is_promised() -> None:
+    rig = Rig(caches=False)
+    await rig.open("a")
+    await rig.source.close("a")
+    rig.publisher.report()
+    assert rig.publisher.events == []
 
 
 async def test_a_prompt_without_a_whole_block_promises_nothing() -> None:
