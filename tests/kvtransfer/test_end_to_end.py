@@ -429,7 +429,7 @@ async def test_a_silent_receiver_is_given_up(backend: Backend, monkeypatch: pyte
     async with make_rig(backend) as rig:
         monkeypatch.setattr(PairClient, "_tick", silent)
         rig.source.cached = 0
-        client = await rig.connected(lease_s=0.5)
+        client = await rig.connected(lease_s=1.5)  # its own would end unseen
         result = await client.fetch(rig.ticket(), TOKENS, "salt", "", 0, FakeSink())
         assert "the receiver was silent" in result.error
         assert rig.sender_failures.count("lease") == 1
