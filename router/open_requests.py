@@ -88,14 +88,15 @@ class OpenRequests:
         if not self.has(record):
             return
         del self._open[request.request_id]
-        self._admission.leave(request.request_id)
+        ran = record.decode if record.answered else None
+        if ran is not None and not unreported:
+            # Choices that had ended before it went on there were never that worker's.
+            self._fleet.ended(ran, Load(sequences=request.choices - len(request.ended)))
+        self._admission.leave(request.request_id)  # behind that: who waits for its place is let in by what is left
         record.story.ended_s = self._clock()
         chain, capacity, usage = record.chain, self._fleet.snapshot().capacity_tokens, record.story.usage.get(0)
         self._ladder.answered(record.rungs, usage, chain.root, chain.hashes, record.sequences(), capacity)
-        if record.answered and record.decode is not None and self._fleet.worker(record.decode) is not None:
+        if ran is not None and self._fleet.worker(ran) is not None:
             for sequence in record.sequences():
                 # The last sampled token has no KV.
-                self._tails.remember(record.decode, record.chain, len(request.prompt), sequence[:-1])
-            if not unreported:
-                # Choices that had ended before it went on there were never that worker's.
-                self._fleet.ended(record.decode, Load(sequences=request.choices - len(request.ended)))
+                self._tails.remember(ran, record.chain, len(request.prompt), sequence[:-1])

@@ -118,8 +118,9 @@ class Admission:
             self.wake()
 
     def placed(self, request_id: str) -> None:
-        """The request is with a worker, whose load tells of it from now on."""
+        """The request is with a worker, whose load tells of it from now on: until here it counted twice."""
         self._unplaced.discard(request_id)
+        self.wake()
 
     def wake(self) -> None:
         """Something changed: lets in who can be."""

@@ -244,6 +244,33 @@ async def test_requests_wait_at_the_router_while_every_worker_has_enough_waiting
             await accepted.cancel()
 
 
+async def test_who_waits_gets_the_place_of_a_request_that_ends_and_not_a_status_later() -> None:
+    async with cluster(worker_backlog=1) as made:
+        (worker,) = made.decode
+        first = await made.dispatcher.submit(request())
+        worker.report(waiting=1, dispatches={made.control.fleet.router_id: 1}, free_pages=256, total_pages=256)
+        await eventually(lambda: made.control.fleet.snapshot().decode[0].status.waiting == 1)
+        second = asyncio.create_task(made.dispatcher.submit(request()))
+        await eventually(lambda: "1 requests waiting" in made.dispatcher.leaks())
+        await first.cancel()
+        async with asyncio.timeout(3):
+            await (await second).cancel()
+
+
+async def test_a_request_that_is_placed_counts_once_for_those_who_wait() -> None:
+    async with cluster(worker_backlog=2) as made:
+        (worker,) = made.decode
+        worker.hold = asyncio.Event()
+        first = asyncio.create_task(made.dispatcher.submit(request()))
+        await eventually(lambda: len(worker.submissions) == 1)
+        second = asyncio.create_task(made.dispatcher.submit(request()))
+        await eventually(lambda: "1 requests waiting" in made.dispatcher.leaks())
+        worker.hold.set()
+        async with asyncio.timeout(3):
+            for accepted in (await first, await second):
+                await accepted.cancel()
+
+
 async def test_more_than_the_bound_is_refused() -> None:
     async with cluster(max_inflight=1, max_queued=0) as made:
         async with await made.dispatcher.submit(request()):

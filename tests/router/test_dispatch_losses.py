@@ -177,6 +177,7 @@ async def test_a_broken_stream_is_resumed_by_index() -> None:
         await worker.until(lambda: len(worker.resumes) == 2)
         (point,) = worker.resumes[1]
         assert (point.request_id, point.attempt, point.choice, point.next_index) == (asked.request_id, 0, 0, 2)
+        worker.send(answer(message, [], 2))  # it has made nothing since; time by no tokens would be an endless speed
         worker.send(answer(message, [2, 3], 1, **STOP))
         assert (await anext(deltas)).tokens == (3,)
 

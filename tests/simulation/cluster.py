@@ -70,6 +70,9 @@ class Shape:
     """Of a write of the hand-over."""
     index_blocks: int = 4_000_000
     """That the router's index may have."""
+    max_inflight: int = 1024
+    worker_backlog: int = 128
+    """From small ones on, requests wait at the router."""
     notice_s: float = 0.0
     """A process hears at most this late that a connection broke; gRPC may have made another one by then."""
 
@@ -100,6 +103,7 @@ def router_config(shape: Shape) -> RouterConfig:
     """The router's settings."""
     chosen: dict[str, Any] = {"control_port": CONTROL_PORT, "lease_s": shape.lease_s, "policy": shape.policy}
     chosen["index_max_blocks"] = shape.index_blocks
+    chosen.update(max_inflight=shape.max_inflight, worker_backlog=shape.worker_backlog, queue_s=60.0)
     config: RouterConfig = _defaults(RouterConfig).model_copy(update=chosen)
     return config
 

@@ -1,10 +1,11 @@
 """Runs one scenario and says what was wrong with it.
 
 The invariants are those that distributed systems' tests name I1 to I8: every admitted request ends exactly once (I1),
-with a prefix of the one right output and without gap or repeat (I2); at rest nothing is held on either side (I3), no
-memory was used again under a transfer (I4), the router counts nothing in flight (I5) and its index knows no dead
-incarnation (I6); nothing was sent to a draining worker while another would do (I7), nor more often than retries and
-moves allow (I8). A calm run, and the loss of one worker beside another, are invisible to clients.
+with a prefix of the one right output and without gap or repeat, log-probabilities included (I2); at rest nothing is
+held on either side (I3), no memory was used again under a transfer (I4), the router counts no sequence and no token in
+flight (I5) and knows no dead incarnation (I6); nothing was planned with a draining worker (I7), nor sent more often
+than retries and moves allow (I8). What processes keep agrees with itself all the time (`stores.py`). A calm run, and
+the loss of one worker beside another, are invisible to clients. `watch.py` looks while it runs, `rest.py` at the end.
 
 `python -m tests.simulation.run FIRST LAST` runs many seeds, with one number it shows that seed's trace.
 """
@@ -15,29 +16,24 @@ import asyncio
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from router.dispatch import Dispatcher
-from router.dispatch_submit import Submitter
-from router.moves import MAX_MOVES
-from router.placer import MAX_CRASHES
 from tandem.cluster import new_id
 from tandem.errors import TandemError
 from tandem.testing.engine import naive_continuation
-from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenIds
+from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams
 from tests.simulation.cluster import EOS, ROUTER, Cluster, simulated
+from tests.simulation.rest import STEP_S, all_up, rest
 from tests.simulation.scenario import Ask, Fault, Scenario, scenario
 from tests.simulation.threads import virtual
+from tests.simulation.watch import watch_load, watch_plans, watch_stores
 
-REST_S = 40.0
-"""Virtual seconds after the last client and the last fault until nothing may be held."""
 PATIENCE_S = 120.0
 """Virtual seconds after which a client that has no end yet has been forgotten."""
-STEP_S = 0.25
-COUNTED_S = 1.5
-"""Within this a cancellation is carried out and a status that knows of it arrives, however slow the engine."""
+LOGPROB = -0.5
+"""Of every token of the simulated model."""
 
 
 class Client:
@@ -58,20 +54,30 @@ class Client:
     # What the router's readers are told.
 
     def tokens_came(self, choice: int, first: int, tokens: Sequence[int]) -> None:
-        """New tokens."""
+        """New tokens, and nothing beside them."""
+        if not tokens:
+            self._wrong(f"I2: choice {choice} was told of no tokens")
+        if self.ask.logprobs:
+            self._wrong(f"I2: choice {choice} has {tokens} from number {first} on without their log-probabilities")
+        self._add(choice, first, tokens)
+
+    def delta(self, delta: Delta) -> None:
+        """New tokens and perhaps an end."""
+        told = [(each.token, each.logprob) for each in delta.logprobs]
+        if told != [(token, LOGPROB) for token in delta.tokens if self.ask.logprobs]:
+            self._wrong(f"I2: choice {delta.choice} has {delta.tokens} with the log-probabilities {told}")
+        self._add(delta.choice, delta.first_index, delta.tokens)
+        if delta.finish is not None:
+            self.ends[delta.choice].append(delta.finish)
+            if delta.finish is FinishReason.ERROR:
+                self.errors.append(delta.error)
+
+    def _add(self, choice: int, first: int, tokens: Sequence[int]) -> None:
         if first != len(self.tokens[choice]):
             self._wrong(f"I2: choice {choice} has {len(self.tokens[choice])} tokens and was told of number {first}")
         if self.ends[choice]:
             self._wrong(f"I1: choice {choice} goes on after its end")
         self.tokens[choice] += tokens
-
-    def delta(self, delta: Delta) -> None:
-        """New tokens and perhaps an end."""
-        self.tokens_came(delta.choice, delta.first_index, delta.tokens)
-        if delta.finish is not None:
-            self.ends[delta.choice].append(delta.finish)
-            if delta.finish is FinishReason.ERROR:
-                self.errors.append(delta.error)
 
     async def run(self) -> None:
         """From the request to its end, whatever that is."""
@@ -102,8 +108,7 @@ class Client:
 
     async def _serve(self, dispatcher: Dispatcher) -> None:
         ask = self.ask
-        sampling = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens)
-        request = GenerateRequest(self.request_id, "fake", ask.prompt, sampling, choices=ask.choices)
+        request = GenerateRequest(self.request_id, "fake", ask.prompt, sampling_of(ask), choices=ask.choices)
         try:
             accepted = await dispatcher.submit(request)
         except TandemError as error:
@@ -118,7 +123,7 @@ class Client:
 
     def check(self) -> None:
         """After its end."""
-        expected = reference(self.ask.prompt, self.ask.max_tokens)
+        expected = reference(self.ask)
         for choice, made in enumerate(self.tokens):
             if made != expected[: len(made)]:
                 self._wrong(f"I2: choice {choice} is {made}; {expected} is right")
@@ -143,9 +148,20 @@ class _Reader:
         self.tokens, self.delta = client.tokens_came, client.delta
 
 
-def reference(prompt: TokenIds, max_tokens: int) -> list[int]:
-    """The one right greedy output."""
-    return naive_continuation(prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens), frozenset((EOS,)))
+def sampling_of(ask: Ask) -> SamplingParams:
+    """Greedy: the simulated model has no likelihoods to draw from, to penalise or to mask."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=ask.max_tokens,
+        min_tokens=ask.min_tokens,
+        stop_token_ids=ask.stops,
+        logprobs=0 if ask.logprobs else None,
+    )
+
+
+def reference(ask: Ask) -> list[int]:
+    """The one right output."""
+    return naive_continuation(ask.prompt, sampling_of(ask), frozenset((EOS, *ask.stops)))
 
 
 @dataclass
@@ -213,10 +229,11 @@ async def play(cluster: Cluster, plan: Scenario, result: Result) -> None:
     for name in cluster.workers:
         cluster.start_worker(name)
     supervisor = asyncio.create_task(_supervise(cluster))
-    while cluster.control is None or not _all_up(cluster):
+    while cluster.control is None or not all_up(cluster):
         await virtual().passes(STEP_S)
-    watch = _watch_plans(cluster, plan)
-    load = asyncio.create_task(_watch_load(cluster)) if plan.calm else None
+    watch = watch_plans(cluster, plan)
+    watch_stores(cluster)
+    load = asyncio.create_task(watch_load(cluster)) if plan.calm else None
     clients = [Client(cluster, number, ask) for number, ask in enumerate(plan.asks)]
     strikes = [asyncio.create_task(_strike(cluster, fault)) for fault in plan.faults]
     await asyncio.gather(*(client.run() for client in clients), *strikes)
@@ -227,133 +244,8 @@ async def play(cluster: Cluster, plan: Scenario, result: Result) -> None:
     watch()
     if load is not None:
         load.cancel()
-    await _rest(cluster, plan)
+    await rest(cluster, plan)
     supervisor.cancel()
-
-
-def _all_up(cluster: Cluster) -> bool:
-    control = cluster.control
-    if control is None:
-        return False
-    fleet = control.fleet.snapshot()
-    live = {worker.process.info.incarnation for worker in cluster.workers.values() if worker.up and worker.process}
-    return {view.incarnation for view in (*fleet.prefill, *fleet.decode)} == live and len(live) == len(cluster.workers)
-
-
-def _watch_plans(cluster: Cluster, plan: Scenario) -> Callable[[], None]:
-    """I7 and I8: looks at every submission as the router decides on it. What is returned ends the watch."""
-    shipped = Submitter.submit
-    asked: dict[tuple[str, int], list[str]] = {}
-
-    async def submit(self: Submitter, record: Any, info: Any, decided: Any) -> Any:
-        views = self._fleet.snapshot().decode
-        request = record.request
-        if any(view.draining for view in views if view.incarnation == decided.decode):
-            cluster.wrong.append(f"I7: {request.request_id} was sent to a draining worker")
-        control = cluster.control
-        if control is not None:
-            broken = control.dispatcher.pairs.broken()
-            sound = [each for each in decided.candidates if (each.prefill, each.decode) not in broken]
-            if (decided.prefill, decided.decode) in broken and any(each.prefill != decided.prefill for each in sound):
-                cluster.wrong.append(f"I7: {request.request_id} was sent to a broken pair")
-        _check_attempts(cluster, plan, record, asked.setdefault((request.request_id, record.moves), []), decided.decode)
-        return await shipped(self, record, info, decided)
-
-    setattr(Submitter, "submit", submit)  # noqa: B010
-
-    def end() -> None:
-        setattr(Submitter, "submit", shipped)  # noqa: B010
-
-    return end
-
-
-def _check_attempts(cluster: Cluster, plan: Scenario, record: Any, asked: list[str], worker: str) -> None:
-    """I8: a request is placed once and then once for each move, and each time asks a worker at most once.
-
-    asked: workers of this placement so far. A crash allows one move and no second, a calm cluster none at all.
-    """
-    name = record.request.request_id
-    if worker in asked:
-        cluster.wrong.append(f"I8: {name} asks {worker} twice in one placement")
-    asked.append(worker)
-    if len(asked) > 1 + cluster.retries:
-        cluster.wrong.append(f"I8: {name} asks {len(asked)} workers in one placement")
-    if record.moves > (0 if plan.calm else 1 if plan.one_crash else MAX_MOVES):
-        cluster.wrong.append(f"I8: {name} is moved {record.moves} times")
-    if record.losses >= MAX_CRASHES:
-        cluster.wrong.append(f"I8: {name} is submitted after {record.losses} workers were lost over it")
-
-
-async def _watch_load(cluster: Cluster) -> None:
-    """I5: no router takes a worker to have more than it sent there, but for a moment in which two statuses cross."""
-    since: dict[str, float] = {}
-    loop = asyncio.get_running_loop()
-    while True:
-        await virtual().passes(0.02)
-        control = cluster.control
-        if control is None:
-            continue
-        sent: Counter[str | None] = Counter()
-        for record in control.dispatcher._requests:
-            sent[record.decode] += record.request.choices
-        for view in control.fleet.snapshot().decode:
-            if view.sequences <= sent[view.incarnation]:
-                since.pop(view.incarnation, None)
-            elif loop.time() - since.setdefault(view.incarnation, loop.time()) > COUNTED_S:
-                cluster.wrong.append(f"I5: {view.sequences} sequences are counted, {dict(sent)} were sent")
-                return
-
-
-async def _rest(cluster: Cluster, plan: Scenario) -> None:
-    """I3, I5 and I6: soon after everything is over, nothing is held anywhere and everybody serves."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + REST_S
-    while held := await _held(cluster, plan):
-        if loop.time() > deadline:
-            cluster.wrong += [f"at rest: {line}" for line in held]
-            return
-        await virtual().passes(STEP_S)
-    for worker in cluster.workers.values():
-        assert worker.process is not None
-        worker.process.engine.check_integrity()
-        if plan.calm and (failures := _failures(worker.process.metrics)):
-            cluster.wrong.append(f"{worker.name} counted {failures} failures, though nothing went wrong")
-        if worker.process.failed or any(code not in (0, -9) for code in worker.ended):
-            cluster.wrong.append(f"{worker.name} gave up: {worker.ended}")
-
-
-def _failures(metrics: Any) -> dict[str, float]:
-    found = {}
-    for family in metrics.failures.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_total") and sample.value:
-                found[sample.labels["kind"]] = sample.value
-    return found
-
-
-async def _held(cluster: Cluster, plan: Scenario) -> list[str]:
-    """What is still held, one line each."""
-    control = cluster.control
-    if control is None or cluster.router.dead or not _all_up(cluster):
-        return ["not everybody is up"]
-    held = [f"{ROUTER}: {line}" for line in control.dispatcher.leaks()]
-    live = set()
-    for worker in cluster.workers.values():
-        assert worker.process is not None
-        live.add(worker.process.info.incarnation)
-        held += [f"{worker.name}: {line}" for line in worker.process.services.leaks()]
-        held += [f"{worker.name}: {line}" for line in worker.process.engine.idle_leaks()]
-        if uses := [use for use in worker.process.services.report().tenants if use.running]:
-            held.append(f"{worker.name}: tenants use {uses}")
-    views = (*control.fleet.snapshot().prefill, *control.fleet.snapshot().decode)
-    held += [f"I5: {view.sequences:g} sequences are counted on {view.incarnation}" for view in views if view.sequences]
-    known = set(control.index._tree.bits._bits)
-    held += [f"I6: the index knows {incarnation}" for incarnation in sorted(known - live)]
-    if len(control.index) > plan.shape.index_blocks:
-        held.append(f"I6: the index has {len(control.index)} blocks; {plan.shape.index_blocks} are allowed")
-    else:
-        control.index.check_integrity()
-    return held
 
 
 def run(seed: int, plan: Scenario | None = None) -> Result:

@@ -10,7 +10,7 @@ from tests.simulation.cluster import ROUTER, Shape
 from tests.simulation.memory import Mischief
 
 EXACT = (9914, 16318)
-"""Seeds that found something while callers still heard at once that their connection broke."""
+"""Seeds that found something while callers still heard at once that their connection broke, and asked for less."""
 CRASHES = ("kill", "terminate")
 KINDS = ("kill", "kill", "stop", "terminate", "partition", "slow", "reset", "reset", "router", "drain_router")
 
@@ -23,6 +23,10 @@ class Ask:
     prompt: tuple[int, ...]
     max_tokens: int
     choices: int = 1
+    min_tokens: int = 0
+    stops: tuple[int, ...] = ()
+    """Tokens that end it, beside the model's own."""
+    logprobs: bool = False
     hesitates_s: float = 0.0
     """It reads nothing for so long."""
     leaves_after_s: float | None = None
@@ -105,6 +109,13 @@ def _asks(random: Random, shape: Shape) -> tuple[Ask, ...]:
     return tuple(sorted(asks, key=lambda ask: ask.at))
 
 
+def _sampled(random: Random, ask: Ask) -> Ask:
+    """The same request, perhaps with what has to go on from its place when another worker does."""
+    least = random.choice((0, 0, ask.max_tokens // 2, ask.max_tokens))
+    stops = (random.randrange(VOCAB),) if random.random() < 0.2 else ()
+    return replace(ask, min_tokens=least, stops=stops, logprobs=random.random() < 0.25)
+
+
 def _fault(random: Random, workers: list[str]) -> Fault:
     kind, at = random.choice(KINDS), random.uniform(0.0, 3.5)
     target = random.choice(workers)
@@ -132,6 +143,11 @@ def scenario(seed: int) -> Scenario:
     blocks, notice_s = more.choice((2, 5, 4_000_000)), more.choice((0.0, 0.0, 0.005, 0.05))
     shape = replace(_shape(random), index_blocks=blocks, notice_s=0.0 if seed in EXACT else notice_s)
     asks = _asks(random, shape)
+    if seed not in EXACT:
+        own, gate = Random(f"sampling {seed}"), Random(f"gate {seed}")
+        asks = tuple(_sampled(own, ask) for ask in asks)
+        inflight, backlog = gate.choice((2, 3, 1024)), gate.choice((1, 2, 128))
+        shape = replace(shape, max_inflight=inflight, worker_backlog=backlog)
     workers = [f"prefill-{n}" for n in range(shape.prefill)] + [f"decode-{n}" for n in range(shape.decode)]
     kind = random.random()
     if kind < 0.1:

@@ -18,7 +18,7 @@ from tandem.testing.engine import VOCAB
 from tandem.types import Delta, GenerateRequest, SamplingParams
 from tests.simulation.cluster import Cluster, Shape, simulated
 from tests.simulation.memory import Mischief
-from tests.simulation.run import STEP_S, _all_up
+from tests.simulation.rest import STEP_S, all_up
 from tests.simulation.threads import virtual
 
 PROMPTS = 16
@@ -59,7 +59,7 @@ async def times(cluster: Cluster) -> dict[str, list[float]]:
     cluster.start_router()
     for name in cluster.workers:
         cluster.start_worker(name)
-    while not _all_up(cluster):
+    while not all_up(cluster):
         await virtual().passes(STEP_S)
     assert cluster.control is not None
     dispatcher, source = cluster.control.dispatcher, Random(1)
