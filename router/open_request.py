@@ -12,7 +12,7 @@ from router.explain.ladder import Rungs
 from router.explain.story import Story
 from router.workers.load import Booking
 from tandem.cluster import Incarnation
-from tandem.kv import BlockHash
+from tandem.kv import BLOCK_TOKENS, BlockHash
 from tandem.types import Delta, FinishReason, GenerateRequest, TokenIds
 
 
@@ -86,9 +86,10 @@ class OpenRequest:
         """Whether every choice has ended."""
         return all(choice.finished for choice in self._choices)
 
-    def sequences(self) -> list[TokenIds]:
-        """Prompt and output of every choice, as far as they have come."""
-        return [(*self.request.prompt, *choice.tokens) for choice in self._choices]
+    def behind_blocks(self) -> list[TokenIds]:
+        """What each choice has KV of behind the prompt's whole blocks; the token that was sampled last has none."""
+        rest = self.request.prompt[len(self.chain.hashes) * BLOCK_TOKENS :]
+        return [(*rest, *choice.tokens)[:-1] for choice in self._choices]
 
     def resume_points(self) -> list[tuple[int, int]]:
         """(choice, next output index) of every choice that has not ended."""

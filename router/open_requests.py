@@ -95,8 +95,8 @@ class OpenRequests:
         self._admission.leave(request.request_id)  # behind that: who waits for its place is let in by what is left
         record.story.ended_s = self._clock()
         chain, capacity, usage = record.chain, self._fleet.snapshot().capacity_tokens, record.story.usage.get(0)
-        self._ladder.answered(record.rungs, usage, chain.root, chain.hashes, record.sequences(), capacity)
+        made = record.behind_blocks()
+        self._ladder.answered(record.rungs, usage, chain.root, chain.hashes, made, capacity)
         if ran is not None and self._fleet.worker(ran) is not None:
-            for sequence in record.sequences():
-                # The last sampled token has no KV.
-                self._tails.remember(ran, record.chain, len(request.prompt), sequence[:-1])
+            for tokens in made:
+                self._tails.remember(ran, chain, tokens)

@@ -44,13 +44,11 @@ class TailMemory:
     def __len__(self) -> int:
         return len(self._tails)
 
-    def remember(self, worker: Incarnation, chain: Chain, prompt_len: int, sequence: TokenIds) -> None:
-        """A worker has the KV of `sequence`, which starts with the `prompt_len` tokens that `chain` names."""
-        known = min(len(chain.hashes), prompt_len // BLOCK_TOKENS)
-        parent = chain.hashes[known - 1] if known else b""
-        hashes = block_hashes(chain.root, sequence[known * BLOCK_TOKENS :], parent=parent)
-        whole = (known + len(hashes)) * BLOCK_TOKENS
-        last, rest = (hashes or [parent])[-1] or chain.root, sequence[whole:]
+    def remember(self, worker: Incarnation, chain: Chain, tokens: TokenIds) -> None:
+        """A worker has the KV of the blocks that `chain` names and of `tokens` behind them."""
+        parent = chain.hashes[-1] if chain.hashes else b""
+        hashes = block_hashes(chain.root, tokens, parent=parent)
+        last, rest = (hashes or [parent])[-1] or chain.root, tokens[len(hashes) * BLOCK_TOKENS :]
         self.add(worker, last, rest)
         if rest and last != chain.root:
             self.add(worker, last, ())  # for prompts that go on otherwise: the blocks are there all the same

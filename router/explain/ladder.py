@@ -131,21 +131,19 @@ class HitLadder:
         usage: Usage | None,
         root: bytes,
         hashes: Sequence[BlockHash],
-        sequences: Sequence[TokenIds],
+        behind: Sequence[TokenIds],
         capacity: int,
     ) -> None:
         """Puts a request that has ended on the ladder, and its answer among what could be reused.
 
         planned, usage: None where it was not planned or nothing came of it. root, hashes: of its prompt's hash chain.
-        sequences: prompt and output of each choice. capacity: tokens that all workers' pages hold.
+        behind: what each choice has KV of behind those blocks. capacity: tokens that all workers' pages hold.
         """
         if planned is None or usage is None:
             return
         self.ended(planned, usage.cached_tokens)
-        known = len(hashes) * BLOCK_TOKENS
-        for sequence in sequences:
-            made = block_hashes(root, sequence[known:-1], parent=hashes[-1] if hashes else b"")
-            self.stored(made, capacity)
+        for tokens in behind:
+            self.stored(block_hashes(root, tokens, parent=hashes[-1] if hashes else b""), capacity)
 
     def collect(self) -> Iterable[Metric]:
         """For Prometheus."""

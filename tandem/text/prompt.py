@@ -103,8 +103,9 @@ class PromptTokenizer:
         if after != before + text + self.turn_end.text:
             return False
         key = prompt.conversation.boundaries.extended(text + self.turn_end.text)
-        ids = (*prompt.ids, *answer, self.turn_end.token)
-        self.turns.add(key, ids, len(ids), prompt.conversation.after)
+        # Of the prompt only what follows its last boundary is copied, which each of many choices would do.
+        end = (*answer, self.turn_end.token)
+        self.turns.add(key, prompt.ids, len(prompt.ids), prompt.conversation.after, end)
         return True
 
     def _add_turns(

@@ -113,8 +113,10 @@ class TurnCache:
                 return boundary, turn
         return None
 
-    def add(self, key: bytes, ids: TokenIds, end: int, after: tuple[Turn, int] | None) -> Turn:
-        """Remembers that the text named by `key` is `ids[:end]`; returns its turn.
+    def add(
+        self, key: bytes, ids: TokenIds, end: int, after: tuple[Turn, int] | None, more: Sequence[int] = ()
+    ) -> Turn:
+        """Remembers that the text named by `key` is `ids[:end]` and `more`; returns its turn.
 
         after: a turn at an earlier end in that text, and the number of ids up to there. What is remembered already
         stays as it is. A turn that is too large for the cache is returned but not kept.
@@ -126,7 +128,7 @@ class TurnCache:
         parent, start = after if after is not None else (None, 0)
         if parent is not None and self._turns.get(parent.key) is not parent:  # evicted since it was found
             parent, start = None, 0
-        turn = Turn(key, parent, array("I", ids[start:end]))
+        turn = Turn(key, parent, array("I", (*ids[start:end], *more)))
         if turn.size > self._max_bytes // 4:
             return turn
         self._turns[key] = turn

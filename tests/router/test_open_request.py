@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from router.explain.story import Story
 from router.open_request import Chain, OpenRequest
+from tandem.kv import BLOCK_TOKENS, block_hashes
 from tandem.testing.router import Deltas
 from tandem.types import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob, Usage
 
@@ -147,4 +148,14 @@ async def test_plain_tokens_are_told_at_once_and_a_failing_reader_hurts_only_its
         await following
     assert record.push_tokens(1, 0, 4, [8]) == ""
     assert reader.seen == [1, 2, 3]
-    assert record.sequences() == [(1, 1, 2, 3, 7, 8)]
+    assert record.behind_blocks() == [(1, 1, 2, 3, 7)]
+
+
+def test_the_end_of_a_request_looks_behind_the_prompts_whole_blocks_only() -> None:
+    prompt = tuple(range(2 * BLOCK_TOKENS + 3))
+    for length, rest in ((len(prompt), prompt[-3:]), (2 * BLOCK_TOKENS, ())):
+        request = GenerateRequest("r", "m", prompt[:length], SamplingParams(), choices=2)
+        chain = Chain(b"root", tuple(block_hashes(b"root", prompt[:length])))
+        record = OpenRequest(request, 8, chain, Story.of(request, 0.0, 0.0), lambda: 0.0)
+        record.push(Delta("r", 0, 1, 0, (7, 8)))
+        assert record.behind_blocks() == [rest[:-1], (*rest, 7)]

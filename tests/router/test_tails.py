@@ -35,8 +35,8 @@ def test_a_finished_sequence_is_recognised_whatever_its_length() -> None:
     for prompt_len in (3, BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 5, 3 * BLOCK_TOKENS):
         for output_len in (0, 1, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 7):
             memory, sequence = TailMemory(8, Clock()), tuple(range(prompt_len + output_len))
-            prompt = sequence[:prompt_len]
-            memory.remember("d0", Chain(ROOT, tuple(block_hashes(ROOT, prompt))), prompt_len, sequence)
+            known = block_hashes(ROOT, sequence[:prompt_len])
+            memory.remember("d0", Chain(ROOT, tuple(known)), sequence[len(known) * BLOCK_TOKENS :])
             following = (*sequence, 9999, 9998)
             found = memory.extend({}, Chain(ROOT, tuple(block_hashes(ROOT, following))), following)
             assert found == {"d0": len(sequence)}
@@ -68,8 +68,8 @@ def test_a_prompt_that_goes_on_otherwise_meets_the_blocks_and_none_of_the_other_
     memory, common = TailMemory(2048, clock), tuple(range(BLOCK_TOKENS))
     chain = Chain(ROOT, tuple(block_hashes(ROOT, common)))
     for first in range(1000):
-        memory.remember("d0", chain, len(common), (*common, first, 1))
-        memory.remember("d1", Chain(ROOT, ()), 2, (9000 + first, 1, 2))
+        memory.remember("d0", chain, (first, 1))
+        memory.remember("d1", Chain(ROOT, ()), (9000 + first, 1, 2))
     looked_at = memory._tails = Counted(memory._tails)
     assert memory.extend({}, chain, (*common, 5000)) == {"d0": BLOCK_TOKENS}
     assert memory.extend({}, chain, (*common, 7, 1, 9))["d0"] == BLOCK_TOKENS + 2

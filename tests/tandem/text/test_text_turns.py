@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +95,26 @@ async def test_an_answer_that_is_not_its_text_is_not_remembered() -> None:
     assert not text.remember(prompt, [*tokenizer.encode("Hello"), user], "Hello")
     assert not text.remember(prompt, [], "")
     assert len(text.turns) == before
+
+
+class Uncopied(tuple[int, ...]):
+    """Ids of which parts may be taken."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("all of the prompt is copied")
+
+
+async def test_of_a_long_prompt_an_answer_copies_what_follows_its_last_boundary() -> None:
+    tokenizer, text = TOKENIZERS["byte_level"], PromptTokenizer(TOKENIZERS["byte_level"])
+    question = [{"role": "user", "content": "Hi"}]
+    prompt = await text.chat(question)
+    for said in ("Hello", "Ho"):  # as two choices of one request
+        assert text.remember(replace(prompt, ids=Uncopied(prompt.ids)), tokenizer.encode(said), said)
+        answer = {"role": "assistant", "content": said}
+        again = await text.chat([*question, answer, *question])
+        assert again.reused == len(prompt.ids) + len(tokenizer.encode(said)) + 1
 
 
 async def test_a_shared_system_prompt_is_tokenised_once() -> None:
