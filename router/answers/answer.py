@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from router.answers.stream import ChoiceStream, Piece
@@ -14,7 +15,7 @@ from router.metrics import RequestTimer
 from router.requests.job import Job
 from tandem.errors import WorkerLost
 from tandem.text.detokenizer import CONTEXT_TOKENS
-from tandem.text.prompt import Prompt, PromptTokenizer
+from tandem.text.prompt import PromptTokenizer
 from tandem.types import Delta
 
 MAX_ROUTES = 4
@@ -52,6 +53,12 @@ class Answer:
         self._accepted = accepted
         self._text = text
         self._timer = timer
+        self._prompt_tokens = sum(len(request.prompt) for request in job.requests)
+        self._cached = [self._cached_of(rank, []) for rank in range(len(accepted))]
+        """By prompt."""
+        self._tokens = self._thoughts = 0
+        self._counted: dict[int, tuple[int, int]] = {}
+        """By choice: its tokens and its thoughts, as far as they are in those sums."""
         self.choices: list[ChoiceStream] = []
         for request in job.requests:
             for _ in range(request.choices):
@@ -86,9 +93,9 @@ class Answer:
         """
         offset = 0
         follows = []
-        for accepted, request, prompt in zip(self._accepted, self.job.requests, self.job.prompts, strict=True):
+        for rank, request in enumerate(self.job.requests):
             mine = self.choices[offset : offset + request.choices]
-            follows.append(self._follow(accepted, mine, prompt, give))
+            follows.append(self._follow(rank, mine, give))
             offset += request.choices
         try:
             async with asyncio.TaskGroup() as group:
@@ -100,20 +107,30 @@ class Answer:
             await asyncio.gather(*(accepted.cancel() for accepted in self._accepted))
 
     def usage(self) -> TotalUsage:
-        """Counts up to now. Cached tokens are what the worker reported at the end, and until then when it accepted."""
-        cached = 0
-        offset = 0
-        for accepted, request in zip(self._accepted, self.job.requests, strict=True):
-            reported = [c.usage.cached_tokens for c in self.choices[offset : offset + request.choices] if c.usage]
-            # The last prompt token is always computed: its logits choose the first output token.
-            cached += min(*(reported or [accepted.reply.cached_tokens]), len(request.prompt) - 1)
-            offset += request.choices
-        prompt_tokens = sum(len(request.prompt) for request in self.job.requests)
-        thoughts = [choice.reasoning_tokens for choice in self.choices if choice.reasoning_tokens is not None]
-        completion_tokens = sum(len(choice.tokens) for choice in self.choices)
-        return TotalUsage(prompt_tokens, completion_tokens, cached, sum(thoughts) if thoughts else None)
+        """Counts up to now. Cached tokens are what the worker reported at the end, and until then when it accepted.
 
-    async def _follow(self, accepted: Accepted, choices: list[ChoiceStream], prompt: Prompt, give: Give) -> None:
+        Tokens that are nothing but text count with what comes after them of their choice, its end at the latest: only
+        answers that tell their usage all the time are asked before, and those have none.
+        """
+        thoughts = None if self.choices[0].reasoning_tokens is None else self._thoughts
+        return TotalUsage(self._prompt_tokens, self._tokens, sum(self._cached), thoughts)
+
+    def _count(self, rank: int, choices: list[ChoiceStream], delta: Delta) -> None:
+        """Keeps `usage` up to date: there may be a thousand choices, and a chunk that tells it for every token."""
+        stream = choices[delta.choice]
+        tokens, thoughts = self._counted.get(stream.choice, (0, 0))
+        self._counted[stream.choice] = now = (len(stream.tokens), stream.reasoning_tokens or 0)
+        self._tokens += now[0] - tokens
+        self._thoughts += now[1] - thoughts
+        if delta.usage is not None:
+            self._cached[rank] = self._cached_of(rank, [each.usage.cached_tokens for each in choices if each.usage])
+
+    def _cached_of(self, rank: int, reported: list[int]) -> int:
+        # The last prompt token is always computed: its logits choose the first output token.
+        return min(*(reported or [self._accepted[rank].reply.cached_tokens]), len(self.job.requests[rank].prompt) - 1)
+
+    async def _follow(self, rank: int, choices: list[ChoiceStream], give: Give) -> None:
+        accepted, prompt = self._accepted[rank], self.job.prompts[rank]
         cancels: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(None) as grace:
@@ -122,7 +139,8 @@ class Answer:
                     grace.reschedule(asyncio.get_running_loop().time() + CANCEL_GRACE_S)
                     cancels.append(asyncio.ensure_future(accepted.cancel()))
 
-                follower = _Follower(choices, self._timer, give, satisfied)
+                count = partial(self._count, rank, choices)
+                follower = _Follower(choices, self._timer, count, give, satisfied)
                 await accepted.follow(follower)
                 await asyncio.gather(*cancels)
         except TimeoutError:
@@ -140,13 +158,19 @@ class _Follower:
     """Makes pieces of one request's tokens, as they come."""
 
     def __init__(
-        self, choices: list[ChoiceStream], timer: RequestTimer, give: Give, satisfied: Callable[[], None]
+        self,
+        choices: list[ChoiceStream],
+        timer: RequestTimer,
+        count: Callable[[Delta], None],
+        give: Give,
+        satisfied: Callable[[], None],
     ) -> None:
-        """satisfied: called when every choice has ended and the worker goes on with one of them."""
+        """count: called for each delta. satisfied: when every choice has ended and the worker goes on with one."""
         self.open = len(choices)
         """Choices that have not ended."""
         self._choices = choices
         self._timer = timer
+        self._count = count
         self._give = give
         self._satisfied = satisfied
         self._cut = False
@@ -167,6 +191,7 @@ class _Follower:
         stream = self._choices[delta.choice]
         was_open = stream.finish is None
         piece = stream.feed(delta)
+        self._count(delta)
         if delta.tokens and was_open:
             self._timer.tokens(stream.choice, len(delta.tokens))
         if piece is None:

@@ -61,7 +61,8 @@ class ChoiceStream:
         self.usage: Usage | None = None
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
-        self.plain = not options.stop and options.form is None and options.logprobs is None
+        asked = options.stop or options.form is not None or options.logprobs is not None or options.continuous_usage
+        self.plain = not asked
         """Its tokens become text, and nothing else is asked of them."""
         self._options = options
         self._eos = frozenset(eos)

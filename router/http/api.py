@@ -334,10 +334,7 @@ class Streaming:
 
     def text(self, choice: int, text: str) -> None:
         """See `Give`."""
-        if self._answer.job.options.continuous_usage:
-            self.piece(Piece(choice, text))
-        else:
-            self._put(self._out.text_chunk(choice, text))
+        self._put(self._out.text_chunk(choice, text))
 
     async def produce(self, buffer: EventBuffer) -> None:
         """Puts all events of the answer. Raises SlowClient and cancellation only; the work has ended then too."""

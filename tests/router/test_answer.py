@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 
 import router.http.api as routes
 from router.answers.answer import Answer
-from router.answers.stream import Piece
+from router.answers.stream import ChoiceStream, Piece
 from router.requests.defaults import GenerationDefaults
 from router.requests.formats import ModelFormats
 from router.requests.job import Endpoint, Job, completion_job
@@ -103,3 +103,42 @@ async def test_a_whole_answer_that_is_much_work_is_written_in_a_thread(
     monkeypatch.setattr(routes, "MANY", most)
     assert (await client.post("/v1/completions", json=asked)).json()["choices"] == before
     assert (written, before[0]["text"]) == (1, world.answers[0])
+
+
+class Unread(list[ChoiceStream]):
+    """Choices that are not all looked at."""
+
+    def __iter__(self) -> Iterator[ChoiceStream]:
+        raise AssertionError("a thousand choices would be read for each of their tokens")
+
+
+class Checks:
+    """Is given an answer's pieces, and looks at its usage for each."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.streams, answer.choices = answer.choices, Unread(answer.choices)
+        self.cached: list[int] = []
+
+    def piece(self, piece: Piece) -> None:
+        usage = self.answer.usage()
+        assert usage.completion_tokens == sum(len(stream.tokens) for stream in self.streams) > 0
+        assert usage.reasoning_tokens is None
+        self.cached.append(usage.cached_tokens)
+
+    def text(self, choice: int, text: str) -> None:
+        raise AssertionError("text alone does not count")
+
+
+async def test_usage_is_right_at_every_piece_and_reads_no_other_choice(world: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    job = await job_of(world, prompt=["Hello", "Hi"], n=3, stream=True, stream_options=options)
+    world.answers[:] = ["one", "two and 🙂", "three three three"]
+    world.dispatcher.cached_tokens = 1
+    answer = await Answer.start(job, world.dispatcher, world.text, world.metrics.start("completion"))
+    world.dispatcher.cached_tokens = 100  # told at a choice's end
+    checks = Checks(answer)
+    await answer.run(checks)
+    lengths = [len(request.prompt) for request in job.requests]
+    assert (checks.cached[0], checks.cached[-1]) == (2, sum(lengths) - 2)
+    assert answer.usage().prompt_tokens == sum(lengths)
