@@ -91,6 +91,8 @@ class CallParser:
         self._calls = Calls(form, declared)
         self._spaces = ""
         """Whitespace before the block that is being read."""
+        self._blank = 0
+        """Characters behind the reader that are known to be whitespace: a model may write it without end."""
         self._at_start = bool(form.bare)
         self._after_call = False
         self._steps = self._run()
@@ -131,13 +133,16 @@ class CallParser:
         reader = self._reader
         while True:
             at, text = reader.at, reader.text
-            found, opening = self._find(text, at)
+            new = at + self._blank
+            found, opening = self._find(text, new)
             held = len(text) if found < 0 else found
             if found < 0 and not reader.ended:
-                held -= _begun(text, at, self._form.openings)
-            shown = len(text[at:held].rstrip(SPACES))
+                held -= _begun(text, new, self._form.openings)
+            shown = new - at + len(said) if (said := text[new:held].rstrip(SPACES)) else 0
             self._say(text[at : at + shown])
             reader.at = at + shown
+            # No opening begins with whitespace.
+            self._blank = held - reader.at if found < 0 else 0
             if found >= 0:
                 self._spaces, reader.at = text[reader.at : found], found
                 return opening
@@ -152,8 +157,8 @@ class CallParser:
     def _find(self, text: str, at: int) -> tuple[int, str]:
         """The first opening from `at` on, and where; -1 when there is none."""
         if self._at_start:
-            first = next((index for index in range(at, len(text)) if text[index] not in SPACES), -1)
-            if first >= 0 and text[first] == self._form.bare:
+            first = len(text) - len(text[at:].lstrip(SPACES))
+            if text.startswith(self._form.bare, first):
                 return first, self._form.bare
         places = [(place, each) for each in self._form.openings if (place := text.find(each, at)) >= 0]
         return min(places, default=(-1, ""))

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.text.formats.answer import AnswerFormat, AnswerParser
-from tandem.text.formats.calls import NAME
+from tandem.text.formats.calls import NAME, CallParser
 from tandem.text.formats.json_scanner import MAX_DEPTH, JsonScanner
 from tandem.text.formats.parts import CallArguments, CallStart, Part, Reasoning, Text
 from tandem.text.formats.registry import REASONING_FORMATS, TOOL_FORMATS, choose
@@ -222,6 +222,26 @@ def test_text_is_not_held_longer_than_it_must() -> None:
     assert parser.feed(" <") == []
     assert parser.feed("t") == []
     assert parser.feed("p") == [Text(" <tp")]
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@pytest.mark.parametrize("before", ["", "Hello"])
+def test_whitespace_that_is_held_is_read_once(name: str, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = 0
+    find = CallParser._find
+
+    def counted(self: CallParser, text: str, at: int) -> tuple[int, str]:
+        nonlocal looked_at
+        looked_at += len(text) - at
+        return find(self, text, at)
+
+    monkeypatch.setattr(CallParser, "_find", counted)
+    assert not any(opening[0].isspace() for opening in TOOL_FORMATS[name].openings)
+    parser = CallParser(TOOL_FORMATS[name], DECLARED)
+    chunks = [before, *["  \n "] * 1000, "<", "b"]
+    parts = [part for chunk in chunks for part in parser.feed(chunk)] + parser.finish()
+    assert "".join(part.text for part in parts if isinstance(part, Text)) == "".join(chunks)
+    assert looked_at < 2 * sum(map(len, chunks))
 
 
 def test_one_call_drops_what_follows() -> None:
