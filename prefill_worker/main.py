@@ -8,6 +8,7 @@ from kvtransfer.backends import choose
 from prefill_worker.services import build
 from tandem.cluster import Role
 from tandem.config import PrefillConfig, keep_native_ports_local
+from tandem.freed_memory import given_back
 from tandem.obs import setup_logging
 from tandem.worker.process import WorkerProcess, serve
 
@@ -23,4 +24,5 @@ async def _run(config: PrefillConfig) -> int:
     transports = choose(config.transport, config.host)
     preferred = transports.preferred
     process = WorkerProcess(config, Role.PREFILL, preferred.name, build(config, transports), preferred)
-    return await serve(process)
+    async with given_back():
+        return await serve(process)

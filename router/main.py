@@ -26,6 +26,7 @@ from router.siblings import Siblings
 from router.supervisor import Place, supervise
 from router.workers.registry import Relay
 from tandem.config import RouterConfig
+from tandem.freed_memory import given_back
 from tandem.obs import setup_logging
 from tandem.ports import allow_descriptors, check_port, refused
 from tandem.text.tokenizer import import_transformers_without_torch
@@ -88,7 +89,7 @@ async def _serve(config: RouterConfig, listener: socket.socket, place: Place | N
     if place is not None:
         relay = Relay(place.folder, place.index, place.count, Trust.of(config))
         siblings = Siblings(place.folder, place.index, place.count)
-    async with ControlPlane(config, relay) as control, monitored(config, control, metrics):
+    async with ControlPlane(config, relay) as control, monitored(config, control, metrics), given_back():
         texts = ModelTexts(
             config.model, config.generation_config == "auto", config.chat_template, config.turn_cache_mib << 20
         )
