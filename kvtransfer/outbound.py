@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kvtransfer.base import WARM_TICKET, Buffer, Hooks, Identity, KvSource, Link, TransportError
@@ -42,6 +43,7 @@ class _Sending:
     queue_until: float
     watch: TicketWatch
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    opening: asyncio.Future[int] | None = None
     writes: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -167,35 +169,39 @@ class OutboundPair:
     # --- one ticket
 
     async def _run(self, sending: _Sending, message: pb.Open) -> None:
-        """From Open to Quiesced, whatever happens in between."""
-        state = sending.state
+        """From Open to Quiesced, whatever happens in between, and on until the source is closed."""
+        state, source = sending.state, self._sender.source
         tell_request(message.request_id, message.traceparent)
-        try:
+        with _failing(state):
             _check(message)
-            try:
-                await self._serve(sending, message)
-            finally:
-                while sending.writes:
-                    await asyncio.wait(sending.writes)
-                await self._sender.source.close(state.ticket_id)
-        except TandemError as error:
-            state.fail(str(error))
-        except Exception:
-            log.exception("ticket %s", state.ticket_id)
-            state.fail("internal error of the sender")
+            await self._serve(sending, message)
+        if state.stopping and sending.writes:  # what waits for pages or for room must not keep the ticket
+            source.give_up(state.ticket_id)
+            self._sender.staging.serve()
+        while state.writing:
+            sending.changed.clear()
+            await sending.changed.wait()
         if state.error:
             self._sender.hooks.failed("sender")
-        del self._tickets[state.ticket_id]
-        self._sender.hooks.open_tickets(-1)
         sending.watch.ended(state.error or ("cancelled" if state.cancelled else ""))
         gone = self._closing is not None
         quiesced = pb.Quiesced(
             ticket_id=state.ticket_id, spans_sent=len(state.sent), error=state.error, link_failed=gone
         )
         self.outbox.put_nowait(pb.ToReceiver(quiesced=quiesced))
+        # No write begins any more. Gathering and the source may wait for a long step of the engine, the receiver not.
+        while sending.writes:
+            await asyncio.wait(sending.writes)
+        if sending.opening is not None:
+            sending.opening.cancel()
+            await asyncio.gather(sending.opening, return_exceptions=True)
+            with _failing(state):
+                await source.close(state.ticket_id)
+        del self._tickets[state.ticket_id]
+        self._sender.hooks.open_tickets(-1)
 
     async def _serve(self, sending: _Sending, message: pb.Open) -> None:
-        """Opens the source and starts writes until the ticket is over."""
+        """Opens the source and starts writes until the ticket is over or stops."""
         state, ticket = sending.state, message.ticket_id
 
         def on_progress(computed: int) -> None:
@@ -204,22 +210,17 @@ class OutboundPair:
         tokens, root, cached_only = tuple(message.tokens), (message.salt, message.adapter), message.cached_only
         source, priority, tenant = self._sender.source, message.priority, message.tenant
         accepting = source.open(ticket, tokens, *root, priority, on_progress, tenant, cached_only)
-        opening = asyncio.ensure_future(accepting)
+        opening = sending.opening = asyncio.ensure_future(accepting)
         opening.add_done_callback(lambda _: sending.changed.set())
-        while not opening.done() and not state.over:
+        while not opening.done():
+            if state.stopping:
+                return
             await self._changed(sending)
-        if not opening.done():
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
-            return
         cached = opening.result()
         sending.watch.accepted(cached)
         self.outbox.put_nowait(pb.ToReceiver(opened=pb.Opened(ticket_id=ticket, cached_tokens=cached)))
         state.progressed(cached)
-        while not state.over:
-            if state.stopping:  # what waits for pages or for room must not keep the ticket
-                source.give_up(ticket)
-                self._sender.staging.serve()
+        while not (state.stopping or state.over):
             for credit in state.take_sendable():
                 self._spawn(self._push(sending, credit), sending.writes)
             await self._changed(sending)
@@ -235,39 +236,34 @@ class OutboundPair:
 
     def _progress(self, sending: _Sending, computed: int) -> None:
         state = sending.state
-        if state.progressed(computed) and state.ticket_id in self._tickets:
+        if state.progressed(computed) and not state.stopping:  # it may have quiesced
             progress = pb.Progress(ticket_id=state.ticket_id, computed=state.computed)
             self.outbox.put_nowait(pb.ToReceiver(progress=progress))
             sending.changed.set()
 
     async def _push(self, sending: _Sending, credit: Credit) -> None:
-        """Gathers and writes one span. The ticket cannot quiesce before this returned."""
+        """Gathers and writes one span. A ticket that quiesced meanwhile does not get it written."""
         state, staging, complete = sending.state, self._sender.staging, False
         taken = await staging.obtain(credit.length, self, lambda: not state.stopping)
-        try:
-            if taken is not None and not state.stopping:
-                view = staging.view(taken, credit.length)
-                await self._sender.source.export(state.ticket_id, credit.span, view)
-                if not state.stopping:
-                    sending.watch.wrote(await self._write(state, credit, view), credit.length)
-                    complete = True
-        except TransportError as error:
-            state.fail(str(error))
-            self._sender.hooks.failed("transport")
-            # Other writes of the link may still be under way: no ticket may quiesce before the link is gone.
-            self.shut(str(error))
-            await self._link_gone.wait()
-        except TandemError as error:
-            if not state.cancelled:
+        with _failing(state):
+            try:
+                if taken is not None and not state.stopping:
+                    view = staging.view(taken, credit.length)
+                    await self._sender.source.export(state.ticket_id, credit.span, view)
+                    if state.begin(credit.sequence):
+                        sending.watch.wrote(await self._write(state, credit, view), credit.length)
+                        complete = True
+            except TransportError as error:
                 state.fail(str(error))
-        except Exception:
-            log.exception("span %d of ticket %s", credit.sequence, state.ticket_id)
-            state.fail("internal error of the sender")
-        finally:
-            if taken is not None:
-                staging.release(taken)
-            state.finished(credit.sequence, complete)
-            sending.changed.set()
+                self._sender.hooks.failed("transport")
+                # Other writes of the link may still be under way: no ticket may quiesce before the link is gone.
+                self.shut(str(error))
+                await self._link_gone.wait()
+            finally:
+                if taken is not None:
+                    staging.release(taken)
+                state.finished(credit.sequence, complete)
+                sending.changed.set()
 
     async def _write(self, state: OutboundTicket, credit: Credit, view: Buffer) -> float:
         span, sender = credit.span, self._sender
@@ -296,6 +292,19 @@ class OutboundPair:
     async def _close_link(self) -> None:
         await in_thread(self._link.close)
         self._link_gone.set()
+
+
+@contextmanager
+def _failing(state: OutboundTicket) -> Iterator[None]:
+    """What goes wrong fails the ticket."""
+    try:
+        yield
+    except TandemError as error:
+        if not state.cancelled:
+            state.fail(str(error))
+    except Exception:
+        log.exception("ticket %s", state.ticket_id)
+        state.fail("internal error of the sender")
 
 
 def _check(message: pb.Open) -> None:

@@ -21,8 +21,8 @@ class Credit:
 class OutboundTicket:
     """One prompt being sent, from Open to Quiesced.
 
-    Every credit is in exactly one state: waiting, writing (gathered, posted or under way), sent, or dropped. Quiesced
-    may be said only when none is writing.
+    Every credit is in exactly one state: waiting, gathering, writing (posted or under way), sent, or dropped. Quiesced
+    may be said only when none is writing; what is still gathered then is never written.
     """
 
     ticket_id: str
@@ -33,6 +33,7 @@ class OutboundTicket:
     started: bool = False
     """The source reported progress."""
     waiting: dict[int, Credit] = field(default_factory=dict)
+    gathering: dict[int, Credit] = field(default_factory=dict)
     writing: dict[int, Credit] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
@@ -43,7 +44,7 @@ class OutboundTicket:
 
     def grant(self, credit: Credit, layout: KvLayout, slab_bytes: int, max_bytes: int) -> None:
         """Takes a credit. Raises ValueError naming what is wrong with it."""
-        span, seen = credit.span, len(self.waiting) + len(self.writing) + len(self.sent) + len(self.dropped)
+        span, seen = credit.span, len(self._all)
         if credit.sequence != seen:
             raise ValueError(f"grant has sequence {credit.sequence}; {seen} is expected")
         if span.start < 0 or span.count < 1 or span.end > self.end:
@@ -71,17 +72,24 @@ class OutboundTicket:
         return True
 
     def take_sendable(self) -> list[Credit]:
-        """Moves the credits whose tokens are computed to `writing` and returns them."""
+        """Moves the credits whose tokens are computed to `gathering` and returns them."""
         if self.stopping:
             return []
         ready = [credit for credit in self.waiting.values() if credit.span.end <= self.computed]
         for credit in ready:
-            self.writing[credit.sequence] = self.waiting.pop(credit.sequence)
+            self.gathering[credit.sequence] = self.waiting.pop(credit.sequence)
         return ready
+
+    def begin(self, sequence: int) -> bool:
+        """A gathered span is to be written; whether it may: a ticket that stops may have quiesced."""
+        if not self.stopping:
+            self.writing[sequence] = self.gathering.pop(sequence)
+        return not self.stopping
 
     def finished(self, sequence: int, complete: bool) -> None:
         """A write is terminal: complete at the receiver, or never started."""
-        del self.writing[sequence]
+        self.gathering.pop(sequence, None)
+        self.writing.pop(sequence, None)
         (self.sent if complete else self.dropped).add(sequence)
 
     def fail(self, error: str) -> None:
@@ -102,6 +110,10 @@ class OutboundTicket:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a credit is in no or in two states."""
-        states = [*self.waiting, *self.writing, *self.sent, *self.dropped]
-        assert sorted(states) == list(range(len(states))), f"credits in states: {states}"
-        assert all(credit.span.end <= self.computed for credit in self.writing.values())
+        assert sorted(self._all) == list(range(len(self._all))), f"credits in states: {self._all}"
+        begun = [*self.gathering.values(), *self.writing.values()]
+        assert all(credit.span.end <= self.computed for credit in begun)
+
+    @property
+    def _all(self) -> list[int]:
+        return [*self.waiting, *self.gathering, *self.writing, *self.sent, *self.dropped]

@@ -71,9 +71,18 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def start(self) -> None:
-        for each in self.sender.take_sendable():
+        self.sender.take_sendable()
+
+    @precondition(lambda self: self.sender.gathering)
+    @rule(data=st.data())
+    def gathered(self, data: st.DataObject) -> None:
+        each = self.sender.gathering[data.draw(st.sampled_from(sorted(self.sender.gathering)))]
+        if self.sender.begin(each.sequence):
+            assert self.quiesced is None, "a write begins behind Quiesced"
             taken = self.receiver.out[each.sequence]
             assert (taken.offset, each.length <= taken.size) == (each.offset, True)
+        else:
+            self.sender.finished(each.sequence, complete=False)
 
     @precondition(lambda self: self.sender.writing)
     @rule(data=st.data(), complete=st.booleans())
@@ -161,6 +170,9 @@ class Conversation(RuleBasedStateMachine):
         if self.quiesced is None:
             assert self.sender.over, "the sender would never quiesce"
             self.quiesce()
+        for sequence in list(self.sender.gathering):
+            assert not self.sender.begin(sequence), "a write begins behind Quiesced"
+            self.sender.finished(sequence, complete=False)
         if self.receiver.sent is None:
             self.hear_quiesced()
         self.consistent()
@@ -218,6 +230,7 @@ def test_a_span_is_sendable_once_when_all_its_tokens_are_computed() -> None:
     ticket.progressed(10)
     assert [each.sequence for each in ticket.take_sendable()] == [0]
     assert ticket.take_sendable() == []
+    assert ticket.begin(0)
     ticket.fail("first")
     ticket.fail("second")
     assert (ticket.error, ticket.over) == ("first", False)
