@@ -44,8 +44,8 @@ class Network:
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "address", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
-        for number, (name, address) in enumerate(self._addresses.items()):
-            space, outside = self._namespace(name), f"tandem-v{number}"
+        for name, address in self._addresses.items():
+            space, outside = self._namespace(name), self._outside(name)
             run("ip", "netns", "add", space)
             run("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
             run("ip", "link", "set", outside, "master", BRIDGE, "up")
@@ -61,6 +61,9 @@ class Network:
         for name in self._addresses:
             with contextlib.suppress(subprocess.CalledProcessError):
                 run("ip", "netns", "del", self._namespace(name))
+            # A namespace in which a process lives on keeps its link.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                run("ip", "link", "del", self._outside(name))
         with contextlib.suppress(subprocess.CalledProcessError):
             run("ip", "link", "del", BRIDGE)
 

@@ -132,6 +132,8 @@ class Bench:
         outcome.service_s = await self._strike(cell, pair or ("prefill-0", "decode-0"), struck)
         during = await asyncio.gather(*streams)
         outcome.judge(right, during, await asyncio.gather(*self._streams(seeds, "struck")))
+        if cell.role == "router" and cell.fault != "SIGTERM" and not outcome.errors:
+            outcome.reached = False  # no stream was open any more
         outcome.leaked = await self._leaks()
         return outcome
 
