@@ -151,7 +151,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
             "third was computed (decode: had landed); mid-transfer: some of it was sent (had landed), but not all; "
             "mid-decode: all streams had begun, and on a decode worker some were running (a killed router: some were "
             "cut); idle: the streams begin right after the fault. A partition cuts a pair that had moved KV, in the "
-            "middle phases one with a hand-over open between the two. A cell that was not met is played again, up to three times.",
+            "middle phases one with a hand-over open between the two. A cell that was not met is played again, up to "
+            "three times.",
             "",
             "*Errors*: streams whose client was told of an error. *Lost*: streams without an end, with a clean end too "
             "early, or with another text than the same prompt had before, without a fault and from no cache; the "
