@@ -50,6 +50,8 @@ REPLACED_S = 1.0
 MOST_OPEN = 48
 """Requests at once; more are not begun, so that a slow machine is not buried."""
 QUIET_S = 20.0
+WARM_AT_ONCE = 8
+"""Of the requests before the first fault: batches as large as will come make the buffers that they need."""
 WARM_SHARE = 1 / 3
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
 SMALL_STORES = (
@@ -140,8 +142,8 @@ class Report:
 class Soak:
     """One cluster under load and faults."""
 
-    def __init__(self, views: Sequence[Cluster], mix: str, seed: int) -> None:
-        self._views = views
+    def __init__(self, views: Sequence[Cluster], mix: str, seed: int, warm_requests: int = 0) -> None:
+        self._views, self._warm_requests = views, warm_requests
         self._processes = [*(view.router for view in views), *views[0].workers.values()]
         self._clients = Clients([view.url for view in views], MODEL.name, mix, seed)
         self._source = random.Random(f"faults {seed}")
@@ -149,7 +151,11 @@ class Soak:
         self.report = Report()
 
     async def run(self, seconds: float, fault_s: float, rate: float) -> None:
-        """Load, faults and samples for so long, then quiet."""
+        """What stores and buffers fill with, then load, faults and samples for so long, then quiet."""
+        if self._warm_requests:
+            await self._clients.fill_word_caches()
+        for _ in range(self._warm_requests // WARM_AT_ONCE):
+            await asyncio.gather(*(self._one() for _ in range(WARM_AT_ONCE)))
         watching = asyncio.create_task(self.watch.run())
         until = time.monotonic() + seconds
         disturbing = asyncio.create_task(self._disturb(until, fault_s))
@@ -289,12 +295,13 @@ def main() -> int:
     parser.add_argument("--mix", choices=sorted(MIXES), default="even")
     parser.add_argument("--policy", default="cost", help="of the routers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm-requests", type=int, default=200, help="before the first fault, eight at a time")
     parser.add_argument("--raw", type=Path, help="write all samples, ends and faults to this JSON file")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, running_cluster(Path(folder), given.policy) as views:
-        soak = Soak(views, given.mix, given.seed)
+        soak = Soak(views, given.mix, given.seed, given.warm_requests)
         asyncio.run(soak.run(given.minutes * 60, given.fault_s, given.rate))
         report, heading = soak.report, f"mix {given.mix}, policy {given.policy}, seed {given.seed}"
         sys.stdout.write(f"{given.minutes:g} min, {heading}: {report.text()}\n")
