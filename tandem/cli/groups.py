@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "drain_s", "on", "kubernetes*", "k8s*", "ray*",
     ),
     "Trust": ("api_keys", "token", "metrics_token", "tls_*"),
-    "Routing": ("policy", "replicas*", "index_*", "retries", "local_prefill_tokens"),
+    "Routing": ("policy", "replicas*", "index_*", "turn_cache_mib", "retries", "local_prefill_tokens"),
     "Queues": (
         "max_inflight", "max_queued", "queue_s", "worker_backlog", "max_waiting", "ageing_s", "stream_queue",
     ),

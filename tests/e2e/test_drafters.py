@@ -23,6 +23,8 @@ SPEC = CheckpointSpec(layers=2, vocab=300, max_positions=512, seed=21)
 PROMPTS = [[(13 * index * (row + 2) + 5 * row) % 290 + 6 for index in range(20 + 17 * row)] for row in range(6)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=70)
+RETRACTING = 10
+"""Times that the prompts are asked at most: a quick engine may end some of them before the last one comes."""
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, seed=3)
 
 
@@ -44,7 +46,7 @@ def settings_of(prefill: int, drafter: Path | None, **decode: Any) -> dict[str, 
 
 async def ask(workers: Pair, sampling: SamplingParams) -> list[list[int]]:
     """All prompts at once."""
-    names = [await workers.submit(prompt, sampling) for prompt in PROMPTS]
+    names = await asyncio.gather(*(workers.submit(prompt, sampling) for prompt in PROMPTS))
     return [only(await workers.answer(name)).tokens for name in names]
 
 
@@ -88,7 +90,10 @@ async def test_retracted_sequences_go_on_as_they_would_have(
 ) -> None:
     settings = settings_of(prefill, folders.drafters[drafter], pages=18, ageing_s=60.0)
     async with pair(folders.target, **settings) as workers:
-        assert await ask(workers, LONG) == expected[LONG]
+        for _ in range(RETRACTING):
+            assert await ask(workers, LONG) == expected[LONG]
+            if workers.decode.engine.status().retractions:
+                break
         assert workers.decode.engine.status().retractions > 0
         assert accepted_share(workers) == 1.0 or drafter != "twin"
 
