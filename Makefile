@@ -82,8 +82,16 @@ ready: $(DEV_READY)
 demo: $(RUN_READY)
 	@exec $(BIN)/tandem up demo --prefill 2 --decode 2 --port $(PORT)
 
+# The simulation needs a core and nothing else: without arguments it runs beside the tests that mostly wait.
 test: $(DEV_READY)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@(said=$$(nice -n 19 $(BIN)/python -m pytest tests/simulation 2>&1) && status=0 || status=$$?; \
+		echo; echo "$$said"; exit $$status) & simulation=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/simulation && status=0 || status=$$?; \
+	wait $$simulation || status=$$?; exit $$status
+else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 check: $(DEV_READY)
 	@status=0; step() { echo "== $$*"; "$$@" || status=1; }; \
