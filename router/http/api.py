@@ -140,10 +140,14 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: ids of a text, or of messages under the chat template."""
+        return await self._visited(request, self._tokenize)
+
+    async def _visited(self, request: Request, work: Callable[[Request, bytes], Awaitable[Response]]) -> Response:
+        """Counts as a request of the caller's while it is worked on."""
         tenant = self._callers.tenant(request.headers)
         raw = await read_body(request, self._max_body)
         with self._enter(request, tenant):
-            return await self._tokenize(request, raw)
+            return await work(request, raw)
 
     async def _tokenize(self, request: Request, raw: bytes) -> Response:
         body = parse(TokenizeBody, raw)
@@ -171,10 +175,7 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`: text of ids."""
-        tenant = self._callers.tenant(request.headers)
-        raw = await read_body(request, self._max_body)
-        with self._enter(request, tenant):
-            return await self._detokenize(request, raw)
+        return await self._visited(request, self._detokenize)
 
     async def _detokenize(self, request: Request, raw: bytes) -> Response:
         body = parse(DetokenizeBody, raw)

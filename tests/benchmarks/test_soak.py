@@ -122,7 +122,7 @@ def test_each_process_has_a_verdict_and_a_soak_fails_for_growth_and_for_none(tmp
             assert name in next(line for line in words.splitlines() if line.startswith(f"- {wrong}"))
 
 
-async def test_who_began_must_have_ended(tmp_path: Path) -> None:
+async def test_who_began_must_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soak = spare(tmp_path)
     soak.report.verdicts = dict.fromkeys(SPARED, FLAT)
 
@@ -131,7 +131,7 @@ async def test_who_began_must_have_ended(tmp_path: Path) -> None:
             raise LookupError("whoever asked is gone")
         return End("chat", "answered", "", 0, 1, 2)
 
-    soak._clients.ask = ask  # type: ignore[method-assign]
+    monkeypatch.setattr(soak._clients, "ask", ask)
     await soak._one()
     assert not soak.report.failed()
     with pytest.raises(LookupError):

@@ -224,14 +224,14 @@ async def test_a_connection_under_way_is_closed_with_the_client() -> None:
     assert rig.pool.leaks() == []
 
 
-async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing() -> None:
+async def test_pairs_that_are_over_are_forgotten_once_they_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefill worker that is restarted again and again must not leave a landing slab each time."""
     dead, still_closing, new = (FakePair(target.incarnation) for target in (A, B, C))
     rig = Rig(dead, still_closing, new)
     for target in (A, B):
         await rig.fetch([target])
         await rig.pairs[target.incarnation].close()
-    still_closing.leaks = lambda: ["the landing is not closed"]  # type: ignore[method-assign]
+    monkeypatch.setattr(still_closing, "leaks", lambda: ["the landing is not closed"])
     await rig.fetch([C])
     assert set(rig.pool._pairs) == {C.incarnation}
     assert rig.pool.leaks() == ["the landing is not closed", f"pair {C.incarnation} leaks"]

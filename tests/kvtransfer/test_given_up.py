@@ -65,7 +65,9 @@ async def end(rig: Rig, client: PairClient, other: asyncio.Task[FetchResult]) ->
     assert (client.closed, rig.failures, rig.sender_failures) == (False, [], [])
 
 
-async def test_a_sender_busy_with_a_step_quiesces_before_it_has_let_go_of_the_pages() -> None:
+async def test_a_sender_busy_with_a_step_quiesces_before_it_has_let_go_of_the_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with make_rig(InprocBackend()) as rig:
         client = await rig.connected(quiesce_s=QUIESCE_S)
         ticket, stepped, close = rig.ticket(), asyncio.Event(), rig.source.close
@@ -74,7 +76,7 @@ async def test_a_sender_busy_with_a_step_quiesces_before_it_has_let_go_of_the_pa
             await stepped.wait()
             await close(ticket_id)
 
-        rig.source.close = close_behind_the_step  # type: ignore[method-assign]
+        monkeypatch.setattr(rig.source, "close", close_behind_the_step)
         assert not (await client.fetch(ticket, TOKENS, "", "", 0, FakeSink())).error
         other = await going_on(rig, client)
         assert any(ticket.ticket_id in line for line in rig.service.leaks())
@@ -82,7 +84,9 @@ async def test_a_sender_busy_with_a_step_quiesces_before_it_has_let_go_of_the_pa
         await end(rig, client, other)
 
 
-async def test_a_ticket_cancelled_while_the_source_takes_it_quiesces_although_a_step_is_under_way() -> None:
+async def test_a_ticket_cancelled_while_the_source_takes_it_quiesces_although_a_step_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with make_rig(InprocBackend()) as rig:
         client = await rig.connected(quiesce_s=QUIESCE_S)
         stepped, asked, take = asyncio.Event(), asyncio.Event(), rig.source.open
@@ -96,18 +100,18 @@ async def test_a_ticket_cancelled_while_the_source_takes_it_quiesces_although_a_
                     with suppress(asyncio.CancelledError):
                         await stepped.wait()
 
-        rig.source.open = take_behind_the_step  # type: ignore[method-assign, assignment]
+        monkeypatch.setattr(rig.source, "open", take_behind_the_step)
         fetch = asyncio.create_task(client.fetch(rig.ticket(), TOKENS, "", "", 0, FakeSink()))
         await asked.wait()
         fetch.cancel()
-        rig.source.open = take  # type: ignore[method-assign]
+        monkeypatch.setattr(rig.source, "open", take)
         other = await going_on(rig, client)
         assert not rig.source.closed
         stepped.set()
         await end(rig, client, other)
 
 
-async def test_what_is_still_gathered_for_a_cancelled_ticket_is_never_written() -> None:
+async def test_what_is_still_gathered_for_a_cancelled_ticket_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
     async with make_rig(InprocBackend()) as rig:
         client = await rig.connected(quiesce_s=QUIESCE_S)
         stepped, export = asyncio.Event(), rig.source.export
@@ -117,7 +121,7 @@ async def test_what_is_still_gathered_for_a_cancelled_ticket_is_never_written() 
             rig.source.given_up.clear()  # it had begun
             await export(ticket_id, span, out)
 
-        rig.source.export = export_behind_the_step  # type: ignore[method-assign]
+        monkeypatch.setattr(rig.source, "export", export_behind_the_step)
         fetch = asyncio.create_task(client.fetch(rig.ticket(), TOKENS, "", "", 0, FakeSink()))
         await eventually(lambda: any(pair._sender.staging.used_bytes for pair in rig.service._pairs.values()))
         fetch.cancel()

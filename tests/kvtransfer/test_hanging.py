@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,14 +39,14 @@ class _Hanging(InprocBackend):
             self._hang(link)
         return link
 
-    def _hang(self, end: Landing | Link) -> None:
+    def _hang(self, end: Any) -> None:
         close = end.close
 
         def wait_and_close() -> None:
             self.free.wait()
             close()
 
-        end.close = wait_and_close  # type: ignore[method-assign]
+        end.close = wait_and_close
 
 
 @pytest.fixture

@@ -45,8 +45,9 @@ class Rig:
         self.inner = FakeSource(small_layout(), **source)
         self.publisher = Announcements()
         self.metrics = WorkerMetrics(tuple)
+        inner: Any = self.inner
         parts: Any = SimpleNamespace(publisher=self.publisher, metrics=self.metrics, root=ROOT)
-        self.source = PromisingSource(self.inner, parts, max_waiting, caches)  # type: ignore[arg-type]
+        self.source = PromisingSource(inner, parts, max_waiting, caches)
 
     async def open(self, ticket: str, tokens: TokenIds = TOKENS, salt: str = "", adapter: str = "") -> int:
         return await self.source.open(ticket, tokens, salt, adapter, 0, ignore)

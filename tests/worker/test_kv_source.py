@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from tandem.kv import Span
+from tandem.kv import HashRoot, Span
 from tandem.worker.kv_source import EngineKvSource, _Held
 
 
@@ -29,10 +29,11 @@ class Thread:
 
 
 async def test_an_export_hears_of_what_is_computed_again_although_another_begins() -> None:
-    thread, seq = Thread(), SimpleNamespace(seq_id="t", computed=128)
+    thread: Any = Thread()
+    seq: Any = SimpleNamespace(seq_id="t", computed=128)
     engine: Any = SimpleNamespace(export_span=lambda *args: None)
-    source = EngineKvSource(engine, thread, None, 1000, computes=True)  # type: ignore[arg-type]
-    source._held["t"] = _Held(seq, lambda computed: None, computes=True)  # type: ignore[arg-type]
+    source = EngineKvSource(engine, thread, HashRoot("", "", ""), 1000, computes=True)
+    source._held["t"] = _Held(seq, lambda computed: None, computes=True)
     source._report("t", 128)
     first = asyncio.create_task(source.export("t", Span(0, 64), memoryview(b"")))
     await asyncio.sleep(0)
@@ -42,7 +43,8 @@ async def test_an_export_hears_of_what_is_computed_again_although_another_begins
     seq.computed = 128  # and computed again in the next
 
     def step(**output: Any) -> None:
-        source.on_step(SimpleNamespace(**{"retracted": [], "progress": [], **output}))  # type: ignore[arg-type]
+        told: Any = SimpleNamespace(**{"retracted": [], "progress": [], **output})
+        source.on_step(told)
 
     loop = asyncio.get_running_loop()  # it was busy: the answer, both steps and another export are ready at once
     loop.call_soon(future.set_result, missing)
