@@ -152,10 +152,7 @@ class Soak:
 
     async def run(self, seconds: float, fault_s: float, rate: float) -> None:
         """What stores and buffers fill with, then load, faults and samples for so long, then quiet."""
-        if self._warm_requests:
-            await self._clients.fill_word_caches()
-        for _ in range(self._warm_requests // WARM_AT_ONCE):
-            await asyncio.gather(*(self._one() for _ in range(WARM_AT_ONCE)))
+        await self._warm()
         watching = asyncio.create_task(self.watch.run())
         until = time.monotonic() + seconds
         disturbing = asyncio.create_task(self._disturb(until, fault_s))
@@ -174,6 +171,18 @@ class Soak:
         lives = {f"{name} {pid}": [asdict(sample) for sample in life] for (name, pid), life in self.watch.lives.items()}
         ends, faults = map(asdict, self.report.ends), map(asdict, self.report.faults)
         path.write_text(json.dumps({"ends": list(ends), "faults": list(faults), "lives": lives}))
+
+    async def _warm(self) -> None:
+        if not self._warm_requests:
+            return
+        await self._clients.fill_word_caches()
+        left = iter(range(self._warm_requests))
+
+        async def some() -> None:
+            for _ in left:
+                await self._one()
+
+        await asyncio.gather(*(some() for _ in range(WARM_AT_ONCE)))
 
     async def _load(self, until: float, rate: float) -> None:
         """Requests at random moments, `rate` a second, whatever became of those before."""
@@ -295,7 +304,7 @@ def main() -> int:
     parser.add_argument("--mix", choices=sorted(MIXES), default="even")
     parser.add_argument("--policy", default="cost", help="of the routers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-requests", type=int, default=200, help="before the first fault, eight at a time")
+    parser.add_argument("--warm-requests", type=int, default=1000, help="before the first fault, eight at a time")
     parser.add_argument("--raw", type=Path, help="write all samples, ends and faults to this JSON file")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
