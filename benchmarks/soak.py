@@ -153,6 +153,7 @@ class Soak:
     async def run(self, seconds: float, fault_s: float, rate: float) -> None:
         """What stores and buffers fill with, then load, faults and samples for so long, then quiet."""
         await self._warm()
+        log.info("the clock starts after %s", Counter(end.outcome for end in self.report.ends))
         watching = asyncio.create_task(self.watch.run())
         until = time.monotonic() + seconds
         disturbing = asyncio.create_task(self._disturb(until, fault_s))
@@ -199,7 +200,10 @@ class Soak:
 
     async def _one(self) -> None:
         self.report.begun += 1
-        self.report.ends.append(await self._clients.ask())
+        end = await self._clients.ask()
+        if end.outcome == "lost":
+            log.warning("lost: %s: %s", end.kind, end.cause)
+        self.report.ends.append(end)
 
     async def _disturb(self, until: float, fault_s: float) -> None:
         """Strikes another process each time, and comes round to each kind."""
