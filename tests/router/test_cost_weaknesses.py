@@ -5,6 +5,7 @@ Where a complaint is about a product, its public issue is named.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -27,6 +28,8 @@ from tandem.testing.workers import fake_info
 TIMING = StepTiming(base_ms=10.0, per_token_ms=0.2)
 LATER = 100.0
 """Nobody is a newcomer."""
+KNOWN_MS = RECENT_S * 1e3 * -math.expm1(-LATER / RECENT_S)
+"""Time of a worker's that its recent work is of."""
 
 
 def worker(
@@ -118,7 +121,7 @@ def test_recent_work_decides_between_idle_workers() -> None:
 
 def test_an_idle_cluster_fills_all_its_caches_and_a_busy_one_follows_prefixes() -> None:
     """Computing again delays others only where somebody waits."""
-    full = BUSY * RECENT_S * 1e3 / TIMING.per_token_ms  # tokens of a worker that is just busy
+    full = BUSY * KNOWN_MS / TIMING.per_token_ms  # tokens of a worker that is just busy
 
     def chosen(both: float) -> str | None:
         views = [worker("has a part", recent_tokens=both + 4500), worker("b", recent_tokens=both)]
@@ -126,6 +129,18 @@ def test_an_idle_cluster_fills_all_its_caches_and_a_busy_one_follows_prefixes() 
 
     assert chosen(0.0) == "b"
     assert chosen(full) == chosen(3 * full) == "has a part"
+
+
+@pytest.mark.parametrize("known_s", [1.0, 8.0, 30.0, 1000.0])
+def test_a_router_that_just_started_does_not_take_a_busy_cluster_for_an_idle_one(known_s: float) -> None:
+    """It has seen little work because it has looked for a moment."""
+
+    seen = 2 * BUSY * RECENT_S * 1e3 * -math.expm1(-known_s / RECENT_S) / TIMING.per_token_ms
+    since = LATER - known_s
+    views = [worker("has a part", recent_tokens=seen + 4500, since=since)]
+    views.append(worker("b", recent_tokens=seen, since=since))
+    fleet = FleetSnapshot(tuple(views), (worker("d", Role.DECODE, running=60, since=since),))
+    assert CostPolicy().plan(RequestInfo("r", 301, 64), fleet, {"has a part": 64}, LATER).prefill == "has a part"
 
 
 def test_a_decode_worker_that_computed_more_than_prefill_workers_did_computes_less() -> None:
@@ -137,7 +152,7 @@ def test_a_decode_worker_that_computed_more_than_prefill_workers_did_computes_le
         return next(each for each in found.candidates if each.prefill is None).costs["recent"]
 
     assert local(0.0) == local(20_000.0) == 0.0
-    share = 50_000 * TIMING.per_token_ms / (RECENT_S * 1e3)
+    share = 50_000 * TIMING.per_token_ms / KNOWN_MS
     assert share > BUSY
     assert local(30_000.0) == pytest.approx(RECENT * 10_000 * TIMING.per_token_ms)
 
@@ -244,7 +259,7 @@ def test_the_plan_is_the_cheapest_of_all_pairs(data: st.DataObject) -> None:
     first = prefill or decode
     least = min(view.recent_tokens for view in first)
     done_ms = sum(view.recent_tokens for view in (*prefill, *decode)) * TIMING.per_token_ms
-    share = done_ms / len(first) / (RECENT_S * 1e3)
+    share = done_ms / len(first) / KNOWN_MS
     level = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
     costs = {
         (d.incarnation, p.incarnation if p else None): _pair_cost(request, d, p, matches, least, level)
