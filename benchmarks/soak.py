@@ -52,7 +52,8 @@ MOST_OPEN = 48
 QUIET_S = 20.0
 WARM_AT_ONCE = 8
 """Of the requests before the first fault: batches as large as will come make the buffers that they need."""
-WARM_SHARE = 1 / 3
+WARM_SHARE = 1 / 6
+"""Of the time with faults, not judged: by then each other process has been gone once or twice."""
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
 SMALL_STORES = (
     "--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096", "--turn-cache-mib", "1"
@@ -130,7 +131,7 @@ class Report:
             f"- neither that nor flat is shown: {', '.join(self.judged(NOT_SHOWN)) or 'none'}",
             f"- not judged, lived too short: {', '.join(self.judged(NOT_JUDGED)) or 'none'}",
             "",
-            "Growth a minute after the first third, of memory in MiB; *own* is what no file backs.",
+            f"Growth a minute after the first {WARM_SHARE:.0%} of it, memory in MiB; *own* is what no file backs.",
             "",
             "| process | minutes | rss / pss / own at the end | rss | pss | own | descriptors | threads |",
             "|---|---|---|---|---|---|---|---|",
