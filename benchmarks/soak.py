@@ -52,8 +52,8 @@ MOST_OPEN = 48
 QUIET_S = 20.0
 WARM_AT_ONCE = 8
 """Of the requests before the first fault: batches as large as will come make the buffers that they need."""
-WARM_SHARE = 1 / 6
-"""Of the time with faults, not judged: by then each other process has been gone once or twice."""
+WARM_SHARE = 1 / 3
+"""Of the time with faults, not judged."""
 FIGURES = ("rss", "pss", "own", "descriptors", "threads")
 SMALL_STORES = (
     "--explain-requests", "64", "--ladder-blocks", "256", "--index-max-blocks", "4096", "--turn-cache-mib", "1"
