@@ -68,8 +68,12 @@ async def test_the_way_changes_no_sampled_token(
     settings = WAYS[way]
     if "drafted" in way:
         settings = {**settings, "draft_model": str(subjects[family].head)}
-    tokens, retractions = await _sample(subjects[family], 16, **settings)
-    assert tokens == plain[family]
+    # On a busy machine requests may come in so far apart that the first have ended before pages run out.
+    for _ in range(5 if "retracted" in way else 1):
+        tokens, retractions = await _sample(subjects[family], 16, **settings)
+        assert tokens == plain[family]
+        if retractions:
+            break
     assert bool(retractions) == ("retracted" in way)
 
 
