@@ -178,8 +178,7 @@ class ChatFormat(Format):
             out = self._part_chunks(piece, piece.parts)
         elif piece.text or piece.logprobs:
             if piece.logprobs:
-                logprobs = self._logprobs(piece.logprobs)
-                out = self._chunk(piece.choice, {"content": piece.text}, logprobs, None)
+                out = self._chunk(piece.choice, {"content": piece.text}, self._logprobs(piece.logprobs), None)
             else:
                 out = self.text_chunk(piece.choice, piece.text)
         if piece.prompt_logprobs:

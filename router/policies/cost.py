@@ -239,10 +239,11 @@ def _recent(prefill: _Group, decode: _Group, model: _Coefficients, now: float) -
         work.append(group.column(Column.RECENT_TOKENS) * np.exp(-age / RECENT_S) * model.token_ms(group))
     # A decode worker has too much of it when it computed more than a prefill worker did.
     first = work[0 if prefill.views else 1]
-    # Who has known the workers for a shorter time than work counts has seen less of it: a router that just started.
+    # Who has known the workers for a shorter time than work counts has seen a part of it: a router that just began.
     known_s = now - min(group.column(Column.SINCE).min(initial=now) for group in (prefill, decode))
-    could_ms, done_ms = -len(first) * RECENT_S * 1e3 * np.expm1(-known_s / RECENT_S), work[0].sum() + work[1].sum()
-    weight = RECENT * min(IDLE, max(1.0, BUSY * could_ms / done_ms if done_ms else IDLE))
+    seen = max(-np.expm1(-known_s / RECENT_S), 1 / IDLE)
+    busy = (work[0].sum() + work[1].sum()) / (len(first) * RECENT_S * 1e3 * seen)
+    weight = RECENT * min(IDLE, max(1 / seen, BUSY / busy if busy else IDLE))
     return [weight * np.maximum(each - first.min(), 0.0) for each in work]
 
 

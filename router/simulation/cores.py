@@ -15,17 +15,20 @@ class Cores:
     """Tasks on so many cores, an equal part for each (processor sharing), and as many places for steps.
 
     A worker's step waits for a place in order, as `tandem.compute_slots` has it; everything else begins at once, and
-    makes what runs slower. background: cores that are always busy, with reports and heartbeats. crowding: how much
-    longer everything takes while no core is free, for what cores share.
+    makes what runs slower. background: cores that are always busy, with reports and heartbeats. crowding, contention:
+    see `Machine`.
     """
 
-    def __init__(self, clock: Clock, count: int, background: float = 0.0, crowding: float = 0.0) -> None:
+    def __init__(
+        self, clock: Clock, count: int, background: float = 0.0, crowding: float = 0.0, contention: float = 0.0
+    ) -> None:
         self.free = count
         """Places for steps."""
         self._clock = clock
         self._count = count
         self._cores = max(count - background, 0.05 * count)
         self._crowding = crowding
+        self._contention = contention
         self._waiting: deque[Callable[[], None]] = deque()
         self._tasks: list[tuple[float, int, Callable[[], None]]] = []
         """By the work that every task must have got before it ends."""
@@ -55,6 +58,11 @@ class Cores:
         heapq.heappush(self._tasks, (self._got + seconds, self._order, then))
         self._order += 1
         self._await()
+
+    @property
+    def stretch(self) -> float:
+        """How many times as long it takes now what has to be woken many times."""
+        return 1 + self._contention * min(len(self._tasks), self._count) / self._count
 
     @property
     def busy(self) -> int:

@@ -204,7 +204,9 @@ class Engine:
             steps = min(RUN, self._outputs[0][0] - self._steps)
         # In each step every sequence looks back on one token more.
         context = self.context + outputs * (steps - 1) / 2
-        ms = self._machine.step_ms(tokens, context) * max(0.1, self._rng.gauss(1.0, self._noise)) if tokens else 0.0
+        prefix = sum(count * prompt.known for prompt, count in chunks)
+        noise = max(0.1, self._rng.gauss(1.0, self._noise)) if tokens else 0.0
+        ms = self._machine.step_ms(tokens, context, prefix) * noise
         self._begin(_Run(self._clock.now, ms, steps, outputs, tokens, chunks, fresh))
 
     def _chunks(self, budget: int) -> list[tuple[Prompt, int]]:
@@ -253,10 +255,12 @@ class Engine:
         self._run = None
         self._steps += run.steps
         self.context += run.outputs * run.steps
-        self.busy_s += run.ms * run.steps / 1e3
+        # Shared cores are slower while others use them, which workers see as longer steps.
+        ms = run.ms if self._cores is None else (self._clock.now - run.began) * 1e3 / run.steps
+        self.busy_s += ms * run.steps / 1e3
         if run.tokens:
             for _ in range(run.steps):
-                self._fit.add(run.tokens, run.ms / 1e3)
+                self._fit.add(run.tokens, ms / 1e3)
         for prompt, count in run.chunks:
             self._advance(prompt, count)
         for output in run.fresh:
@@ -265,7 +269,7 @@ class Engine:
             _, _, output = heapq.heappop(self._outputs)
             self.context -= output.context + output.tokens
             output.on_end()
-        self._host.stepped(run.ms, run.outputs * run.steps)
+        self._host.stepped(ms, run.outputs * run.steps)
         self._give_place()
         self._next()
 

@@ -41,7 +41,7 @@ class Replay:
         self.admission = Admission(setting.max_inflight, 0, 0.0, lambda: math.inf, self.clock)
         self._policy = policy
         machine = setting.machine
-        shared = (machine.background_cores, machine.crowding)
+        shared = (machine.background_cores, machine.crowding, machine.contention)
         self.cores = Cores(self.clock, setting.slots, *shared) if setting.slots else None
         basis = (setting, self.clock, self.cores, self._hear)
         self.prefill = [SimulatedPrefill(number, *basis) for number in range(setting.prefill)]
@@ -88,8 +88,9 @@ class Replay:
         if not machine.overhead_ms:
             self._arrive(flight)
             return
-        worked = min(machine.request_cpu_ms, machine.overhead_ms)
-        waited = partial(self.clock.after, (machine.overhead_ms - worked) / 1e3, self._arrive, flight)
+        overhead = machine.overhead_ms * (self.cores.stretch if self.cores else 1)
+        worked = min(machine.request_cpu_ms, overhead)
+        waited = partial(self.clock.after, (overhead - worked) / 1e3, self._arrive, flight)
         self._spend(worked, waited)
 
     def _spend(self, cpu_ms: float, then: Callable[[], None]) -> None:

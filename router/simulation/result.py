@@ -39,6 +39,10 @@ class Result:
     plan_ms_p99: float
     cached_share: float = 0.0
     """Prompt tokens that clients are told were cached; see `Flight.cached_tokens`."""
+    tpot_p50: float = 0.0
+    """Of answers of several tokens: by request, as clients measure it."""
+    step_s: float = 0.0
+    """What all steps of all workers took together, from the first request to the last."""
 
 
 def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
@@ -74,6 +78,8 @@ def summarize(replay: Replay, policy: str, objective: Objective) -> Result:
         plan_ms_p50=plan_p50,
         plan_ms_p99=plan_p99,
         cached_share=sum(f.cached_tokens for f in served) / sum(f.prompt_tokens for f in served),
+        tpot_p50=float(np.median([f.tpot_s * 1e3 for f in served if f.output_tokens > 1] or [0.0])),
+        step_s=sum(worker.engine.busy_s for worker in (*replay.prefill, *replay.decode)),
     )
 
 

@@ -12,9 +12,11 @@ from tandem.traces import TRACE_BLOCK_TOKENS, TraceEntry
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One worker's hardware as fitted coefficients. A step takes `base + per_token * tokens + per_context * context`.
+    """One worker's hardware as fitted coefficients.
 
-    tokens: of prompts and of output, in one batch. context: tokens that the batch's decoding sequences look back on.
+    A step takes `base + per_token * tokens + per_context * context + per_prefix * prefix`. tokens: of prompts and of
+    output, in one batch. context: tokens that the batch's decoding sequences look back on. prefix: for each token of a
+    prompt, those that had KV before the step; what a token looks back on within its step is in `per_token`.
     """
 
     base_ms: float = 8.0
@@ -22,6 +24,7 @@ class Machine:
     per_context_ms: float = 4e-5
     max_batch_tokens: int = 8192
     max_running: int = 256
+    per_prefix_ms: float = 0.0
     kv_bytes: int = 131_072
     """Of one token: 128 KiB is a model of 8 billion parameters with 8 KV heads."""
     link_bytes_per_ms: float = 25e6
@@ -40,10 +43,14 @@ class Machine:
     """Always busy, with reports and heartbeats."""
     crowding: float = 0.0
     """How much longer everything takes while no core is free, beside waiting: what cores share."""
+    contention: float = 0.0
+    """How much longer what surrounds a request and a hand-over take while all cores are busy: they are many short turns
+    of several processes, and each has to be woken."""
 
-    def step_ms(self, tokens: int, context: float) -> float:
+    def step_ms(self, tokens: int, context: float, prefix: float = 0.0) -> float:
         """Of one step."""
-        return self.base_ms + self.per_token_ms * tokens + self.per_context_ms * context
+        own = self.base_ms + self.per_token_ms * tokens
+        return own + self.per_context_ms * context + self.per_prefix_ms * prefix
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -58,6 +58,7 @@ class SimulatedWorker(ABC):
         tell: Callable[[WorkerUpdate], None],
     ) -> None:
         self.info = worker_info(role, number, setting)
+        self._cores = cores
         self.cache = BlockCache(setting.cache_blocks, self._evicted, setting.pool_blocks)
         self.engine = Engine(
             clock,
@@ -178,7 +179,7 @@ class SimulatedPrefill(SimulatedWorker):
         def progress(known: int) -> None:
             push(known)
             if known == tokens:
-                self._clock.at(self._free_at + self._setting.machine.hand_over_ms / 1e3, done)
+                self._clock.at(self._free_at + self._hand_over_s(), done)
 
         def done() -> None:
             self.cache.release(hashes)
@@ -187,6 +188,9 @@ class SimulatedPrefill(SimulatedWorker):
         self.promise(hashes)
         self.engine.compute(Prompt(hashes, tokens, start, progress))
         self.poke()
+
+    def _hand_over_s(self) -> float:
+        return self._setting.machine.hand_over_ms / 1e3 * (self._cores.stretch if self._cores else 1)
 
     def _write(self, tokens: int) -> None:
         machine = self._setting.machine

@@ -28,7 +28,14 @@ from tandem.testing.workers import fake_info
 TIMING = StepTiming(base_ms=10.0, per_token_ms=0.2)
 LATER = 100.0
 """Nobody is a newcomer."""
-KNOWN_MS = RECENT_S * 1e3 * -math.expm1(-LATER / RECENT_S)
+
+
+def seen(known_s: float) -> float:
+    """Share that a router knows of the work that counts, when it has known the workers for so long."""
+    return -math.expm1(-known_s / RECENT_S)
+
+
+KNOWN_MS = RECENT_S * 1e3 * seen(LATER)
 """Time of a worker's that its recent work is of."""
 
 
@@ -131,15 +138,21 @@ def test_an_idle_cluster_fills_all_its_caches_and_a_busy_one_follows_prefixes() 
     assert chosen(full) == chosen(3 * full) == "has a part"
 
 
-@pytest.mark.parametrize("known_s", [1.0, 3.0, 8.0, 1000.0])
-def test_a_router_that_just_started_does_not_take_a_busy_cluster_for_an_idle_one(known_s: float) -> None:
-    """It has seen little work because it has looked for a moment."""
-    seen = 2 * BUSY * RECENT_S * 1e3 * -math.expm1(-known_s / RECENT_S) / TIMING.per_token_ms
-    since = LATER - known_s
-    views = [worker("has a part", recent_tokens=seen + 9000, since=since)]
-    views.append(worker("b", recent_tokens=seen, since=since))
-    fleet = FleetSnapshot(tuple(views), (worker("d", Role.DECODE, running=60, since=since),))
-    assert CostPolicy().plan(RequestInfo("r", 301, 64), fleet, {"has a part": 64}, LATER).prefill == "has a part"
+@pytest.mark.parametrize("known_s", [2.0, 3.0, 8.0, 1000.0])
+def test_a_router_that_just_started_decides_like_one_that_has_long_seen_the_same(known_s: float) -> None:
+    """It has seen little work because it has looked for a moment: the cluster is not idle, nor are workers alike."""
+    busy = 2 * BUSY * RECENT_S * 1e3 / TIMING.per_token_ms
+    decode = worker("d", Role.DECODE, running=60, since=LATER - known_s)
+
+    def chosen(more: float) -> str | None:
+        views = [
+            worker(name, recent_tokens=work * seen(known_s), since=LATER - known_s)
+            for name, work in (("has a part", busy + more), ("b", busy))
+        ]
+        fleet = FleetSnapshot(tuple(views), (decode,))
+        return CostPolicy().plan(RequestInfo("r", 301, 64), fleet, {"has a part": 64}, LATER).prefill
+
+    assert (chosen(16_000), chosen(25_000)) == ("has a part", "b")
 
 
 def test_a_decode_worker_that_computed_more_than_prefill_workers_did_computes_less() -> None:
@@ -153,7 +166,7 @@ def test_a_decode_worker_that_computed_more_than_prefill_workers_did_computes_le
     assert local(0.0) == local(20_000.0) == 0.0
     share = 50_000 * TIMING.per_token_ms / KNOWN_MS
     assert share > BUSY
-    assert local(30_000.0) == pytest.approx(RECENT * 10_000 * TIMING.per_token_ms)
+    assert local(30_000.0) == pytest.approx(RECENT * 10_000 * TIMING.per_token_ms / seen(LATER))
 
 
 def test_a_newcomer_starts_slowly_and_then_counts_like_the_others() -> None:
@@ -259,7 +272,7 @@ def test_the_plan_is_the_cheapest_of_all_pairs(data: st.DataObject) -> None:
     least = min(view.recent_tokens for view in first)
     done_ms = sum(view.recent_tokens for view in (*prefill, *decode)) * TIMING.per_token_ms
     share = done_ms / len(first) / KNOWN_MS
-    level = RECENT * min(IDLE, max(1.0, BUSY / share if share else IDLE))
+    level = RECENT * min(IDLE, max(1 / seen(LATER), BUSY / share if share else IDLE))
     costs = {
         (d.incarnation, p.incarnation if p else None): _pair_cost(request, d, p, matches, least, level)
         for d in decode

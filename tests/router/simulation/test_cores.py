@@ -41,6 +41,16 @@ def test_what_always_runs_and_what_is_shared_make_everything_slower() -> None:
     assert ends([(0.0, 1.0), (0.0, 1.0)], 2, crowding=0.5) == pytest.approx([1.5, 1.5])
 
 
+def test_what_has_to_be_woken_takes_longer_the_more_is_busy() -> None:
+    clock = Clock()
+    cores = Cores(clock, 2, contention=1.0)
+    seen = [cores.stretch]
+    for _ in range(3):
+        cores.run(1.0, lambda: None)
+        seen.append(cores.stretch)
+    assert seen == [1.0, 1.5, 2.0, 2.0]
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.floats(0.001, 3)), min_size=1, max_size=12),
     st.integers(1, 4),

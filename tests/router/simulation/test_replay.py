@@ -108,6 +108,18 @@ def test_prompts_are_computed_in_chunks_of_the_token_budget() -> None:
     assert flight.ttft_s * 1e3 == pytest.approx(SMALL.delay_s * 1e3 + 3 * 10 + 2570 * 0.1)
 
 
+def test_what_a_prompt_looks_back_on_before_its_step_has_a_price() -> None:
+    machine = replace(EXACT, per_prefix_ms=1e-3)
+    setting = replace(SMALL, prefill=0, decode=1, machine=machine)
+    long = run([one(0.0, list(range(1, 41)), output=1)], setting).flights[0]  # in three steps
+    prefix = 1024 * 1024 + (2570 - 2048) * 2048
+    assert long.ttft_s * 1e3 == pytest.approx(SMALL.delay_s * 1e3 + 3 * 10 + 2570 * 0.1 + prefix * 1e-3)
+    turns = [one(0.0, [1, 2], output=1), one(9.0, [1, 2, 3], output=1)]
+    second = run(turns, setting).flights[1]
+    assert second.computed == 74
+    assert second.ttft_s * 1e3 == pytest.approx(SMALL.delay_s * 1e3 + 10 + 74 * 0.1 + 74 * 128 * 1e-3)
+
+
 def test_the_next_turn_finds_its_history_where_it_was_computed() -> None:
     turns = [one(0.0, [1, 2, 3]), one(5.0, [1, 2, 3, 4, 5])]
     first, second = run(turns).flights
@@ -209,6 +221,19 @@ def test_work_beside_the_steps_takes_the_same_cores() -> None:
     assert after > 1.1 * before
     apart = replace(tokens, slots=0)
     assert run(load, apart).flights[1].ttft_s == run(load, replace(apart, machine=EXACT)).flights[1].ttft_s
+
+
+def test_steps_on_shared_cores_take_as_long_as_they_take_there() -> None:
+    """Two prompts at once, on two cores that are half as fast while both are busy."""
+    load = [one(0.0, [1, 2], output=5), one(0.0, [3, 4], output=5)]
+    setting = replace(SMALL, prefill=0, decode=2, slots=2)
+    crowded = replace(setting, machine=replace(EXACT, crowding=1.0))
+    found, slow = (summarize(run(load, each, "round_robin"), "p", Objective()) for each in (setting, crowded))
+    assert found.step_s * 1e3 == pytest.approx(2 * (10 + 138 * 0.1 + 4 * (10 + 0.1 + 1e-3 * 140.5)))
+    assert slow.step_s == pytest.approx(2 * found.step_s)
+    assert found.tpot_p50 == pytest.approx(10 + 0.1 + 1e-3 * 140.5)
+    assert slow.tpot_p50 == pytest.approx(2 * found.tpot_p50)
+    assert slow.itl_p50 == pytest.approx(2 * found.itl_p50)
 
 
 def test_clients_are_told_the_better_of_both_caches() -> None:
