@@ -241,7 +241,7 @@ def handed_over(one: Server, url: str, seed: int) -> dict[int, tuple[Spent, list
 class Random:
     """Independent prompts at random times, real and simulated."""
 
-    def __init__(self, system: str, slots: int, seed: int) -> None:
+    def __init__(self, system: str, slots: int, seed: int, prompts: int = RANDOM) -> None:
         """system: its name in `benchmarks.systems`, of which the numbers of workers are read. slots: cores.
 
         Raises ValueError.
@@ -249,7 +249,8 @@ class Random:
         if (form := TANDEM.fullmatch(system)) is None:
             raise ValueError(f"system is {system}; a cluster of Tandem's is needed")
         self._prefill, self._decode, self._slots = int(form[1]), int(form[2]), slots
-        self._load, self._asked = Load(rate=RATE, seed=seed), make("random", MIXED, seed)
+        self._load = Load(rate=RATE, seed=seed)
+        self._asked = make("random", replace(MIXED, requests=prompts), seed)
 
     def play(self, one: Server, url: str) -> tuple[float, float]:
         """What all steps took, seconds, and the TTFT, milliseconds, as `middle`. Raises as `Meter`."""

@@ -1,7 +1,7 @@
 """Does `tandem replay` predict a real cluster? Both, round by round, with medians over the rounds.
 
     python -m benchmarks.make_trace chats.jsonl --requests 260 --rate 6 --output 512 --tenants 10 --system 6 --turns 4
-    python -m benchmarks.simulator_check chats.jsonl --policy cost --policy sglang --policy round_robin --rounds 5
+    python -m benchmarks.simulator_check chats.jsonl --policy cost --policy sglang --policy round_robin --rounds 3
 
 The trace is played on a real cluster of each policy, and before and after each the machine is fitted by loads that are
 not the trace (`benchmarks.fit_machine`): its speed changes from minute to minute, so each run is predicted from the

@@ -44,7 +44,8 @@ half of a trace (docs/routing.md): without it prompts are computed again to avoi
 everybody; from 3 to 10 the results hardly change."""
 RECENT = 0.05
 """Weight of the work that a worker got recently, beside work that waits there now. It levels what queues are too short
-to show, caches included; any small weight does where there is enough to do (docs/routing.md)."""
+to show, caches included; any small weight does where there is enough to do (docs/routing.md). A router that has seen
+only a part of the time constant gives it in proportion more: differences have not had the time to grow."""
 BUSY = 0.15
 """Share of their time that workers computed prompts lately, below which that weight grows in proportion: computing in
 an idle cluster delays nobody, and to follow prefixes there would leave most caches empty."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.fit_machine import MIXED, RANDOM, Random, counts, workers
+from benchmarks.fit_machine import MIXED, Random, counts, workers
 from benchmarks.fits import Counts
 from router.simulation.setting import Machine
 
@@ -36,10 +36,10 @@ def test_workers_are_found_in_what_up_prints() -> None:
 
 
 def test_random_prompts_are_simulated_as_they_are_asked_and_fitted_to_what_came_of_it() -> None:
-    load = Random("tandem-4p2d", slots=2, seed=3)
+    load = Random("tandem-4p2d", slots=2, seed=3, prompts=40)
     machine = Machine(1.0, 0.08, 1e-4, 512, 64, kv_tokens=4096, overhead_ms=9.0, request_cpu_ms=12.0, token_cpu_ms=0.3)
     steps_s, ttft_ms = load.predict(machine)
-    assert steps_s * 1e3 > 0.9 * RANDOM * machine.per_token_ms * (MIXED.output_tokens + MIXED.input_tokens)
+    assert steps_s * 1e3 > 0.9 * 40 * machine.per_token_ms * (MIXED.output_tokens + MIXED.input_tokens)
     assert ttft_ms > machine.overhead_ms + machine.per_token_ms * MIXED.input_tokens / 2
     slow = replace(machine, crowding=0.4, contention=1.2)
     found = load.fit(machine, *load.predict(slow))
