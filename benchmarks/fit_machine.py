@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import httpx
 import psutil
@@ -180,7 +180,7 @@ class Meter:
 
     def _spent(self, ask: Callable[[], list[Sample]]) -> tuple[Spent, list[Sample]]:
         seen = self._pages.read()
-        time.sleep(PAUSE_S)  # the pages are work, too
+        time.sleep(PAUSE_S)  # pages are work for the workers: the first request comes after a pause as the others do
         before, own, began = self._cpu_s(), time.thread_time(), time.perf_counter()
         samples = ask()
         seconds, cpu = time.perf_counter() - began, self._cpu_s() - before + time.thread_time() - own
@@ -195,7 +195,7 @@ class Meter:
         return sum(each.user + each.system for each in times)
 
 
-def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, float]:
+def measure(one: Server, url: str, kv_mib: int, seed: int) -> dict[str, Any]:
     """Fields of `router.simulation.setting.Machine`, of hand-overs and of processes that hinder one another excepted.
 
     Raises ConnectionError, ValueError, httpx.HTTPError.
@@ -253,10 +253,12 @@ class Random:
         self._asked = make("random", replace(MIXED, requests=prompts), seed)
 
     def play(self, one: Server, url: str) -> tuple[float, float]:
-        """What all steps took, seconds, and the TTFT, milliseconds, as `middle`. Raises as `Meter`."""
+        """What all steps took, seconds, and the TTFT, milliseconds, as `middle`. Raises as `fit`."""
         pages = Pages([each.metrics for each in wait_for_workers(one.log)])
         before = pages.read()
         samples = asyncio.run(run(Endpoint(url), self._asked, self._load)).samples
+        if failed := sorted({each.error for each in samples if each.error}):
+            raise ValueError(f"of {len(samples)} random prompts some failed: {', '.join(failed)}")
         steps = sum(now.since(old).seconds for old, now in zip(before, pages.read(), strict=True))
         return steps, middle([ttft(each) * 1e3 for each in samples])
 
@@ -292,7 +294,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def fit(system: str, setting: Setting, seed: int, folder: Path) -> dict[str, float]:
+def fit(system: str, setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
     """Starts the cluster, and one that hands every prompt over; fields of `router.simulation.setting.Machine`.
 
     setting: with `kv_mib`. folder: for logs. Raises ValueError, ConnectionError, StartError, httpx.HTTPError.
@@ -307,8 +309,7 @@ def fit(system: str, setting: Setting, seed: int, folder: Path) -> dict[str, flo
         cold = handed_over(other, url, seed)
     moved = fit_hand_over(found["overhead_ms"], cold, found["kv_bytes"])
     found |= dict(zip(("hand_over_ms", "link_bytes_per_ms"), moved, strict=True))
-    machine = Machine(**found)  # type: ignore[arg-type]  # of numbers, some are whole
-    return asdict(load.fit(machine, *measured))
+    return asdict(load.fit(Machine(**found), *measured))
 
 
 def main(

@@ -190,8 +190,13 @@ def fit_by_simulation(predict: Callable[[float], float], measured: float, most: 
     """The coefficient, between 0 and `most`, with which a load's figure is predicted as it was measured.
 
     For what no counter shows by itself: how threads of a core, caches and the scheduler's choices make processes slower
-    that are busy at once. predict: the figure as the simulator has it with such a coefficient; it grows.
+    that are busy at once. predict: the figure as the simulator has it with such a coefficient; it grows. Raises
+    ValueError when the largest explains too little.
     """
+    if predict(0.0) >= measured:
+        return 0.0
+    if (largest := predict(most)) < measured:
+        raise ValueError(f"a coefficient of {most:g} predicts {largest:.4g}, but {measured:.4g} was measured")
     low, high = 0.0, most
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -101,7 +101,10 @@ class Case:
             before = pages.read()
             measured = asyncio.run(ask(Endpoint(url), make("trace", shape, seed), Load(speed=1.0)))
             steps = [after.since(old) for old, after in zip(before, pages.read(), strict=True)]
-        return Played(reports.summarize(measured), sum(each.seconds for each in steps))
+        report = reports.summarize(measured)
+        if report.errors:
+            raise ValueError(f"{policy}: {sum(report.errors.values())} requests failed: {', '.join(report.errors)}")
+        return Played(report, sum(each.seconds for each in steps))
 
     def system(self, policy: str) -> str:
         """Its name in `benchmarks.systems`."""

@@ -124,5 +124,6 @@ def test_what_no_counter_shows_is_what_predicts_a_load() -> None:
         return 30.0 * (1 + crowding)
 
     assert fit_by_simulation(predict, 48.0) == pytest.approx(0.6, abs=0.02)
-    assert fit_by_simulation(predict, 20.0) == pytest.approx(0.0, abs=0.02)
-    assert fit_by_simulation(predict, 900.0, most=2.0) == pytest.approx(2.0, abs=0.02)
+    assert fit_by_simulation(predict, 20.0) == 0.0
+    with pytest.raises(ValueError, match="a coefficient of 2 predicts 90, but 900 was measured"):
+        fit_by_simulation(predict, 900.0, most=2.0)
